@@ -1,0 +1,66 @@
+"""MaPeT: tokenizer-first pre-training of Vision Transformers.
+
+Each command of `mapet` is one of the functions below, with the same defaults. They are imported on first use, so
+that `import mapet` and `mapet --help` stay instant.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .demo import demo
+    from .shared.codebook import Codebook
+    from .shared.doctor import doctor
+    from .shared.token_store import TokenStore
+    from .tokenize_stage.build_codebook import build_codebook
+    from .tokenize_stage.encode_shards import encode_shards
+    from .tokenize_stage.inspect import inspect
+    from .tokenize_stage.verify import verify
+    from .train_stage.interchange import load_published
+    from .train_stage.model import MaPeT
+    from .train_stage.pretrain import pretrain
+    from .train_stage.probe import probe
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Codebook": ".shared.codebook",
+    "MaPeT": ".train_stage.model",
+    "TokenStore": ".shared.token_store",
+    "build_codebook": ".tokenize_stage.build_codebook",
+    "demo": ".demo",
+    "doctor": ".shared.doctor",
+    "encode_shards": ".tokenize_stage.encode_shards",
+    "inspect": ".tokenize_stage.inspect",
+    "load_published": ".train_stage.interchange",
+    "pretrain": ".train_stage.pretrain",
+    "probe": ".train_stage.probe",
+    "verify": ".tokenize_stage.verify",
+}
+
+__all__ = [
+    "Codebook",
+    "MaPeT",
+    "TokenStore",
+    "build_codebook",
+    "demo",
+    "doctor",
+    "encode_shards",
+    "inspect",
+    "load_published",
+    "pretrain",
+    "probe",
+    "verify",
+]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name], __name__), name)
+    globals()[name] = value  # a sub-module of the same name (`demo`) must not shadow the function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,207 @@
+"""The command line: each command is a few lines that call one public function. No logic here."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .shared.errors import MapetError
+
+app = typer.Typer(
+    name="mapet",
+    help="Tokenizer-first pre-training of Vision Transformers: k-CLIP tokens once, then MaPeT.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+tokenize = typer.Typer(help="Stage 1: images -> codebook -> token shards.", no_args_is_help=True)
+train = typer.Typer(help="Stage 2: images and tokens -> a pre-trained ViT.", no_args_is_help=True)
+app.add_typer(tokenize, name="tokenize")
+app.add_typer(train, name="train")
+
+Images = Annotated[
+    str, typer.Argument(help="A tar, a folder of class folders, or a pattern like train-{000..015}.tar.")
+]
+Workers = Annotated[
+    int | None, typer.Option(help="Processes that decode images [default: 0 on the CPU, up to 16 on CUDA].")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+BatchSize = Annotated[int, typer.Option(help="Images per forward pass.", min=1)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
+
+
+@tokenize.command()
+def build_codebook(
+    images: Images,
+    out: Annotated[Path, typer.Option(help="Folder to write the codebook to.")],
+    tower: Annotated[str, typer.Option(help="open_clip name, local-dir:PATH, hf-hub:ID or timm:NAME.")] = "RN50x64",
+    pretrained: Annotated[
+        str | None,
+        typer.Option(help="Tag or local file; 'none' for random weights [default: openai, or timm's own]."),
+    ] = None,
+    layer: Annotated[int, typer.Option(help="Index into forward_intermediates, negative from the end.")] = -1,
+    final_norm: Annotated[bool, typer.Option(help="Take ViT features after the final norm.")] = False,
+    image_size: Annotated[int | None, typer.Option(help="Pixels [default: the tower's own].", min=8)] = None,
+    precision: Annotated[str, typer.Option(help="Of the tower: float32 or bfloat16.")] = "float32",
+    k: Annotated[int, typer.Option("--k", help="Number of centroids.")] = 8192,
+    patches: Annotated[
+        int | None, typer.Option(help="Patch features to sample [default: 512 a centroid, or all].", min=1)
+    ] = None,
+    iterations: Annotated[int, typer.Option(help="Of k-means.")] = 20,
+    restarts: Annotated[int, typer.Option(help="Of k-means; the best one is kept.")] = 5,
+    metric: Annotated[str, typer.Option(help="l2, or cosine (unit features, spherical k-means).")] = "l2",
+    seed: Annotated[int, typer.Option(help="Of the sample and of k-means.")] = 0,
+    max_images: Annotated[int | None, typer.Option(help="Use a seeded subset of this many images.", min=1)] = None,
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    device: Device = "auto",
+) -> None:
+    """Train a k-means codebook over the patch features of a frozen CLIP tower."""
+    from .tokenize_stage.build_codebook import build_codebook
+
+    build_codebook(
+        images,
+        out,
+        tower=tower,
+        pretrained=pretrained,
+        layer=layer,
+        final_norm=final_norm,
+        image_size=image_size,
+        precision=precision,
+        k=k,
+        patches=patches,
+        iterations=iterations,
+        restarts=restarts,
+        metric=metric,
+        seed=seed,
+        max_images=max_images,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+    )
+
+
+@tokenize.command()
+def encode_shards(
+    images: Images,
+    codebook: Annotated[Path, typer.Option(help="Folder that build-codebook wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder of the token store; whole shards in it are skipped.")],
+    crop: Annotated[str, typer.Option(help="Which view is encoded: center.")] = "center",
+    tower: Annotated[str | None, typer.Option(help="Where the codebook's tower is now, if it moved.")] = None,
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    device: Device = "auto",
+) -> None:
+    """Write every image's visual tokens to shards."""
+    from .tokenize_stage.encode_shards import encode_shards
+
+    encode_shards(images, codebook, out, crop=crop, tower=tower, batch_size=batch_size, workers=workers, device=device)
+
+
+@tokenize.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A codebook or a token store.")],
+    key: Annotated[str | None, typer.Option(help="Show the token grid of this image.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Show what made a codebook or a token store, and how its codes are used."""
+    from .tokenize_stage.inspect import inspect, show
+
+    show(inspect(path, key=key), as_json=json)
+
+
+@tokenize.command()
+def verify(
+    tokens: Annotated[Path, typer.Argument(help="A token store.")],
+    codebook: Annotated[Path | None, typer.Option(help="Also check that it was made with this codebook.")] = None,
+    images: Annotated[str | None, typer.Option(help="Also check the source, every image's bytes included.")] = None,
+) -> None:
+    """Check that every shard is present, whole, checksummed and made with the codebook it names."""
+    from .tokenize_stage.verify import verify
+
+    verify(tokens, codebook=codebook, images=images)
+
+
+@train.command()
+def pretrain(
+    images: Annotated[str, typer.Option(help="A tar, a folder of class folders, or a pattern of tars.")],
+    tokens: Annotated[Path, typer.Option(help="The token store of these images.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    recipe: Annotated[str | None, typer.Option(help="A shipped recipe's name, or a YAML file.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting, such as optimizer.lr=1e-3; repeat for more.")
+    ] = None,
+    resume: Annotated[str, typer.Option(help="auto: go on with the run in --out, if there is one; never.")] = "auto",
+    device: Device = "auto",
+) -> None:
+    """Pre-train MaPeT on images and their precomputed tokens."""
+    from .train_stage.pretrain import pretrain
+
+    pretrain(images, tokens, out, recipe=recipe, overrides=overrides or (), resume=resume, device=device)
+
+
+@train.command()
+def probe(
+    weights: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a published .pth.tar.")],
+    images: Annotated[str, typer.Option(help="Labelled training images.")],
+    val: Annotated[str, typer.Option(help="Labelled validation images.")],
+    random_init: Annotated[bool, typer.Option(help="Also probe the model with fresh weights.")] = False,
+    pixels: Annotated[bool, typer.Option(help="Also probe the raw pixels.")] = False,
+    batch_size: BatchSize = 128,
+    workers: Workers = None,
+    device: Device = "auto",
+) -> None:
+    """Measure frozen features with a linear probe and k-NN."""
+    from .train_stage.probe import probe
+
+    probe(
+        weights,
+        images,
+        val,
+        random_init=random_init,
+        pixels=pixels,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+    )
+
+
+@app.command()
+def demo(
+    images: Annotated[str | None, typer.Option(help="Your own pictures instead of the drawn ones.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for everything that the demo writes.")] = Path("mapet-demo"),
+    seed: Annotated[int, typer.Option(help="Of pictures, codebook and training.")] = 0,
+) -> None:
+    """Run the whole chain in a few minutes, offline, on what the package carries."""
+    from .demo import demo
+
+    demo(images, out=out, seed=seed)
+
+
+@app.command()
+def doctor(json: AsJson = False) -> None:
+    """Print versions, devices, the FAISS build and what is missing, fit for a bug report."""
+    from .shared.doctor import doctor, show
+
+    show(doctor(), as_json=json)
+
+
+def main() -> None:
+    """The `mapet` command: expected failures end with one sentence and their exit code, never with a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app()
+    except MapetError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}.", 1)
+    except SystemExit as end:
+        if end.code == 130:
+            _fail("stopped. What was finished is kept; give the same command to go on.", 130)
+        raise
+
+
+def _fail(sentence: str, code: int) -> None:
+    print(f"mapet: {sentence}", file=sys.stderr)
+    sys.exit(code)

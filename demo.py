@@ -1,0 +1,152 @@
+"""The whole chain in a few minutes, offline: the only module that knows both stages."""
+
+import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import webdataset
+from PIL import Image
+
+from .shared.console import say
+from .shared.drawings import CLASSES, write_drawings
+from .shared.errors import DataError
+from .shared.files import written_whole
+from .shared.images import ImageRecord, open_source, read_bytes
+from .shared.randomness import generator
+from .tokenize_stage.build_codebook import build_codebook
+from .tokenize_stage.encode_shards import encode_shards
+from .tokenize_stage.inspect import inspect, show
+from .tokenize_stage.picture import draw_token_maps
+from .tokenize_stage.verify import verify
+from .train_stage.pretrain import pretrain
+from .train_stage.probe import ProbeResult, probe
+
+TOWER = Path(__file__).parent / "demo_assets" / "tower"
+TRAIN_IMAGES, VAL_IMAGES = 4000, 1000
+_OWN_VAL_SHARE = 0.2
+K = 128
+
+_SETTINGS = {
+    "model.name": "null",
+    "model.dim": 128,
+    "model.depth": 4,
+    "model.heads": 4,
+    "model.image_size": 64,
+    "model.patch_size": 8,
+    "model.drop_path": 0,
+    "optimizer.lr": 2e-3,
+    "optimizer.betas": "[0.9,0.98]",
+    "optimizer.warmup_epochs": 0.5,
+    "data.color_jitter": 0,
+    "train.epochs": 5,
+}
+
+_ON_IMAGENET = """
+The same on ImageNet with OpenAI's CLIP, as in the paper:
+  mapet tokenize build-codebook 'imagenet-train-{{000000..001281}}.tar' --out codebook
+  mapet tokenize encode-shards  'imagenet-train-{{000000..001281}}.tar' --codebook codebook --out tokens
+  mapet train pretrain --images 'imagenet-train-{{000000..001281}}.tar' --tokens tokens --out run --recipe vit-base-16
+Your own pictures, with this small tower: mapet demo --images FOLDER
+Everything is in {out}/; the picture of the tokens is {picture}."""
+
+
+def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", seed: int = 0) -> list[ProbeResult]:
+    """Codebook, tokens, pre-training and proof, on drawn pictures (or `images`) with the CLIP tower in the package.
+
+    Args:
+        images: your own pictures (a folder of class folders, a folder, or tars); None draws a labelled set.
+        out: folder for everything that is written; a second run goes on where the first one was stopped.
+        seed: of the pictures, the codebook and the training.
+
+    Returns:
+        the probe's rows (pre-trained, random init, pixels); empty if the images have no labels.
+
+    Raises:
+        DataError for images that cannot be read or are too few.
+    """
+    out = Path(out)
+    began = time.monotonic()
+    with _chapter("1. Images"):
+        train, val, labelled = _own_pictures(images, out, seed) if images else _drawn_pictures(out, seed)
+    with _chapter(f"2. Codebook: k-means over patch features of the small CLIP tower in {TOWER.name}/"):
+        codebook = build_codebook(
+            str(train), out / "codebook", tower=f"local-dir:{TOWER}", k=K, restarts=1, seed=seed, patches=100_000
+        )
+    with _chapter("3. Tokens of every image, once and for all"):
+        store = encode_shards(str(train), out / "codebook", out / "tokens")
+        verify(out / "tokens", codebook=out / "codebook", images=str(train))
+        show(inspect(out / "tokens"))
+    with _chapter("4. Pre-training: predict the tokens of hidden patches, in random order"):
+        count = len(store)
+        overrides = [f"{key}={value}" for key, value in _SETTINGS.items()]
+        pretrain(
+            str(train),
+            out / "tokens",
+            out / "run",
+            overrides=[*overrides, f"train.batch_size={min(64, count)}", f"train.seed={seed}"],
+        )
+    outcome: list[ProbeResult] = []
+    if labelled:
+        with _chapter("5. Proof: are the frozen features any good?"):
+            outcome = probe(out / "run", str(train), str(val), random_init=True, pixels=True)
+    else:
+        say("Your pictures have no labels (class folders, or .cls members), so there is nothing to probe.")
+    records = [record for shard in open_source(str(train)) for record in shard.records]
+    picture = draw_token_maps(records[:12], store, codebook, out / "tokens.png")
+    say(_ON_IMAGENET.format(out=out, picture=picture))
+    say(f"Done in {time.monotonic() - began:.0f} s.")
+    return outcome
+
+
+@contextmanager
+def _chapter(title: str) -> Iterator[None]:
+    say(f"\n{title}")
+    began = time.monotonic()
+    yield
+    say(f"   {time.monotonic() - began:.0f} s")
+
+
+def _drawn_pictures(out: Path, seed: int) -> tuple[Path, Path, bool]:
+    say(
+        f"Pictures drawn by this package ({len(CLASSES)} kinds: {', '.join(CLASSES)}), and a small CLIP model "
+        "trained on captions of such pictures. Nothing is downloaded; this shows that the chain works, not what a "
+        "tokenizer trained on photographs would do."
+    )
+    train, val = out / "images" / "train", out / "images" / "val"
+    if not train.exists():
+        write_drawings(train, TRAIN_IMAGES, seed=seed, prefix="train")
+    if not val.exists():
+        write_drawings(val, VAL_IMAGES, seed=seed + 100, prefix="val")
+    say(f"{TRAIN_IMAGES} pictures to train on in {train}, {VAL_IMAGES} to validate on in {val}.")
+    return train, val, True
+
+
+def _own_pictures(images: str | Path, out: Path, seed: int) -> tuple[Path, Path, bool]:
+    """Copies at most as many pictures as the demo draws into tars, a fifth of them to validate on."""
+    records = [record for shard in open_source(images) for record in shard.records]
+    if len(records) < 20:
+        raise DataError(f"{images} holds {len(records)} images; the demo needs at least 20.")
+    chosen = sorted(records, key=lambda record: generator(seed, "demo", record.key).random())[
+        : TRAIN_IMAGES + VAL_IMAGES
+    ]
+    split = int(len(chosen) * _OWN_VAL_SHARE)
+    train, val = out / "images" / "train", out / "images" / "val"
+    for folder, part in ((train, chosen[split:]), (val, chosen[:split])):
+        if not folder.exists():
+            _copy(part, folder)
+    say(f"{len(chosen) - split} of your {len(records)} pictures to train on, {split} to validate on.")
+    return train, val, all(record.label is not None for record in chosen)
+
+
+def _copy(records: list[ImageRecord], folder: Path) -> None:
+    with written_whole(folder / "images-000000.tar") as partial, webdataset.TarWriter(str(partial), mtime=0) as tar:
+        for record in records:
+            data = read_bytes(record)
+            sample = {"__key__": record.key, _extension(data): data}
+            tar.write(sample if record.label is None else {**sample, "cls": str(record.label).encode()})
+
+
+def _extension(data: bytes) -> str:
+    return {"JPEG": "jpg"}.get(kind := Image.open(io.BytesIO(data)).format or "jpg", kind.lower())

@@ -1,0 +1,1 @@
+"""What both stages speak: image sources, views, the codebook, the token store, console and files."""

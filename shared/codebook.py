@@ -1,0 +1,153 @@
+"""The codebook: K centroids of patch features, and everything needed to compute the same token again."""
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from .errors import DataError, UsageError
+from .files import canonical_json, read_sealed_json, sha256_file, write_sealed_json, written_whole
+
+FORMAT, VERSION = "mapet-codebook", 1
+MAX_K = 65_536
+
+# The fields of `description` that change tokens; with the centroids they make the fingerprint.
+TOKEN_FIELDS = (
+    "library",
+    "architecture",
+    "weights_sha256",
+    "layer",
+    "final_norm",
+    "precision",
+    "preprocess",
+    "grid",
+    "metric",
+)
+
+
+def import_faiss():
+    """The faiss module, from whichever of its two distributions is installed; UsageError if neither is."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise UsageError(
+            f'faiss is not usable here ({error}); install it with pip install "mapet[cpu]" or "mapet[gpu]", not both.'
+        ) from None
+    return faiss
+
+
+def faiss_gpus() -> int:
+    """How many GPUs this build of FAISS can use; 0 in the CPU build."""
+    count = getattr(import_faiss(), "get_num_gpus", None)
+    return count() if count else 0
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """K centroids (K, dim) float32 of a frozen tower's patch features, with their description and statistics.
+
+    `description` is the JSON of the artifact (tower, layer, preprocessing, grid, k-means, sample, quality);
+    `counts` (K,) int64 says how many sampled patches each code won.
+    """
+
+    centroids: np.ndarray
+    counts: np.ndarray
+    description: dict[str, Any] = field(repr=False)
+
+    @property
+    def k(self) -> int:
+        return len(self.centroids)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the token grid of one image."""
+        height, width = self.description["grid"]
+        return height, width
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the centroids' bytes and the described fields that change tokens (`TOKEN_FIELDS`)."""
+        relevant = {name: self.description[name] for name in TOKEN_FIELDS}
+        whole = hashlib.sha256(np.ascontiguousarray(self.centroids, dtype="<f4").tobytes())
+        whole.update(canonical_json(relevant).encode())
+        return whole.hexdigest()
+
+    @cached_property
+    def _index(self):
+        faiss = import_faiss()
+        index = faiss.IndexFlatL2(self.centroids.shape[1])
+        index.add(self.centroids)
+        return faiss.index_cpu_to_all_gpus(index) if faiss_gpus() else index
+
+    def assign(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Nearest centroid of each feature, by FAISS's exact search.
+
+        `features` is (n, dim) float32, already normalised if the metric is cosine (on unit vectors the nearest
+        centroid by L2 is the one of the largest cosine). Returns tokens (n,) uint16 and squared distances (n,)
+        float32.
+        """
+        distances, tokens = self._index.search(np.ascontiguousarray(features, dtype=np.float32), 1)
+        return tokens[:, 0].astype(np.uint16), distances[:, 0]
+
+    def save(self, path: Path) -> None:
+        """Writes the folder `codebook.json` + `centroids.safetensors`, whole or not at all."""
+        with written_whole(path) as partial:
+            partial.mkdir()
+            tensors = {"centroids": np.ascontiguousarray(self.centroids), "counts": self.counts}
+            save_file(tensors, partial / "centroids.safetensors")
+            write_sealed_json(partial / "codebook.json", self.as_json(sha256_file(partial / "centroids.safetensors")))
+
+    def as_json(self, centroids_sha256: str) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "centroids_sha256": centroids_sha256,
+            **self.description,
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Codebook":
+        """Opens a codebook folder. Raises DataError if it is missing, damaged or not what its fingerprint says."""
+        path = Path(path)
+        if not path.is_dir():
+            raise DataError(f"{path} does not exist or is no folder; --codebook takes what build-codebook wrote.")
+        description = read_description(path / "codebook.json")
+        weights = path / "centroids.safetensors"
+        try:
+            intact = sha256_file(weights) == description["centroids_sha256"]
+            tensors = load_file(weights) if intact else {}
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{weights} cannot be read ({error}); build the codebook again.") from None
+        if not intact:
+            raise DataError(f"{weights} was changed since it was written (its digest does not match); build it again.")
+        fields = {
+            k: v for k, v in description.items() if k not in ("format", "version", "fingerprint", "centroids_sha256")
+        }
+        codebook = cls(tensors["centroids"], tensors["counts"], fields)
+        if codebook.fingerprint != description["fingerprint"]:
+            raise DataError(f"{path} does not have the fingerprint that it states; build it again.")
+        return codebook
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The JSON of a codebook, from its folder or embedded in a token store; DataError if missing or changed."""
+    return read_sealed_json(path, format=FORMAT, version=VERSION)
+
+
+def usage(counts: np.ndarray) -> dict[str, float | int]:
+    """How evenly codes are used: used and dead codes, entropy in bits, perplexity (2 ** entropy), of counts (K,)."""
+    share = counts[counts > 0] / max(counts.sum(), 1)
+    entropy = float(-(share * np.log2(share)).sum()) if len(share) else 0.0
+    return {
+        "codes": len(counts),
+        "used": len(share),
+        "dead": len(counts) - len(share),
+        "entropy_bits": abs(entropy),
+        "perplexity": 2.0 ** abs(entropy),
+    }

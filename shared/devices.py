@@ -1,0 +1,29 @@
+"""Which device and how many processes to use when the user did not say."""
+
+import os
+
+from .errors import UsageError
+
+
+def choose_device(device: str) -> str:
+    """ "cpu" or "cuda" for "auto", "cpu" or "cuda"; UsageError if CUDA was asked for and is not there."""
+    import torch
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device {device} is unknown; choose auto, cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device auto or cpu.")
+    return "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def choose_workers(workers: int | None, device: str) -> int:
+    """Processes that decode images: as asked, else none on the CPU (they would take the model's cores) and up to 16."""
+    if workers is not None:
+        return workers
+    return 0 if device == "cpu" else min(16, os.cpu_count() or 1)
+
+
+def refuse_many_processes() -> None:
+    """Several processes would each do all of the work; better one sentence than silent waste."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("torchrun with more than one process is not supported yet; start this command directly.")

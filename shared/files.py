@@ -1,0 +1,104 @@
+"""Files that appear whole or not at all, and digests that prove what is in them."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+
+SEAL = "sha256_of_the_rest"
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of `value` that is hashed: sorted keys, no spaces, UTF-8, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yields a hidden path to write a file or folder at; it takes its final name, synced, only if the block succeeds.
+
+    The hidden name is fixed, so that what a killed process left behind is overwritten by the next one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    _remove(partial)
+    try:
+        yield partial
+        for file in (p for p in partial.rglob("*") if p.is_file()) if partial.is_dir() else [partial]:
+            _fsync(file)
+        os.replace(partial, path)
+        _fsync(path.parent)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sealed_text(content: dict[str, Any]) -> str:
+    seal = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    return json.dumps({**content, SEAL: seal}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_sealed_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes `content` readably, with a digest of itself, so that any later change of a byte can be seen."""
+    with written_whole(path) as partial:
+        partial.write_text(_sealed_text(content), encoding="utf-8")
+
+
+def read_sealed_json(path: Path, *, format: str, version: int) -> dict[str, Any]:
+    """Reads what `write_sealed_json` wrote.
+
+    Raises DataError if the file is missing, was changed, or is of another format or version than asked for.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}); restore it or make it again.") from None
+    if content.get("format") != format:
+        raise DataError(f"{path} is not a {format}: it says format {content.get('format')!r}.")
+    if content.get("version") != version:
+        raise DataError(
+            f"{path} has {format} version {content.get('version')!r}, and this mapet reads version {version}; "
+            "use the mapet that wrote it or make it again."
+        )
+    content.pop(SEAL, None)
+    try:
+        unchanged = _sealed_text(content) == text
+    except ValueError:  # what JSON can say and we never write: infinities, halves of surrogate pairs
+        unchanged = False
+    if not unchanged:
+        raise DataError(
+            f"{path} was changed since it was written (its digest does not match); restore it or make it again."
+        )
+    return content

@@ -1,0 +1,47 @@
+"""Batches from worker processes, with errors that arrive as one sentence and not as a worker's traceback."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from .errors import MapetError
+
+
+class _Guarded(Dataset):
+    def __init__(self, size: int, load: Callable[[Any], Any]):
+        self.size, self.load = size, load
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.load(index)
+        except MapetError as error:
+            return error
+
+
+def _collate(samples: list[Any]) -> Any:
+    return next((sample for sample in samples if isinstance(sample, MapetError)), None) or default_collate(samples)
+
+
+def batches(
+    load: Callable[[Any], dict], indices: Iterable[list[Any]], size: int, workers: int, pin_memory: bool = False
+) -> Iterator[dict]:
+    """Yields the collated `load(index)` for each list in `indices`, in order, loaded by `workers` processes.
+
+    Raises the MapetError that `load` raised, whichever process it happened in.
+    """
+    loader = DataLoader(
+        _Guarded(size, load),
+        batch_sampler=indices,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )
+    for batch in loader:
+        if isinstance(batch, MapetError):
+            raise batch
+        yield batch

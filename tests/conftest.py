@@ -1,0 +1,65 @@
+"""Parts that many tests share: drawn pictures, a small real tower, a codebook, a token store. All real, all small."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test must not wait for a hub
+# Results are bit-identical for one number of threads; processes that tests start must have the same one. Models are
+# too small here for a second thread to help.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from mapet.shared.drawings import write_drawings
+from mapet.tokenize_stage.build_codebook import build_codebook
+from mapet.tokenize_stage.encode_shards import encode_shards
+
+REPOSITORY = Path(__file__).parent.parent
+RESEARCH_DATA = REPOSITORY.parent / "shared"
+K = 16
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The artifacts of a small chain: 3 tars of 32 drawings (64 px), a codebook with K = 16 (8x8 grid), a store."""
+
+    images: Path
+    codebook: Path
+    tokens: Path
+
+    @property
+    def tars(self) -> list[Path]:
+        return sorted(self.images.glob("*.tar"))
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """`local-dir:` name of a tiny open_clip ViT with random weights: 64 px, patch 8, 8x8 grid, 32 features."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("tower")
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = open_clip.CLIP(**config)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="session")
+def chain(tower: str, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    root = tmp_path_factory.mktemp("chain")
+    found = Chain(root / "images", root / "codebook", root / "tokens")
+    write_drawings(found.images, 96, seed=7, per_tar=32)
+    build_codebook(found.images, found.codebook, tower=tower, k=K, restarts=1, iterations=5)
+    encode_shards(found.images, found.codebook, found.tokens, batch_size=16)
+    return found

@@ -1,0 +1,209 @@
+"""The command line as a user meets it: real processes, exit codes, one sentence for what is wrong."""
+
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mapet
+import pytest
+from mapet import cli
+from mapet.shared.drawings import write_drawings
+from mapet.tokenize_stage.build_codebook import build_codebook
+
+COMMAND = [sys.executable, "-c", "from mapet.cli import main; main()"]
+MODEL = ["model.name=null", "model.dim=32", "model.depth=1", "model.heads=2", "model.image_size=64"]
+TRAIN = ["model.patch_size=8", "train.epochs=1", "train.batch_size=32", "optimizer.warmup_epochs=0"]
+
+
+def mapet_command(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+
+
+def settings(*pairs: str) -> list[str]:
+    return [word for pair in (*MODEL, *TRAIN, *pairs) for word in ("--set", pair)]
+
+
+def test_help_and_completion_import_nothing_heavy():
+    heavy = ("torch", "open_clip", "timm", "faiss", "zarr", "numpy", "PIL", "torchvision", "webdataset")
+    for words, environment in (
+        (["--help"], {}),
+        (["tokenize", "build-codebook", "--help"], {}),
+        (["train", "--help"], {}),
+        ([], {"_MAPET_COMPLETE": "complete_bash", "COMP_WORDS": "mapet tok", "COMP_CWORD": "1"}),
+    ):
+        code = (
+            "import atexit, sys; from mapet import cli\n"
+            f"atexit.register(lambda: print('LOADED', [name for name in {heavy!r} if name in sys.modules]))\n"
+            f"sys.argv = {['mapet', *words]!r}\n"
+            "cli.main()"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+        )
+        assert "LOADED []" in result.stdout, result
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        (cli.build_codebook, mapet.build_codebook),
+        (cli.encode_shards, mapet.encode_shards),
+        (cli.inspect, mapet.inspect),
+        (cli.verify, mapet.verify),
+        (cli.pretrain, mapet.pretrain),
+        (cli.probe, mapet.probe),
+        (cli.demo, mapet.demo),
+        (cli.doctor, mapet.doctor),
+    ],
+)
+def test_each_command_has_the_defaults_of_its_function(command, function):
+    options, parameters = (inspect.signature(call).parameters for call in (command, function))
+    assert set(options) - {"json"} == set(parameters)
+    for name, parameter in parameters.items():
+        default = options[name].default
+        if parameter.default is inspect.Parameter.empty:
+            assert default is inspect.Parameter.empty, name
+        else:
+            assert (default or None) == (parameter.default or None) or str(default) == str(parameter.default), name
+    assert function.__doc__
+
+
+def test_every_public_name_is_there():
+    assert {name for name in mapet.__all__ if not callable(getattr(mapet, name))} == set()
+    with pytest.raises(AttributeError, match="nothing"):
+        mapet.nothing  # noqa: B018
+
+
+def test_the_whole_chain_by_command(chain, tower, tmp_path: Path):
+    codebook, tokens, run = tmp_path / "codebook", tmp_path / "tokens", tmp_path / "run"
+    steps = [
+        ("tokenize", "build-codebook", chain.images, "--out", codebook, "--tower", tower, "--k", 16, "--restarts", 1),
+        ("tokenize", "encode-shards", chain.images, "--codebook", codebook, "--out", tokens),
+        ("tokenize", "verify", tokens, "--codebook", codebook, "--images", chain.images),
+        ("train", "pretrain", "--images", chain.images, "--tokens", tokens, "--out", run, *settings()),
+        ("train", "probe", run, "--images", chain.images, "--val", chain.images, "--random-init"),
+    ]
+    for step in steps:
+        result = mapet_command(*step)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip(), step
+    about = json.loads(mapet_command("tokenize", "inspect", tokens, "--json").stdout)
+    assert (about["images"], about["k"], about["grid"]) == (96, 16, [8, 8])
+    assert (
+        about["fingerprint"]
+        == json.loads(mapet_command("tokenize", "inspect", codebook, "--json").stdout)["fingerprint"]
+    )
+    key = json.loads(mapet_command("tokenize", "inspect", tokens, "--json").stdout)
+    assert key["usage"]["used"] + key["usage"]["dead"] == 16
+
+
+def broken(chain, tower: str, folder: Path) -> dict[str, tuple[list, int, str]]:
+    """Arguments, exit code and words of the sentence, for each thing that can be wrong."""
+    (folder / "empty.tar").write_bytes(b"")
+    write_drawings(folder / "more", 8, seed=9)
+    text = folder / "texts.tar"
+    import tarfile
+
+    with tarfile.open(text, "w") as tar:
+        tar.add(__file__, "notes.txt")
+    shutil.copytree(chain.tokens, folder / "truncated")
+    shard = sorted((folder / "truncated" / "shards").glob("*.zip"))[0]
+    shard.write_bytes(shard.read_bytes()[:-7])
+    build_codebook(chain.images, folder / "other", tower=tower, k=16, restarts=1, iterations=1, seed=1)
+    config = Path(tower.removeprefix("local-dir:")) / "open_clip_config.json"
+    (folder / "weightless").mkdir()
+    shutil.copy(config, folder / "weightless")
+    build = ["tokenize", "build-codebook"]
+    out = ["--out", folder / "out"]
+    train = ["train", "pretrain", "--images", chain.images, "--out", folder / "run", "--tokens"]
+    return {
+        "missing path": ([*build, folder / "nothing", *out, "--tower", tower], 1, "does not exist"),
+        "empty tar": ([*build, folder / "empty.tar", *out, "--tower", tower], 1, "is empty"),
+        "tar without images": ([*build, text, *out, "--tower", tower], 1, "holds no images"),
+        "unknown tower": ([*build, chain.images, *out, "--tower", "ViT-Z-99"], 2, "did you mean"),
+        "unknown tag": ([*build, chain.images, *out, "--tower", "ViT-B-32", "--pretrained", "x"], 2, "its tags are"),
+        "weights missing": (
+            [*build, chain.images, *out, "--tower", f"local-dir:{folder / 'weightless'}"],
+            1,
+            "no weights",
+        ),
+        "weights out of reach": ([*build, chain.images, *out, "--tower", "RN50"], 1, "could not be fetched"),
+        "K larger than the sample": (
+            [*build, chain.images, *out, "--tower", tower, "--k", 16, "--patches", 15],
+            1,
+            "larger than the sample",
+        ),
+        "tokens of another codebook": (
+            ["tokenize", "encode-shards", chain.images, "--codebook", folder / "other", "--out", chain.tokens],
+            1,
+            "was begun",
+        ),
+        "another codebook to verify": (
+            ["tokenize", "verify", chain.tokens, "--codebook", folder / "other"],
+            1,
+            "was made with codebook",
+        ),
+        "grid mismatch": ([*train, chain.tokens, *settings("model.patch_size=16")], 2, "these would fit"),
+        "tokens missing for an image": (
+            [
+                "train",
+                "pretrain",
+                "--images",
+                folder / "more",
+                "--out",
+                folder / "run",
+                "--tokens",
+                chain.tokens,
+                *settings(),
+            ],
+            1,
+            "have no tokens",
+        ),
+        "truncated token shard": ([*train, folder / "truncated", *settings()], 1, "bytes instead of"),
+        "truncated token shard, verified": (["tokenize", "verify", folder / "truncated"], 1, "bytes instead of"),
+        "unknown setting": ([*train, chain.tokens, *settings("optimizer.learning_rate=1")], 2, "optimizer.lr"),
+        "no image of that key": (["tokenize", "inspect", chain.tokens, "--key", "nobody"], 1, "no image with key"),
+        "neither codebook nor store": (["tokenize", "inspect", folder], 1, "neither a codebook"),
+        "no CUDA": ([*build, chain.images, *out, "--tower", tower, "--device", "cuda"], 2, "no CUDA device"),
+    }
+
+
+def test_what_is_wrong_is_said_in_one_sentence_and_leaves_nothing_behind(chain, tower, tmp_path: Path):
+    if __import__("torch").cuda.is_available():
+        pytest.skip("one of the cases needs a machine without CUDA")
+    for name, (arguments, code, words) in broken(chain, tower, tmp_path).items():
+        result = mapet_command(*arguments)
+        said = [line for line in result.stderr.splitlines() if line.startswith("mapet: ")]
+        assert result.returncode == code, (name, result)
+        assert len(said) == 1, (name, result.stderr)
+        assert words in said[0], (name, said)
+        assert "Traceback" not in result.stderr + result.stdout, name
+        assert not (tmp_path / "out").exists(), name
+        assert not (tmp_path / "run" / "checkpoints").exists(), name
+
+
+def test_a_wrong_option_is_a_usage_error():
+    assert mapet_command("tokenize", "build-codebook", "x", "--nonsense").returncode == 2
+
+
+def test_many_processes_are_refused_before_they_do_the_same_work_twice(chain, tmp_path: Path):
+    arguments = ["tokenize", "encode-shards", chain.images, "--codebook", chain.codebook, "--out", tmp_path / "tokens"]
+    result = mapet_command(*arguments, WORLD_SIZE="2", RANK="0")
+    assert result.returncode == 2
+    assert "torchrun" in result.stderr
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_doctor_names_versions_devices_and_the_faiss_build():
+    about = json.loads(mapet_command("doctor", "--json").stdout)
+    assert about["packages"]["torch"] == __import__("torch").__version__.split("+")[0]
+    assert about["faiss"]["version"] == __import__("faiss").__version__
+    assert isinstance(about["devices"]["cuda"], list)
+    assert "problems" in about
+    assert "torch" in mapet_command("doctor").stdout

@@ -1,0 +1,39 @@
+"""The demo on a few pictures of one's own: every chapter, offline, and again without doing anything twice."""
+
+from pathlib import Path
+
+import mapet
+import pytest
+from mapet.shared.drawings import write_drawings
+from mapet.shared.errors import DataError
+from PIL import Image
+
+
+def test_the_demo_runs_on_ones_own_pictures_and_goes_on_where_it_was(tmp_path: Path, capfd: pytest.CaptureFixture):
+    write_drawings(tmp_path / "mine", 120, seed=3)
+    rows = mapet.demo(tmp_path / "mine", out=tmp_path / "out")
+    said = capfd.readouterr()
+    assert [row.features for row in rows] == ["pre-trained", "random init", "pixels 32x32"]
+    assert "mapet tokenize build-codebook" in said.err
+    assert "linear probe" in said.out
+    with Image.open(tmp_path / "out" / "tokens.png") as picture:
+        assert picture.width > 300
+    checkpoint = tmp_path / "out" / "run" / "checkpoints"
+    before = {path: path.stat().st_mtime_ns for path in checkpoint.rglob("*")}
+    assert mapet.demo(tmp_path / "mine", out=tmp_path / "out") == rows
+    assert {path: path.stat().st_mtime_ns for path in checkpoint.rglob("*")} == before
+
+
+def test_the_demo_without_labels_still_makes_tokens_and_a_picture(tmp_path: Path, capfd: pytest.CaptureFixture):
+    (tmp_path / "mine").mkdir()
+    for number in range(40):
+        Image.effect_noise((80, 60), 10 + number).convert("RGB").save(tmp_path / "mine" / f"{number}.png")
+    assert mapet.demo(tmp_path / "mine", out=tmp_path / "out") == []
+    assert "no labels" in capfd.readouterr().err
+    assert (tmp_path / "out" / "tokens.png").exists()
+
+
+def test_too_few_pictures_are_refused(tmp_path: Path):
+    write_drawings(tmp_path / "mine", 5, seed=3)
+    with pytest.raises(DataError, match="at least 20"):
+        mapet.demo(tmp_path / "mine", out=tmp_path / "out")

@@ -1,0 +1,46 @@
+"""What is installed: the wheel's files, and the package's own size."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    out, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source") / "tree"
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    for name in filter(None, listed):
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    modules = {
+        f"mapet/{path.relative_to(ROOT).as_posix()}"
+        for room in ("shared", "tokenize_stage", "train_stage")
+        for path in (ROOT / room).glob("*.py")
+    } | {"mapet/__init__.py", "mapet/cli.py", "mapet/demo.py"}
+    recipes = {f"mapet/recipes/vit-{size}-16.yaml" for size in ("tiny", "small", "base")}
+    tower = {
+        f"mapet/demo_assets/tower/{name}"
+        for name in ("README.md", "open_clip_config.json", "open_clip_model.safetensors")
+    }
+    assert names == modules | recipes | tower
+
+
+def test_what_the_demo_carries_is_at_most_5_mb(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        assert sum(info.file_size for info in archive.infolist() if "demo_assets" in info.filename) <= 5_000_000

@@ -1,0 +1,128 @@
+"""The join by key: right pixels beside right tokens, or a sentence that says which image is wrong."""
+
+import io
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mapet.shared.codebook import Codebook
+from mapet.shared.errors import DataError, UsageError
+from mapet.shared.token_store import TokenStore
+from mapet.tokenize_stage.encode_shards import encode_shards
+from mapet.tokenize_stage.towers import TowerSettings, open_tower
+from mapet.train_stage.data import LoadSample, batch_places, check_grid, join
+from mapet.train_stage.settings import DataSettings, resolve
+from PIL import Image
+
+GRID = ["model.image_size=64", "model.patch_size=8", "data.color_jitter=0"]
+
+
+def loader(chain, *overrides: str, seed: int = 0) -> LoadSample:
+    settings = resolve("vit-tiny-16", [*GRID, *overrides])
+    return LoadSample(join(chain.images, TokenStore(chain.tokens)), settings.model, settings.data, seed)
+
+
+def test_a_samples_pixels_give_its_tokens_when_encoded_again(chain, tower):
+    """The student's own pixels through the tower: only an image and the tokens of that very view agree."""
+    load, book, frozen = loader(chain), Codebook.load(chain.codebook), open_tower(TowerSettings(tower))
+    samples = [load((0, index)) for index in range(0, 96, 8)]
+    pixels = torch.stack([torch.from_numpy(sample["pixels"]) for sample in samples])
+    found, _ = book.assign(frozen.features(pixels).reshape(-1, frozen.dim).numpy())
+    for sample, tokens in zip(samples, found.reshape(len(samples), -1), strict=True):
+        assert np.array_equal(tokens[sample["order"]], sample["tokens"])
+
+
+def test_samples_are_a_pure_function_of_seed_epoch_and_key(chain, tmp_path: Path):
+    shuffled = tmp_path / "images"
+    shutil.copytree(chain.images, shuffled)
+    for number, path in enumerate(sorted(shuffled.glob("*.tar"))):
+        path.rename(shuffled / f"{9 - number}.tar")
+    one = loader(chain, "data.color_jitter=0.4")
+    other = LoadSample(join(shuffled, TokenStore(chain.tokens)), one.model, one.data, 0)
+    place = {record.key: index for index, record in enumerate(other.images.records)}
+    for index in (0, 50, 95):
+        first, second = one((3, index)), other((3, place[one.images.records[index].key]))
+        assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert not np.array_equal(one((3, 0))["order"], one((4, 0))["order"])
+    assert not np.array_equal(one((3, 0))["order"], one((3, 1))["order"])
+    assert not np.array_equal(one((3, 0))["order"], loader(chain, seed=1)((3, 0))["order"])
+
+
+def test_jitter_changes_colours_only(chain):
+    plain, jittered = (loader(chain, f"data.color_jitter={strength}")((0, 0)) for strength in (0, 0.4))
+    assert np.array_equal(plain["order"], jittered["order"])
+    assert not np.array_equal(plain["pixels"], jittered["pixels"])
+    shape = [np.sign(np.diff(sample["pixels"].astype(float).sum(0), axis=0)) for sample in (plain, jittered)]
+    assert (shape[0] * shape[1] >= 0).mean() > 0.97
+
+
+def test_images_without_tokens_are_named_or_skipped_as_chosen(chain, tmp_path: Path):
+    encode_shards(chain.tars[0], chain.codebook, tmp_path / "tokens")
+    store = TokenStore(tmp_path / "tokens")
+    with pytest.raises(DataError, match="64 of 96 images have no tokens"):
+        join(chain.images, store)
+    assert len(join(chain.images, store, skip_missing=True)) == 32
+    with pytest.raises(DataError, match="32 of 32"):
+        join(chain.tars[1], store, skip_missing=True)
+
+
+def test_training_on_some_of_the_shards_is_allowed(chain):
+    assert len(join(chain.tars[1], TokenStore(chain.tokens))) == 32
+
+
+def test_an_image_replaced_since_encoding_stops_the_loader(chain, tmp_path: Path):
+    shutil.copytree(chain.images, tmp_path / "images")
+    tar = sorted((tmp_path / "images").glob("*.tar"))[0]
+    with tarfile.open(tar) as archive:
+        member = next(member for member in archive if member.name.endswith(".jpg"))
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "JPEG")
+    data = bytearray(tar.read_bytes())
+    data[member.offset_data : member.offset_data + member.size] = buffer.getvalue().ljust(member.size, b"\0")
+    tar.write_bytes(data)
+    settings = resolve("vit-tiny-16", GRID)
+    load = LoadSample(join(tmp_path / "images", TokenStore(chain.tokens)), settings.model, settings.data, 0)
+    with pytest.raises(DataError, match="CRC32"):
+        load((0, 0))
+
+
+def test_a_truncated_token_shard_stops_the_join(chain, tmp_path: Path):
+    shutil.copytree(chain.tokens, tmp_path / "tokens")
+    shard = sorted((tmp_path / "tokens" / "shards").glob("*.zip"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(DataError, match=shard.name):
+        join(chain.images, TokenStore(tmp_path / "tokens"))
+
+
+def test_a_grid_that_does_not_fit_says_which_sizes_would(chain):
+    settings = resolve("vit-tiny-16", ["model.image_size=64", "model.patch_size=16"])
+    with pytest.raises(UsageError, match=r"image_size=128 with model\.patch_size=16, or model\.patch_size=8"):
+        check_grid(TokenStore(chain.tokens), settings.model)
+
+
+def test_pixels_are_decoded_at_the_students_own_resolution(chain):
+    assert loader(chain, "model.image_size=96", "model.patch_size=12")((0, 0))["pixels"].shape == (3, 96, 96)
+
+
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 4), st.integers(0, 5), st.integers(1, 4), st.data())
+def test_batches_visit_every_image_once_an_epoch_and_resume_anywhere(images, part, parts, seed, epochs, data):
+    batch = part * parts
+    places = list(batch_places(images, batch, epochs, seed, parts, 0))
+    steps = images // batch
+    assert len(places) == epochs * steps * parts
+    for epoch in range(epochs):
+        seen = [place for some in places[epoch * steps * parts : (epoch + 1) * steps * parts] for place in some]
+        assert {where for where, _ in seen} <= {epoch}
+        assert len({index for _, index in seen}) == len(seen) == steps * batch
+    start = data.draw(st.integers(0, epochs * steps))
+    assert list(batch_places(images, batch, epochs, seed, parts, start)) == places[start * parts :]
+
+
+def test_settings_of_data_are_checked():
+    with pytest.raises(UsageError, match="color_jitter"):
+        DataSettings(color_jitter=2)

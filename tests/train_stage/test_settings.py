@@ -1,0 +1,83 @@
+"""Settings: the paper's recipes, overrides, and one sentence for what cannot be."""
+
+from pathlib import Path
+
+import pytest
+from mapet.shared.errors import UsageError
+from mapet.train_stage.settings import RECIPES, resolve
+
+
+@pytest.mark.parametrize(("size", "dim", "heads"), [("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12)])
+def test_shipped_recipes_are_the_papers(size: str, dim: int, heads: int):
+    found = resolve(f"vit-{size}-16")
+    assert (found.model.dim, found.model.depth, found.model.heads) == (dim, 12, heads)
+    assert (found.model.image_size, found.model.patch_size, found.model.visible) == (224, 16, 49)
+    assert (found.optimizer.lr, found.optimizer.min_lr, found.optimizer.warmup_lr) == (1.5e-3, 1e-5, 1e-6)
+    assert (found.optimizer.weight_decay, found.optimizer.clip_grad) == (0.05, 3.0)
+    assert (found.train.epochs, found.train.batch_size, found.optimizer.warmup_epochs) == (300, 2048, 10)
+
+
+def test_the_base_recipe_says_what_the_defaults_are():
+    assert resolve("vit-base-16") == resolve()
+
+
+def test_every_shipped_recipe_resolves():
+    assert [resolve(path).model.name for path in sorted(RECIPES.glob("*.yaml"))] == [
+        "vit-base",
+        "vit-small",
+        "vit-tiny",
+    ]
+
+
+def test_overrides_win_over_the_recipe_and_keep_their_types(tmp_path: Path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("optimizer: {lr: 1e-4}\ntrain: {epochs: 7}\n")
+    found = resolve(recipe, ["optimizer.lr=2e-3", "optimizer.betas=[0.9,0.98]", "optimizer.clip_grad=null"])
+    assert (found.optimizer.lr, found.train.epochs) == (2e-3, 7)
+    assert (found.optimizer.betas, found.optimizer.clip_grad) == ([0.9, 0.98], None)
+
+
+def test_visible_defaults_to_a_quarter_of_the_patches():
+    assert resolve(overrides=["model.image_size=64", "model.patch_size=8"]).model.visible == 16
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.learning_rate=1", "optimizer.lr"),
+        ("optimiser.lr=1", "optimizer"),
+        ("optimizer.lr=fast", "optimizer.lr"),
+        ("optimizer.lr=-1", "positive"),
+        ("train.epochs=0", "at least 1"),
+        ("train.epochs=1.5", "train.epochs"),
+        ("model.name=vit-huge", "vit-large"),
+        ("model.name=null", "model.dim"),
+        ("model.visible=196", "196"),
+        ("model.image_size=225", "multiple"),
+        ("model.heads=7", "multiple"),
+        ("model.drop_path=1", "drop_path"),
+        ("train.accumulate=3", "multiple"),
+        ("train.precision=fp16", "bfloat16"),
+        ("data.mean=[0.5]", "three numbers"),
+        ("data.interpolation=nearest", "bicubic"),
+        ("optimizer.lr", "key=value"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(override: str, words: str):
+    with pytest.raises(UsageError, match=words) as caught:
+        resolve(overrides=[override])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_lists_the_shipped_ones():
+    with pytest.raises(UsageError, match="vit-base-16, vit-small-16, vit-tiny-16"):
+        resolve("vit-giant")
+
+
+def test_a_recipe_with_an_unknown_key_or_broken_yaml_is_refused(tmp_path: Path):
+    (tmp_path / "unknown.yaml").write_text("model: {width: 3}\n")
+    (tmp_path / "broken.yaml").write_text("model: {name: [\n")
+    with pytest.raises(UsageError, match="width"):
+        resolve(tmp_path / "unknown.yaml")
+    with pytest.raises(UsageError, match=r"broken\.yaml"):
+        resolve(tmp_path / "broken.yaml")

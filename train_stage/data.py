@@ -1,0 +1,144 @@
+"""What a training step sees: the pixels of an image's stored view, the tokens of that very view, its permutation.
+
+Images and tokens are joined by key, and an image's bytes must be the ones that were encoded (CRC32).
+"""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
+
+from ..shared.console import say
+from ..shared.errors import DataError, UsageError
+from ..shared.images import ImageRecord, decode, open_source, read_bytes
+from ..shared.randomness import generator
+from ..shared.token_store import TokenStore
+from ..shared.views import CropBox, replay, to_array
+from .settings import DataSettings, ModelSettings
+
+
+@dataclass(frozen=True, eq=False)
+class TokenisedImages:
+    """Images joined with their rows of a token store: parallel sequences over n images, tokens (n, V, H, W) uint16,
+    crops (n, V, 4) float64, flips (n, V) bool, crc32 (n,) uint32."""
+
+    records: list[ImageRecord]
+    tokens: np.ndarray
+    crops: np.ndarray
+    flips: np.ndarray
+    crc32: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+def join(images: str | Path | list[str | Path], store: TokenStore, skip_missing: bool = False) -> TokenisedImages:
+    """Finds each image's tokens by its key.
+
+    Raises DataError naming the images that have no tokens, unless `skip_missing`; then they are counted and left out.
+    Tokens whose image is not in `images` are not an error (training on some of the shards), but they are counted.
+    """
+    columns = [(rows.keys, rows.tokens, rows.crops, rows.flips, rows.crc32) for _, rows in store.shards()]
+    keys, tokens, crops, flips, crc32 = (np.concatenate(column) for column in zip(*columns, strict=True))
+    row_of = {key: row for row, key in enumerate(keys)}
+    if len(row_of) != len(keys):
+        raise DataError(f"{store.path} holds {len(keys) - len(row_of)} keys twice; encode each image once.")
+    records = [record for shard in open_source(images) for record in shard.records]
+    missing = [record.key for record in records if record.key not in row_of]
+    if missing:
+        named = f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
+        text = f"{len(missing)} of {len(records)} images have no tokens in {store.path}: {named}"
+        if not skip_missing or len(missing) == len(records):
+            raise DataError(f"{text}; encode them (mapet tokenize encode-shards) or --set data.skip_missing=true.")
+        say(f"{text}; they are left out.")
+        records = [record for record in records if record.key in row_of]
+    if len(records) < len(keys):
+        say(f"{len(keys) - len(records)} rows of {store.path} belong to images that were not given; they are not used.")
+    rows = np.array([row_of[record.key] for record in records])
+    return TokenisedImages(records, tokens[rows], crops[rows], flips[rows], crc32[rows])
+
+
+def check_grid(store: TokenStore, model: ModelSettings) -> None:
+    """UsageError, saying which sizes would fit, unless the model has one patch for each token."""
+    rows, columns = store.grid
+    side = model.image_size // model.patch_size
+    if (rows, columns) == (side, side):
+        return
+    if rows != columns:
+        raise UsageError(f"{store.path} has a {rows}x{columns} token grid; the model needs a square one.")
+    fits = f"model.image_size={rows * model.patch_size} with model.patch_size={model.patch_size}"
+    if model.image_size % rows == 0:
+        fits += f", or model.patch_size={model.image_size // rows} with model.image_size={model.image_size}"
+    raise UsageError(
+        f"The model's grid is {side}x{side} (model.image_size {model.image_size}, model.patch_size {model.patch_size}) "
+        f"and {store.path} has {rows}x{columns} tokens an image; these would fit: {fits}."
+    )
+
+
+@dataclass(frozen=True)
+class LoadSample:
+    """Loads the sample (epoch, image): a pure function of (seed, epoch, key)."""
+
+    images: TokenisedImages
+    model: ModelSettings
+    data: DataSettings
+    seed: int
+
+    def __call__(self, place: tuple[int, int]) -> dict[str, np.ndarray]:
+        """pixels uint8 (3, S, S); order (N,) int64; tokens (N,) int64 in that order; draws (depth, 2) float32."""
+        epoch, index = place
+        record, view = self.images.records[index], epoch % self.images.tokens.shape[1]
+        order = self._random("permutation", epoch, record).permutation(self.images.tokens[index, view].size)
+        return {
+            "pixels": self._pixels(record, index, view, epoch),
+            "order": order,
+            "tokens": self.images.tokens[index, view].reshape(-1)[order].astype(np.int64),
+            "draws": self._random("drop path", epoch, record).random((self.model.depth, 2), dtype=np.float32),
+        }
+
+    def _random(self, what: str, epoch: int, record: ImageRecord) -> np.random.Generator:
+        return generator(self.seed, what, epoch, record.key)
+
+    def _pixels(self, record: ImageRecord, index: int, view: int, epoch: int) -> np.ndarray:
+        data = read_bytes(record)
+        if zlib.crc32(data) != self.images.crc32[index]:
+            raise DataError(
+                f"{record.path}: image {record.key!r} is not the one that was encoded (its CRC32 differs); "
+                "restore the source or encode it again."
+            )
+        image = decode(data, f"{record.path}: image {record.key!r}")
+        box = CropBox(*self.images.crops[index, view])
+        student = replay(
+            image, box, bool(self.images.flips[index, view]), self.model.image_size, self.data.interpolation
+        )
+        if self.data.color_jitter:
+            student = _jitter(student, self.data.color_jitter, self._random("jitter", epoch, record))
+        return to_array(student)
+
+
+def _jitter(image, strength: float, random: np.random.Generator):
+    """Brightness, contrast and saturation by factors from [1 - strength, 1 + strength], in random order, no hue."""
+    adjustments = (adjust_brightness, adjust_contrast, adjust_saturation)
+    factors = random.uniform(1 - strength, 1 + strength, size=len(adjustments))
+    for which in random.permutation(len(adjustments)):
+        image = adjustments[which](image, factors[which])
+    return image
+
+
+def batch_places(count: int, batch_size: int, epochs: int, seed: int, parts: int, start: int) -> Iterator[list]:
+    """Yields, from step `start` on, the (epoch, image) places of each of the `parts` parts of each batch.
+
+    Each epoch visits the images in a new order, a pure function of (seed, epoch); what does not fill a batch at its
+    end is left for the next epoch's order.
+    """
+    steps = count // batch_size
+    for step in range(start, epochs * steps):
+        epoch, within = divmod(step, steps)
+        if within == 0 or step == start:
+            order = generator(seed, "epoch", epoch).permutation(count)
+        batch = order[within * batch_size : (within + 1) * batch_size]
+        for part in np.split(batch, parts):
+            yield [(epoch, int(index)) for index in part]

@@ -1,0 +1,358 @@
+"""pretrain: images and their stored tokens -> a pre-trained MaPeT. One process; no teacher, no masks in the loader."""
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import isfinite
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.tensorboard import SummaryWriter
+
+from ..shared.console import progress, say, table
+from ..shared.devices import choose_device, choose_workers, refuse_many_processes
+from ..shared.errors import DataError, FingerprintMismatch, Interrupted, UsageError
+from ..shared.files import written_whole
+from ..shared.loading import batches
+from ..shared.token_store import TokenStore
+from .checkpoint import load_checkpoint, newest_checkpoint, prune, read_state, save_checkpoint
+from .data import LoadSample, TokenisedImages, batch_places, check_grid, join
+from .model import MaPeT, drop_path_keep
+from .settings import OptimizerSettings, Settings, resolve
+
+RESUME = ("auto", "never")
+
+
+def pretrain(
+    images: str | Path | Sequence[str | Path],
+    tokens: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: str = "auto",
+    device: str = "auto",
+) -> Path:
+    """Pre-trains MaPeT (arXiv 2306.07346) and returns the folder of the last checkpoint.
+
+    Args:
+        images: a tar, a folder, a brace pattern of tars, or a list of tars.
+        tokens: the token store of these images.
+        out: the run's folder: settings.yaml, run.json, metrics.jsonl, TensorBoard events, checkpoints/.
+        recipe: a shipped recipe's name or a YAML file; overrides: "key=value" settings (see `settings.Settings`).
+        resume: "auto" goes on from the newest checkpoint in `out`, if there is one; "never" refuses if there is.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        UsageError for settings that cannot be or that differ from those of the run to go on with, DataError for
+        images or tokens that are missing or damaged, FingerprintMismatch for tokens of another codebook than before.
+    """
+    refuse_many_processes()
+    settings = resolve(recipe, overrides)
+    store, out = TokenStore(tokens), Path(out)
+    check_grid(store, settings.model)
+    last = _find_resumable(out, resume, settings, store)
+    device = choose_device(device)
+    data = join(images, store, settings.data.skip_missing)
+    run = _Run(settings, data, store, out, device)
+    start, pending = 0, []
+    if last:
+        start, pending = load_checkpoint(last, run.model, run.optimizer), read_state(last)["pending"]
+        say(f"Going on from {last} (step {start} of {run.steps}).")
+    _write_record(out, settings, store, data)
+    with _Logbook(run, start, [_StepMetrics(**metrics) for metrics in pending]) as logbook:
+        path = _train(run, start, logbook)
+    _summary(run, path, logbook)
+    return path
+
+
+class _Run:
+    """What a run is made of: settings, data, model, optimizer, schedule; and how its state is saved."""
+
+    def __init__(self, settings: Settings, data: TokenisedImages, store: TokenStore, out: Path, device: str):
+        self.settings, self.data, self.store, self.out, self.device = settings, data, store, out, device
+        train, optimizer = settings.train, settings.optimizer
+        self.steps_per_epoch = len(data) // train.batch_size
+        if not self.steps_per_epoch:
+            raise UsageError(f"train.batch_size {train.batch_size} is larger than the {len(data)} images.")
+        self.steps = train.epochs * self.steps_per_epoch
+        warmup = round(optimizer.warmup_epochs * self.steps_per_epoch)
+        if warmup >= self.steps:
+            raise UsageError(
+                f"optimizer.warmup_epochs {optimizer.warmup_epochs} is not shorter than {train.epochs} epochs."
+            )
+        torch.manual_seed(train.seed)
+        self.model = MaPeT(settings.model.shape(store.k)).to(device).train()
+        self.optimizer = _adamw(self.model, optimizer)
+        self.schedule = CosineLRScheduler(
+            self.optimizer,
+            t_initial=self.steps - warmup,
+            lr_min=optimizer.min_lr,
+            warmup_t=warmup,
+            warmup_lr_init=optimizer.warmup_lr,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        chosen = train.precision if train.precision != "auto" else "bfloat16" if device == "cuda" else "float32"
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=chosen == "bfloat16")
+        self.mean = torch.tensor(settings.data.mean, device=device).view(1, 3, 1, 1)
+        self.std = torch.tensor(settings.data.std, device=device).view(1, 3, 1, 1)
+
+    def save(self, step: int, pending: list[dict[str, float]]) -> Path:
+        """Writes a checkpoint; `pending` are the metrics since the last line of metrics.jsonl."""
+        settings = self.settings
+        about = {
+            "model": settings.model.shape(self.store.k).to_json(),
+            "input": {name: getattr(settings.data, name) for name in ("mean", "std", "interpolation")},
+            "seed": settings.train.seed,
+            "settings": settings.to_json(),
+            "codebook_fingerprint": self.store.fingerprint,
+            "pending": pending,
+        }
+        path = save_checkpoint(self.out, step, self.model, self.optimizer, about)
+        prune(self.out, settings.train.keep_last)
+        return path
+
+
+def _adamw(model: MaPeT, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """Weight decay on matrices only: not on biases, norms, LayerScale, positions and class token."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim == 1 or name in ("pos_embed", "cls_token")
+        (plain if exempt else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps)
+
+
+def _find_resumable(out: Path, resume: str, settings: Settings, store: TokenStore) -> Path | None:
+    if resume not in RESUME:
+        raise UsageError(f"--resume {resume} is unknown; choose {' or '.join(RESUME)}.")
+    last = newest_checkpoint(out)
+    if last is None:
+        return None
+    if resume == "never":
+        raise UsageError(f"{out} already holds a run; choose another --out, or --resume auto to go on with it.")
+    before = read_state(last)
+    if before["codebook_fingerprint"] != store.fingerprint:
+        raise FingerprintMismatch(
+            f"{out} was trained on tokens of codebook {before['codebook_fingerprint'][:12]} and {store.path} holds "
+            f"tokens of {store.fingerprint[:12]}; give the same tokens or another --out."
+        )
+    changed = _differences(before["settings"], settings.to_json())
+    if changed:
+        raise UsageError(
+            f"{out} was begun with other settings ({'; '.join(changed)}); give the same ones or another --out."
+        )
+    return last
+
+
+# These change how a run is executed or written down, never what is computed.
+_FREE_TO_CHANGE = {"data.workers", "train.log_every", "train.checkpoint_every", "train.keep_last"}
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{group}.{name} was {before[group].get(name)} and is {value}"
+        for group, values in now.items()
+        for name, value in values.items()
+        if before[group].get(name) != value and f"{group}.{name}" not in _FREE_TO_CHANGE
+    ]
+
+
+def _write_record(out: Path, settings: Settings, store: TokenStore, data: TokenisedImages) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.structured(settings), out / "settings.yaml")
+    record = {
+        "command": sys.argv,
+        "images": len(data),
+        "tokens": str(store.path),
+        "codebook_fingerprint": store.fingerprint,
+        "versions": {name: version(name) for name in ("torch", "timm", "numpy", "pillow")},
+    }
+    with written_whole(out / "run.json") as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@contextmanager
+def _stop_between_steps() -> Iterator[threading.Event]:
+    """Yields an event that Ctrl-C or SIGTERM sets, so that a step is never cut in two."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _train(run: _Run, start: int, logbook: "_Logbook") -> Path:
+    train = run.settings.train
+    places = batch_places(len(run.data), train.batch_size, train.epochs, train.seed, train.accumulate, start)
+    loader = batches(
+        LoadSample(run.data, run.settings.model, run.settings.data, train.seed),
+        places,
+        len(run.data),
+        choose_workers(run.settings.data.workers, run.device),
+        pin_memory=run.device == "cuda",
+    )
+    path = newest_checkpoint(run.out)
+    with _stop_between_steps() as stop, progress("pre-training", run.steps, "steps", start) as advance:
+        for step in range(start, run.steps):
+            metrics = _step(run, step, [next(loader) for _ in range(train.accumulate)])
+            advance(1, logbook.note(step + 1, metrics))
+            done = step + 1 == run.steps
+            if done or stop.is_set() or (step + 1) % train.checkpoint_every == 0:
+                path = run.save(step + 1, logbook.pending())
+            if stop.is_set() and not done:
+                raise Interrupted(
+                    f"Stopped after step {step + 1} of {run.steps}; {path} is written. Give the same command to go on."
+                )
+    return path
+
+
+@dataclass(frozen=True)
+class _StepMetrics:
+    """One step's mean loss and sum of right guesses, still on the device, so that nothing waits for them."""
+
+    loss: Tensor | float
+    correct: Tensor | float
+    gradient_norm: Tensor | float
+    tokens: int
+    images: int
+    lr: float
+
+
+def _step(run: _Run, step: int, parts: list[dict[str, Tensor]]) -> _StepMetrics:
+    """One optimizer step on one global batch, in `parts` of equal size."""
+    run.schedule.step_update(step)
+    loss_sum = correct = torch.zeros((), device=run.device)
+    for part in parts:
+        loss, hits = _part(run, part)
+        (loss / len(parts)).backward()
+        loss_sum, correct = loss_sum + loss.detach() / len(parts), correct + hits
+    limit = run.settings.optimizer.clip_grad
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit or float("inf"))
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    images = sum(len(part["tokens"]) for part in parts)
+    predicted = run.model.shape.patches - run.settings.model.visible
+    return _StepMetrics(loss_sum, correct, norm, images * predicted, images, run.optimizer.param_groups[0]["lr"])
+
+
+def _part(run: _Run, part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(mean cross-entropy over the predicted tokens, how many of them were guessed right) of one micro-batch."""
+    moved = {name: tensor.to(run.device, non_blocking=True) for name, tensor in part.items()}
+    pixels = moved["pixels"].float().div_(255).sub_(run.mean).div_(run.std)
+    visible = run.settings.model.visible
+    with run.autocast:
+        keep = drop_path_keep(moved["draws"], run.settings.model.drop_path)
+        logits = run.model(pixels, moved["order"], visible, keep).float()
+    targets = moved["tokens"][:, visible:]
+    return cross_entropy(logits.flatten(0, 1), targets.flatten()), (logits.detach().argmax(-1) == targets).sum()
+
+
+class _Logbook:
+    """metrics.jsonl and TensorBoard: one line every `log_every` steps, with means over them."""
+
+    def __init__(self, run: _Run, start: int, pending: list[_StepMetrics]):
+        self._every, self._run, self._path = run.settings.train.log_every, run, run.out / "metrics.jsonl"
+        self.lines = [line for line in _read_lines(self._path) if line["step"] <= start]
+        # What was logged after the checkpoint is about to happen again.
+        with written_whole(self._path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        self._board = SummaryWriter(run.out / "tensorboard", purge_step=start + 1 if start else None)
+        self._pending = pending
+        self._since = self._began = time.monotonic()
+        self.images = self._images_before = 0
+        self._note = ""
+
+    def __enter__(self) -> "_Logbook":
+        self._file = open(self._path, "a")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._board.close()
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / max(time.monotonic() - self._began, 1e-9)
+
+    def pending(self) -> list[dict[str, float]]:
+        return [{name: float(value) for name, value in vars(metrics).items()} for metrics in self._pending]
+
+    def note(self, step: int, metrics: _StepMetrics) -> str:
+        """Takes one step's metrics; returns what to show beside the progress bar."""
+        self._pending.append(metrics)
+        self.images += metrics.images
+        if step % self._every == 0 or step == self._run.steps:
+            self._write(step)
+        return self._note
+
+    def _write(self, step: int) -> None:
+        pending, now = self.pending(), time.monotonic()
+        tokens = sum(metrics["tokens"] for metrics in pending)
+        line = {
+            "step": step,
+            "epoch": round(step / self._run.steps_per_epoch, 4),
+            "loss": fmean(metrics["loss"] for metrics in pending),
+            "accuracy": sum(metrics["correct"] for metrics in pending) / tokens,
+            "lr": pending[-1]["lr"],
+            "gradient_norm": fmean(metrics["gradient_norm"] for metrics in pending),
+            "images_per_second": round((self.images - self._images_before) / (now - self._since), 2),
+        }
+        if not isfinite(line["loss"]):
+            raise DataError(
+                f"The loss became NaN or infinite by step {step}; lower optimizer.lr or set train.precision=float32."
+            )
+        self._pending, self._since, self._images_before = [], now, self.images
+        self.lines.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name in ("loss", "accuracy", "lr", "gradient_norm", "images_per_second"):
+            self._board.add_scalar(name, line[name], step)
+        self._note = (
+            f"loss {line['loss']:.3f}, accuracy {line['accuracy']:.1%}, {line['images_per_second']:.0f} images/s"
+        )
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # a process that was killed may have left half a line at the end
+            break
+    return lines
+
+
+def _summary(run: _Run, path: Path, logbook: _Logbook) -> None:
+    first, last = logbook.lines[0], logbook.lines[-1]
+    table(
+        "Pre-training",
+        [
+            ("images", f"{len(run.data):,}, {run.settings.train.epochs} epochs, {run.steps:,} steps"),
+            ("parameters", f"{sum(p.numel() for p in run.model.parameters()):,}"),
+            ("loss", f"{first['loss']:.3f} (steps to {first['step']}) -> {last['loss']:.3f} (steps to {last['step']})"),
+            ("masked-token accuracy", f"{first['accuracy']:.2%} -> {last['accuracy']:.2%}"),
+            ("images/s", f"{logbook.images_per_second:.1f}" if logbook.images else "nothing left to do"),
+            ("checkpoint", str(path)),
+        ],
+    )
