@@ -31,7 +31,14 @@ from torch.utils.data import DataLoader, Dataset
 CONFIG = {
     "model_cfg": {
         "embed_dim": 64,
-        "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 128, "layers": 4, "head_width": 64, "pool_type": "avg"},
+        "vision_cfg": {
+            "image_size": 64,
+            "patch_size": 8,
+            "width": 128,
+            "layers": 4,
+            "head_width": 64,
+            "pool_type": "avg",
+        },
         "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 2},
     },
     "preprocess_cfg": {

@@ -138,9 +138,15 @@ def _unknown(kind: str, name: str, known: list[str]) -> UsageError:
 
 
 def _architecture(module: nn.Module) -> dict[str, Any]:
-    """What the weights alone do not say: the class, and the kinds of its layers (GELU or QuickGELU, for one)."""
-    leaves = {type(part).__name__ for part in module.modules() if not list(part.children())}
-    return {"class": type(module).__name__, "layers": sorted(leaves)}
+    """What the weights alone do not say: the class, the kinds of its layers (GELU or QuickGELU, for one), how many
+    heads share the attention's weights, and the strides."""
+    parts = list(module.modules())
+    return {
+        "class": type(module).__name__,
+        "layers": sorted({type(part).__name__ for part in parts if not list(part.children())}),
+        "heads": sorted({part.num_heads for part in parts if isinstance(getattr(part, "num_heads", None), int)}),
+        "strides": sorted({str(part.stride) for part in parts if hasattr(part, "stride")}),
+    }
 
 
 @contextmanager
@@ -274,12 +280,17 @@ def _open_timm(settings: TowerSettings) -> _Opened:
             pixels, indices=[layer], norm=final_norm, intermediates_only=True, stop_early=True, output_fmt="NCHW"
         )[0]
 
-    return _Opened(model, intermediates, "timm", _timm_preprocess(config, settings.image_size))
+    return _Opened(model, intermediates, "timm", _timm_preprocess(base, config, settings.image_size))
 
 
-def _timm_preprocess(config: dict[str, Any], image_size: int | None) -> Preprocess:
+def _timm_preprocess(name: str, config: dict[str, Any], image_size: int | None) -> Preprocess:
     size = image_size or config["input_size"][1]
     squash = config["crop_mode"] == "squash"
+    if not squash and (config["crop_mode"] != "center" or config["crop_pct"] > 1):
+        raise UsageError(
+            f"--tower timm:{name} sees a padded image (crop_mode {config['crop_mode']!r}, "
+            f"crop_pct {config['crop_pct']}), which is not supported; choose another tower."
+        )
     return Preprocess(
         image_size=size,
         resize="squash" if squash else "shortest",

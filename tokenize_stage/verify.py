@@ -34,6 +34,9 @@ def verify(tokens: str | Path, *, codebook: str | Path | None = None, images: st
             advance(1)
     if sources:
         problems += [f"{name} of --images is not in the store" for name in sources if name not in store.entries]
+    listed = {entry["file"] for entry in store.entries.values()}
+    present = {f"shards/{path.name}" for path in (store.path / "shards").glob("*.zarr.zip")}
+    problems += [f"{store.path / name} is not in the manifest" for name in sorted(present - listed)]
     if len(seen) != len(store) and not problems:
         problems.append(f"the manifest states {len(store)} images and the shards hold {len(seen)}")
     if problems:

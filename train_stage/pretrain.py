@@ -4,14 +4,10 @@ import json
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,16 +15,16 @@ from omegaconf import OmegaConf
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.tensorboard import SummaryWriter
 
 from ..shared.console import progress, say, table
 from ..shared.devices import choose_device, choose_workers, refuse_many_processes
-from ..shared.errors import DataError, FingerprintMismatch, Interrupted, UsageError
+from ..shared.errors import FingerprintMismatch, Interrupted, UsageError
 from ..shared.files import written_whole
 from ..shared.loading import batches
 from ..shared.token_store import TokenStore
 from .checkpoint import load_checkpoint, newest_checkpoint, prune, read_state, save_checkpoint
 from .data import LoadSample, TokenisedImages, batch_places, check_grid, join
+from .logbook import Logbook, StepMetrics
 from .model import MaPeT, drop_path_keep
 from .settings import OptimizerSettings, Settings, resolve
 
@@ -72,7 +68,15 @@ def pretrain(
         start, pending = load_checkpoint(last, run.model, run.optimizer), read_state(last)["pending"]
         say(f"Going on from {last} (step {start} of {run.steps}).")
     _write_record(out, settings, store, data)
-    with _Logbook(run, start, [_StepMetrics(**metrics) for metrics in pending]) as logbook:
+    logbook = Logbook(
+        out,
+        start,
+        [StepMetrics(**metrics) for metrics in pending],
+        every=settings.train.log_every,
+        steps=run.steps,
+        steps_per_epoch=run.steps_per_epoch,
+    )
+    with logbook:
         path = _train(run, start, logbook)
     _summary(run, path, logbook)
     return path
@@ -200,7 +204,7 @@ def _stop_between_steps() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _train(run: _Run, start: int, logbook: "_Logbook") -> Path:
+def _train(run: _Run, start: int, logbook: Logbook) -> Path:
     train = run.settings.train
     places = batch_places(len(run.data), train.batch_size, train.epochs, train.seed, train.accumulate, start)
     loader = batches(
@@ -225,19 +229,7 @@ def _train(run: _Run, start: int, logbook: "_Logbook") -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class _StepMetrics:
-    """One step's mean loss and sum of right guesses, still on the device, so that nothing waits for them."""
-
-    loss: Tensor | float
-    correct: Tensor | float
-    gradient_norm: Tensor | float
-    tokens: int
-    images: int
-    lr: float
-
-
-def _step(run: _Run, step: int, parts: list[dict[str, Tensor]]) -> _StepMetrics:
+def _step(run: _Run, step: int, parts: list[dict[str, Tensor]]) -> StepMetrics:
     """One optimizer step on one global batch, in `parts` of equal size."""
     run.schedule.step_update(step)
     loss_sum = correct = torch.zeros((), device=run.device)
@@ -251,7 +243,7 @@ def _step(run: _Run, step: int, parts: list[dict[str, Tensor]]) -> _StepMetrics:
     run.optimizer.zero_grad(set_to_none=True)
     images = sum(len(part["tokens"]) for part in parts)
     predicted = run.model.shape.patches - run.settings.model.visible
-    return _StepMetrics(loss_sum, correct, norm, images * predicted, images, run.optimizer.param_groups[0]["lr"])
+    return StepMetrics(loss_sum, correct, norm, images * predicted, images, run.optimizer.param_groups[0]["lr"])
 
 
 def _part(run: _Run, part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -266,84 +258,7 @@ def _part(run: _Run, part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return cross_entropy(logits.flatten(0, 1), targets.flatten()), (logits.detach().argmax(-1) == targets).sum()
 
 
-class _Logbook:
-    """metrics.jsonl and TensorBoard: one line every `log_every` steps, with means over them."""
-
-    def __init__(self, run: _Run, start: int, pending: list[_StepMetrics]):
-        self._every, self._run, self._path = run.settings.train.log_every, run, run.out / "metrics.jsonl"
-        self.lines = [line for line in _read_lines(self._path) if line["step"] <= start]
-        # What was logged after the checkpoint is about to happen again.
-        with written_whole(self._path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        self._board = SummaryWriter(run.out / "tensorboard", purge_step=start + 1 if start else None)
-        self._pending = pending
-        self._since = self._began = time.monotonic()
-        self.images = self._images_before = 0
-        self._note = ""
-
-    def __enter__(self) -> "_Logbook":
-        self._file = open(self._path, "a")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
-
-    @property
-    def images_per_second(self) -> float:
-        return self.images / max(time.monotonic() - self._began, 1e-9)
-
-    def pending(self) -> list[dict[str, float]]:
-        return [{name: float(value) for name, value in vars(metrics).items()} for metrics in self._pending]
-
-    def note(self, step: int, metrics: _StepMetrics) -> str:
-        """Takes one step's metrics; returns what to show beside the progress bar."""
-        self._pending.append(metrics)
-        self.images += metrics.images
-        if step % self._every == 0 or step == self._run.steps:
-            self._write(step)
-        return self._note
-
-    def _write(self, step: int) -> None:
-        pending, now = self.pending(), time.monotonic()
-        tokens = sum(metrics["tokens"] for metrics in pending)
-        line = {
-            "step": step,
-            "epoch": round(step / self._run.steps_per_epoch, 4),
-            "loss": fmean(metrics["loss"] for metrics in pending),
-            "accuracy": sum(metrics["correct"] for metrics in pending) / tokens,
-            "lr": pending[-1]["lr"],
-            "gradient_norm": fmean(metrics["gradient_norm"] for metrics in pending),
-            "images_per_second": round((self.images - self._images_before) / (now - self._since), 2),
-        }
-        if not isfinite(line["loss"]):
-            raise DataError(
-                f"The loss became NaN or infinite by step {step}; lower optimizer.lr or set train.precision=float32."
-            )
-        self._pending, self._since, self._images_before = [], now, self.images
-        self.lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name in ("loss", "accuracy", "lr", "gradient_norm", "images_per_second"):
-            self._board.add_scalar(name, line[name], step)
-        self._note = (
-            f"loss {line['loss']:.3f}, accuracy {line['accuracy']:.1%}, {line['images_per_second']:.0f} images/s"
-        )
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:  # a process that was killed may have left half a line at the end
-            break
-    return lines
-
-
-def _summary(run: _Run, path: Path, logbook: _Logbook) -> None:
+def _summary(run: _Run, path: Path, logbook: Logbook) -> None:
     first, last = logbook.lines[0], logbook.lines[-1]
     table(
         "Pre-training",

@@ -259,3 +259,9 @@ def test_verify_finds_a_key_that_the_source_does_not_have(chain, store: Path):
 def test_verify_of_what_is_no_store_is_an_error(chain, tmp_path: Path):
     expect_problem(tmp_path / "nowhere", "does not exist")
     expect_problem(chain.codebook, r"has no manifest\.json")
+
+
+def test_verify_finds_a_shard_that_the_manifest_does_not_know(chain, store: Path):
+    shard = store / "shards" / f"{chain.tars[0].stem}.zarr.zip"
+    (store / "shards" / "foreign.zarr.zip").write_bytes(shard.read_bytes())
+    expect_problem(store, r"foreign\.zarr\.zip is not in the manifest")

@@ -1,6 +1,7 @@
 """Towers give what their own library gives on its own preprocessing, and say in one sentence what cannot be opened."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -297,3 +298,14 @@ def test_weights_of_another_model_are_a_data_error(tower: str, effnet_file: Path
 def test_an_unreachable_hub_is_a_data_error():
     expect_sentence(TowerSettings("hf-hub:nobody/nothing"), DataError, "hf-hub:nobody/nothing.*could not be fetched")
     expect_sentence(TowerSettings("timm:test_vit"), DataError, "timm:test_vit.*could not be fetched")
+
+
+def test_the_same_weights_with_other_heads_are_another_tower(tower: str, tmp_path: Path):
+    folder = tmp_path / "heads"
+    shutil.copytree(tower.removeprefix("local-dir:"), folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["head_width"] = 8
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    one, other = (open_tower(TowerSettings(name)).identity for name in (tower, f"local-dir:{folder}"))
+    assert one["weights_sha256"] == other["weights_sha256"]
+    assert one["architecture"] != other["architecture"]
