@@ -11,9 +11,9 @@ from PIL import Image
 
 from .shared.console import say
 from .shared.drawings import CLASSES, write_drawings
-from .shared.errors import DataError
+from .shared.errors import DataError, UsageError
 from .shared.files import written_whole
-from .shared.images import ImageRecord, open_source, read_bytes
+from .shared.images import ImageRecord, open_source, read_image
 from .shared.randomness import generator
 from .tokenize_stage.build_codebook import build_codebook
 from .tokenize_stage.encode_shards import encode_shards
@@ -24,8 +24,9 @@ from .train_stage.pretrain import pretrain
 from .train_stage.probe import ProbeResult, probe
 
 TOWER = Path(__file__).parent / "demo_assets" / "tower"
-TRAIN_IMAGES, VAL_IMAGES = 4000, 1000
-_OWN_VAL_SHARE = 0.2
+TRAIN_IMAGES, VAL_IMAGES, _PER_TAR = 4000, 1000, 1000
+_SEED_OF_VAL = 500
+_OWN_VAL_SHARE, _OWN_TAR = 0.2, "images-000000.tar"
 K = 128
 
 _SETTINGS = {
@@ -36,11 +37,13 @@ _SETTINGS = {
     "model.image_size": 64,
     "model.patch_size": 8,
     "model.drop_path": 0,
-    "optimizer.lr": 2e-3,
+    "optimizer.lr": 1.5e-3,
     "optimizer.betas": "[0.9,0.98]",
     "optimizer.warmup_epochs": 0.5,
     "data.color_jitter": 0,
-    "train.epochs": 5,
+    "train.batch_size": 16,
+    "train.log_every": 50,
+    "train.epochs": 4,
 }
 
 _ON_IMAGENET = """
@@ -68,6 +71,7 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
     """
     out = Path(out)
     began = time.monotonic()
+    _claim(out, f"{Path(images).absolute() if images else 'drawings'}, seed {seed}")
     with _chapter("1. Images"):
         train, val, labelled = _own_pictures(images, out, seed) if images else _drawn_pictures(out, seed)
     with _chapter(f"2. Codebook: k-means over patch features of the small CLIP tower in {TOWER.name}/"):
@@ -79,14 +83,9 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
         verify(out / "tokens", codebook=out / "codebook", images=str(train))
         show(inspect(out / "tokens"))
     with _chapter("4. Pre-training: predict the tokens of hidden patches, in random order"):
-        count = len(store)
-        overrides = [f"{key}={value}" for key, value in _SETTINGS.items()]
-        pretrain(
-            str(train),
-            out / "tokens",
-            out / "run",
-            overrides=[*overrides, f"train.batch_size={min(64, count)}", f"train.seed={seed}"],
-        )
+        settings = {**_SETTINGS, "train.seed": seed}
+        overrides = [f"{key}={value}" for key, value in settings.items()]
+        pretrain(str(train), out / "tokens", out / "run", overrides=overrides)
     outcome: list[ProbeResult] = []
     if labelled:
         with _chapter("5. Proof: are the frozen features any good?"):
@@ -98,6 +97,15 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
     say(_ON_IMAGENET.format(out=out, picture=picture))
     say(f"Done in {time.monotonic() - began:.0f} s.")
     return outcome
+
+
+def _claim(out: Path, source: str) -> None:
+    """One folder holds the demo of one set of pictures; what another demo left there must not be taken for it."""
+    note = out / "source.txt"
+    if note.exists() and note.read_text() != source:
+        raise UsageError(f"--out {out} holds a demo of {note.read_text()}; choose another --out or delete it.")
+    with written_whole(note) as partial:
+        partial.write_text(source)
 
 
 @contextmanager
@@ -115,10 +123,9 @@ def _drawn_pictures(out: Path, seed: int) -> tuple[Path, Path, bool]:
         "tokenizer trained on photographs would do."
     )
     train, val = out / "images" / "train", out / "images" / "val"
-    if not train.exists():
-        write_drawings(train, TRAIN_IMAGES, seed=seed, prefix="train")
-    if not val.exists():
-        write_drawings(val, VAL_IMAGES, seed=seed + 100, prefix="val")
+    for folder, count, series in ((train, TRAIN_IMAGES, seed), (val, VAL_IMAGES, seed + _SEED_OF_VAL)):
+        if len(list(folder.glob("*.tar"))) < count // _PER_TAR:
+            write_drawings(folder, count, seed=series, per_tar=_PER_TAR, prefix=folder.name)
     say(f"{TRAIN_IMAGES} pictures to train on in {train}, {VAL_IMAGES} to validate on in {val}.")
     return train, val, True
 
@@ -134,19 +141,16 @@ def _own_pictures(images: str | Path, out: Path, seed: int) -> tuple[Path, Path,
     split = int(len(chosen) * _OWN_VAL_SHARE)
     train, val = out / "images" / "train", out / "images" / "val"
     for folder, part in ((train, chosen[split:]), (val, chosen[:split])):
-        if not folder.exists():
-            _copy(part, folder)
+        if not (folder / _OWN_TAR).exists():
+            _copy(part, folder / _OWN_TAR)
     say(f"{len(chosen) - split} of your {len(records)} pictures to train on, {split} to validate on.")
     return train, val, all(record.label is not None for record in chosen)
 
 
-def _copy(records: list[ImageRecord], folder: Path) -> None:
-    with written_whole(folder / "images-000000.tar") as partial, webdataset.TarWriter(str(partial), mtime=0) as tar:
+def _copy(records: list[ImageRecord], path: Path) -> None:
+    with written_whole(path) as partial, webdataset.TarWriter(str(partial), mtime=0) as tar:
         for record in records:
-            data = read_bytes(record)
-            sample = {"__key__": record.key, _extension(data): data}
+            _, data = read_image(record)  # a file that is no image is refused here, by name
+            extension = str(Image.open(io.BytesIO(data)).format).lower().replace("jpeg", "jpg")
+            sample = {"__key__": record.key, extension: data}
             tar.write(sample if record.label is None else {**sample, "cls": str(record.label).encode()})
-
-
-def _extension(data: bytes) -> str:
-    return {"JPEG": "jpg"}.get(kind := Image.open(io.BytesIO(data)).format or "jpg", kind.lower())

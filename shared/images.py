@@ -213,6 +213,8 @@ def _refuse_doubles(shards: list[SourceShard]) -> None:
             raise DataError(f"{shard.root} and {names[shard.name]} have the same base name; rename one of them.")
         names[shard.name] = shard.root
         for record in shard.records:
+            if any("\ud800" <= character <= "\udfff" for character in record.key):
+                raise DataError(f"{shard.root}: the name of {record.key!r} is not UTF-8; rename that file.")
             if record.key in keys:
                 raise DataError(
                     f"key {record.key!r} is in both {keys[record.key]} and {shard.name}; keys must be unique."

@@ -5,7 +5,7 @@ from pathlib import Path
 import mapet
 import pytest
 from mapet.shared.drawings import write_drawings
-from mapet.shared.errors import DataError
+from mapet.shared.errors import DataError, UsageError
 from PIL import Image
 
 
@@ -37,3 +37,9 @@ def test_too_few_pictures_are_refused(tmp_path: Path):
     write_drawings(tmp_path / "mine", 5, seed=3)
     with pytest.raises(DataError, match="at least 20"):
         mapet.demo(tmp_path / "mine", out=tmp_path / "out")
+
+
+def test_a_folder_that_holds_another_demo_is_refused(tmp_path: Path):
+    (tmp_path / "source.txt").write_text("drawings, seed 0")
+    with pytest.raises(UsageError, match="holds a demo of drawings, seed 0"):
+        mapet.demo(out=tmp_path, seed=1)

@@ -51,12 +51,16 @@ def encode_shards(
         raise UsageError(f"--crop {crop} is unknown; choose {' or '.join(CROPS)}.")
     shards = open_source(images)
     book, out, view = Codebook.load(codebook), Path(out), {"crop": crop, "views": 1}
-    _begin(out, book, Path(codebook))
+    _refuse_foreign(out, book, codebook)
     todo = [shard for shard in shards if not _is_whole(out, shard, book, view)]
     if len(todo) < len(shards):
         say(f"{len(shards) - len(todo)} of {len(shards)} shards are whole already.")
     if todo:
-        _encode_all(out, todo, book, tower, view, batch_size, workers, choose_device(device))
+        opened = _open_same_tower(book, tower, choose_device(device))
+        if not (out / "codebook.json").exists():
+            digest = sha256_file(Path(codebook) / "centroids.safetensors")
+            write_sealed_json(out / "codebook.json", book.as_json(digest))
+        _encode_all(out, todo, book, opened, view, batch_size, workers)
     entries = [read_entry(out, shard.name) for shard in shards]
     known = {entry["name"] for entry in entries}
     if todo or not (out / "manifest.json").exists():
@@ -68,7 +72,7 @@ def encode_shards(
     return store
 
 
-def _begin(out: Path, book: Codebook, path: Path) -> None:
+def _refuse_foreign(out: Path, book: Codebook, path: str | Path) -> None:
     embedded = out / "codebook.json"
     if embedded.exists():
         before = read_description(embedded)["fingerprint"]
@@ -79,8 +83,6 @@ def _begin(out: Path, book: Codebook, path: Path) -> None:
             )
     elif out.exists() and any(path.name != f".{embedded.name}.partial" for path in out.iterdir()):
         raise UsageError(f"{out} is not empty and no token store; choose another --out.")
-    else:
-        write_sealed_json(embedded, book.as_json(sha256_file(path / "centroids.safetensors")))
 
 
 def _is_whole(out: Path, shard: SourceShard, book: Codebook, view: dict[str, Any]) -> bool:
@@ -117,18 +119,16 @@ def _encode_all(
     out: Path,
     shards: list[SourceShard],
     book: Codebook,
-    tower: str | None,
+    tower: Tower,
     view: dict[str, Any],
     batch_size: int,
     workers: int | None,
-    device: str,
 ) -> None:
-    opened = _open_same_tower(book, tower, device)
-    processes = choose_workers(workers, device)
+    processes = choose_workers(workers, tower.device.type)
     with progress("encoding", sum(len(shard.records) for shard in shards)) as advance:
         for shard in shards:
             digest = shard.sha256()
-            rows = _encode(shard, book, opened, batch_size, processes, advance)
+            rows = _encode(shard, book, tower, batch_size, processes, advance)
             source = {"kind": "tar" if shard.is_tar else "folder", "size": shard.size(), "sha256": digest}
             attributes = {"codebook_fingerprint": book.fingerprint, "view": view, "source": source}
             write_shard(out, shard.name, rows, attributes)

@@ -77,7 +77,11 @@ class Tower:
         scaled = pixels.to(self.device, torch.float32).div_(255).sub_(self._mean).div_(self._std)
         settings = self.settings
         try:
-            maps = self._intermediates(scaled.to(PRECISIONS[settings.precision]), settings.layer, settings.final_norm)
+            # cuDNN would otherwise choose its kernels by speed and round float32 to TF32.
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+                maps = self._intermediates(
+                    scaled.to(PRECISIONS[settings.precision]), settings.layer, settings.final_norm
+                )
         except (AssertionError, IndexError, ValueError) as error:
             raise UsageError(f"--layer {settings.layer} does not fit tower {settings.tower}: {error}.") from None
         if maps.ndim != 4:

@@ -483,3 +483,10 @@ def test_a_tar_replaced_by_another_file_is_read_anew(tmp_path: Path):
     os.replace(make_tar(tmp_path / "new.tar", {"a.png": encoded(picture(1))}), tar)
     image, _ = read_image(open_source(tar)[0].records[0])
     assert largest_difference(image, picture(1)) == 0
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    (tmp_path / "plain.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.png"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        open_source(tmp_path)
