@@ -95,6 +95,11 @@ def open_source(images: str | Path | Sequence[str | Path]) -> list[SourceShard]:
     return shards
 
 
+def keys_sha256(records: Iterable[ImageRecord]) -> str:
+    """Digest of a set of images by their keys, whatever their order."""
+    return hashlib.sha256("\n".join(sorted(record.key for record in records)).encode()).hexdigest()
+
+
 def _expand(images: str | Path | Sequence[str | Path]) -> list[Path]:
     patterns = [images] if isinstance(images, str | Path) else list(images)
     if not patterns:

@@ -4,8 +4,11 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import mapet
@@ -108,8 +111,6 @@ def broken(chain, tower: str, folder: Path) -> dict[str, tuple[list, int, str]]:
     (folder / "empty.tar").write_bytes(b"")
     write_drawings(folder / "more", 8, seed=9)
     text = folder / "texts.tar"
-    import tarfile
-
     with tarfile.open(text, "w") as tar:
         tar.add(__file__, "notes.txt")
     shutil.copytree(chain.tokens, folder / "truncated")
@@ -198,6 +199,27 @@ def test_many_processes_are_refused_before_they_do_the_same_work_twice(chain, tm
     assert result.returncode == 2
     assert "torchrun" in result.stderr
     assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stopped_command_keeps_what_is_whole_and_says_how_to_go_on(chain, tmp_path: Path, number: int, workers: int):
+    tokens = tmp_path / "tokens"
+    options = ["--codebook", chain.codebook, "--out", tokens, "--batch-size", 1, "--workers", workers]
+    command = [*COMMAND, "tokenize", "encode-shards", chain.images, *options]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = tokens / "shards" / f"{chain.tars[0].stem}.json"
+    deadline = time.monotonic() + 60
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors.count("mapet: stopped")) == (130, 1), errors
+    assert "give the same command" in errors
+    assert "Traceback" not in errors
+    assert not (tokens / "manifest.json").exists()
+    assert not [path for path in tokens.rglob("*") if "partial" in path.name]
+    assert len(mapet.encode_shards(chain.images, chain.codebook, tokens)) == 96
 
 
 def test_doctor_names_versions_devices_and_the_faiss_build():

@@ -1,6 +1,5 @@
 """build-codebook: patch features of a frozen tower -> a uniform sample -> FAISS k-means -> a codebook artifact."""
 
-import hashlib
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from ..shared.console import progress, say, table, working
 from ..shared.devices import choose_device, choose_workers, refuse_many_processes
 from ..shared.errors import DataError, UsageError
 from ..shared.files import written_whole
-from ..shared.images import ImageRecord, open_source
+from ..shared.images import ImageRecord, keys_sha256, open_source
 from .extract import extract
 from .sample import PatchSample, choose_images, draw_sample
 from .towers import Tower, TowerSettings, open_tower
@@ -97,7 +96,7 @@ def build_codebook(
     records = [record for shard in open_source(images) for record in shard.records]
     chosen = choose_images(records, max_images, seed)
     out = Path(out)
-    request = {**asdict(settings), **asdict(kmeans), "patches": patches, "keys_sha256": _keys_sha256(chosen)}
+    request = {**asdict(settings), **asdict(kmeans), "patches": patches, "keys_sha256": keys_sha256(chosen)}
     if out.exists():
         return _already_built(out, request)
 
@@ -131,10 +130,6 @@ class _Clock:
         now = time.monotonic()
         self.laps[f"{name}_seconds"] = round(now - self._last, 3)
         self._last = now
-
-
-def _keys_sha256(records: Sequence[ImageRecord]) -> str:
-    return hashlib.sha256("\n".join(record.key for record in records).encode()).hexdigest()
 
 
 def _already_built(out: Path, request: dict[str, Any]) -> Codebook:

@@ -57,6 +57,8 @@ def join(images: str | Path | list[str | Path], store: TokenStore, skip_missing:
         records = [record for record in records if record.key in row_of]
     if len(records) < len(keys):
         say(f"{len(keys) - len(records)} rows of {store.path} belong to images that were not given; they are not used.")
+    # By key, so that an epoch's order does not depend on how images are spread over tars.
+    records.sort(key=lambda record: record.key)
     rows = np.array([row_of[record.key] for record in records])
     return TokenisedImages(records, tokens[rows], crops[rows], flips[rows], crc32[rows])
 

@@ -59,7 +59,11 @@ class Logbook:
         return self.images / max(time.monotonic() - self._began, 1e-9)
 
     def pending(self) -> list[dict[str, float]]:
-        return [{name: float(value) for name, value in vars(metrics).items()} for metrics in self._pending]
+        """The metrics since the last line. Raises DataError if a loss is no number, before it is written anywhere."""
+        pending = [{name: float(value) for name, value in vars(metrics).items()} for metrics in self._pending]
+        if not all(isfinite(metrics["loss"]) for metrics in pending):
+            raise DataError("The loss became NaN or infinite; lower optimizer.lr or set train.precision=float32.")
+        return pending
 
     def note(self, step: int, metrics: StepMetrics) -> str:
         """Takes one step's metrics; returns what to show beside the progress bar."""
@@ -81,10 +85,6 @@ class Logbook:
             "gradient_norm": fmean(metrics["gradient_norm"] for metrics in pending),
             "images_per_second": round((self.images - self._images_before) / (now - self._since), 2),
         }
-        if not isfinite(line["loss"]):
-            raise DataError(
-                f"The loss became NaN or infinite by step {step}; lower optimizer.lr or set train.precision=float32."
-            )
         self._pending, self._since, self._images_before = [], now, self.images
         self.lines.append(line)
         self._file.write(json.dumps(line) + "\n")

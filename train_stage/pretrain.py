@@ -18,8 +18,9 @@ from torch.nn.functional import cross_entropy
 
 from ..shared.console import progress, say, table
 from ..shared.devices import choose_device, choose_workers, refuse_many_processes
-from ..shared.errors import FingerprintMismatch, Interrupted, UsageError
+from ..shared.errors import DataError, FingerprintMismatch, Interrupted, UsageError
 from ..shared.files import written_whole
+from ..shared.images import keys_sha256
 from ..shared.loading import batches
 from ..shared.token_store import TokenStore
 from .checkpoint import load_checkpoint, newest_checkpoint, prune, read_state, save_checkpoint
@@ -65,6 +66,7 @@ def pretrain(
     run = _Run(settings, data, store, out, device)
     start, pending = 0, []
     if last:
+        _refuse_other_images(last, data)
         start, pending = load_checkpoint(last, run.model, run.optimizer), read_state(last)["pending"]
         say(f"Going on from {last} (step {start} of {run.steps}).")
     _write_record(out, settings, store, data)
@@ -123,6 +125,8 @@ class _Run:
             "seed": settings.train.seed,
             "settings": settings.to_json(),
             "codebook_fingerprint": self.store.fingerprint,
+            "images": len(self.data),
+            "keys_sha256": keys_sha256(self.data.records),
             "pending": pending,
         }
         path = save_checkpoint(self.out, step, self.model, self.optimizer, about)
@@ -162,6 +166,15 @@ def _find_resumable(out: Path, resume: str, settings: Settings, store: TokenStor
     return last
 
 
+def _refuse_other_images(last: Path, data: TokenisedImages) -> None:
+    before = read_state(last)
+    if before["keys_sha256"] != keys_sha256(data.records):
+        raise DataError(
+            f"{last} was trained on {before['images']} images and --images now gives {len(data)}, not the same ones; "
+            "give the same images or another --out."
+        )
+
+
 # These change how a run is executed or written down, never what is computed.
 _FREE_TO_CHANGE = {"data.workers", "train.log_every", "train.checkpoint_every", "train.keep_last"}
 
@@ -177,7 +190,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _write_record(out: Path, settings: Settings, store: TokenStore, data: TokenisedImages) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.structured(settings), out / "settings.yaml")
+    with written_whole(out / "settings.yaml") as partial:
+        OmegaConf.save(OmegaConf.structured(settings), partial)
     record = {
         "command": sys.argv,
         "images": len(data),

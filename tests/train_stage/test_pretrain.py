@@ -184,6 +184,12 @@ def test_going_on_with_other_settings_is_refused_by_name(chain, tmp_path: Path):
         run(chain, tmp_path, resume="maybe")
 
 
+def test_going_on_with_other_images_is_refused(chain, tmp_path: Path):
+    run(chain, tmp_path, "train.epochs=1")
+    with pytest.raises(DataError, match="96 images and --images now gives 32"):
+        pretrain(chain.tars[0], chain.tokens, tmp_path, overrides=[*TINY, "train.epochs=1"], device="cpu")
+
+
 def test_tokens_of_another_codebook_are_refused(chain, tower, tmp_path: Path):
     run(chain, tmp_path / "run", "train.epochs=1")
     build_codebook(chain.images, tmp_path / "codebook", tower=tower, k=16, restarts=1, iterations=2, seed=5)
@@ -198,8 +204,11 @@ def test_a_batch_larger_than_the_images_is_refused(chain, tmp_path: Path):
 
 
 def test_a_loss_that_becomes_nan_stops_the_run(chain, tmp_path: Path):
+    wild = ["optimizer.lr=1e30", "optimizer.clip_grad=null", "optimizer.warmup_epochs=0", "train.checkpoint_every=1"]
     with pytest.raises(DataError, match="NaN"):
-        run(chain, tmp_path, "optimizer.lr=1e30", "optimizer.clip_grad=null", "optimizer.warmup_epochs=0")
+        run(chain, tmp_path, *wild, "train.log_every=100")
+    last = newest_checkpoint(tmp_path)
+    assert last is None or last.name == "step-0000001"
 
 
 def test_no_weight_decay_on_biases_norms_layer_scale_positions_and_class_token(chain, tmp_path: Path):
