@@ -46,11 +46,11 @@ def probe(
     workers: int | None = None,
     device: str = "auto",
 ) -> list[ProbeResult]:
-    """Linear probe and k-NN on frozen features (mean over patches of the final norm's output), standardised by the
-    training images.
+    """Linear probe and k-NN on frozen features (mean over patches of the final norm's output).
 
-    The linear probe is multinomial logistic regression (L-BFGS), its weight decay chosen on a tenth of the training
-    images. k-NN votes by cosine with k = 20 and temperature 0.07 (as in DINO, arXiv 2104.14294).
+    The linear probe is multinomial logistic regression on standardised features (L-BFGS), its weight decay chosen on
+    a tenth of the training images. k-NN votes by cosine of features centred by the training mean (SimpleShot, arXiv
+    1911.04623), with k = 20 and temperature 0.07 (DINO, arXiv 2104.14294).
 
     Args:
         weights: a run, a checkpoint folder, or a published `.pth.tar`.
@@ -143,18 +143,14 @@ def _scaled(view: _View, batch_size: int, workers: int, device: str, advance: Ca
         advance(len(batch["pixels"]))
 
 
-def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    mean, scale = train.mean(0), train.std(0) + 1e-6
-    return (train - mean) / scale, (test - mean) / scale
-
-
 def linear_probe(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
     """Top-1 accuracy of multinomial logistic regression on features (n, dim), labels (n,) int64.
 
     Features are standardised by the training set. The weight decay that does best on a tenth of the training images
     is used on all of them.
     """
-    train, test = _standardised(train, test)
+    mean, scale = train.mean(0), train.std(0) + 1e-6
+    train, test = (train - mean) / scale, (test - mean) / scale
     labels, test_labels = labels.to(train.device), test_labels.to(train.device)
     classes = int(max(labels.max(), test_labels.max())) + 1
     shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
@@ -195,8 +191,8 @@ def _accuracy(classifier: Classifier, features: Tensor, labels: Tensor) -> float
 
 
 def knn(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Top-1 accuracy of the weighted vote of the 20 nearest training images by cosine of standardised features."""
-    train, test = (normalize(features, dim=1) for features in _standardised(train, test))
+    """Top-1 accuracy of the weighted vote of the 20 nearest training images by cosine of centred features."""
+    train, test = (normalize(features - train.mean(0), dim=1) for features in (train, test))
     labels, test_labels = labels.to(train.device), test_labels.to(train.device)
     votes_of = one_hot(labels).float()
     right = 0
