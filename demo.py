@@ -41,8 +41,8 @@ _SETTINGS = {
     "optimizer.betas": "[0.9,0.98]",
     "optimizer.warmup_epochs": 0.5,
     "data.color_jitter": 0,
-    "train.batch_size": 16,
-    "train.log_every": 50,
+    "train.batch_size": 8,
+    "train.log_every": 100,
     "train.epochs": 4,
 }
 

@@ -1,11 +1,33 @@
 """Batches from worker processes, with errors that arrive as one sentence and not as a worker's traceback."""
 
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .errors import MapetError
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Delivers Ctrl-C and SIGTERM after the block: a loader that is interrupted while it starts its processes cannot
+    clean up and prints a traceback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in caught:
+        signal.raise_signal(number)
 
 
 class _Guarded(Dataset):
@@ -41,7 +63,9 @@ def batches(
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
-    for batch in loader:
+    with _signals_wait():
+        loaded = iter(loader)
+    for batch in loaded:
         if isinstance(batch, MapetError):
             raise batch
         yield batch

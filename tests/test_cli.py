@@ -204,11 +204,12 @@ def test_many_processes_are_refused_before_they_do_the_same_work_twice(chain, tm
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stopped_command_keeps_what_is_whole_and_says_how_to_go_on(chain, tmp_path: Path, number: int, workers: int):
-    tokens = tmp_path / "tokens"
+    tokens, images = tmp_path / "tokens", tmp_path / "images"
+    tars = write_drawings(images, 600, seed=11, per_tar=20)  # enough to be still at it when the signal comes
     options = ["--codebook", chain.codebook, "--out", tokens, "--batch-size", 1, "--workers", workers]
-    command = [*COMMAND, "tokenize", "encode-shards", chain.images, *options]
+    command = [*COMMAND, "tokenize", "encode-shards", images, *options]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    first = tokens / "shards" / f"{chain.tars[0].stem}.json"
+    first = tokens / "shards" / f"{tars[0].stem}.json"
     deadline = time.monotonic() + 60
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -219,7 +220,7 @@ def test_a_stopped_command_keeps_what_is_whole_and_says_how_to_go_on(chain, tmp_
     assert "Traceback" not in errors
     assert not (tokens / "manifest.json").exists()
     assert not [path for path in tokens.rglob("*") if "partial" in path.name]
-    assert len(mapet.encode_shards(chain.images, chain.codebook, tokens)) == 96
+    assert len(mapet.encode_shards(images, chain.codebook, tokens)) == 600
 
 
 def test_doctor_names_versions_devices_and_the_faiss_build():

@@ -42,7 +42,7 @@ def test_a_run_is_probed_beside_random_init_and_pixels(chain, tmp_path: Path):
     rows = probe(tmp_path / "run", chain.images, tmp_path / "val", random_init=True, pixels=True)
     assert [row.features for row in rows] == ["pre-trained", "random init", "pixels 32x32"]
     assert all(0 <= row.linear <= 1 and 0 <= row.knn <= 1 for row in rows)
-    assert probe(tmp_path / "run", chain.images, chain.images)[0].linear > 0.9
+    assert probe(tmp_path / "run", chain.images, chain.images)[0].knn > 0.5  # every image's nearest is itself
 
 
 def test_random_init_is_what_the_run_started_from(chain, tmp_path: Path):
