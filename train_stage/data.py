@@ -6,6 +6,7 @@ Images and tokens are joined by key, and an image's bytes must be the ones that 
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torchvision.transforms.functional import adjust_brightness, adjust_contrast
 
 from ..shared.console import say
 from ..shared.errors import DataError, UsageError
-from ..shared.images import ImageRecord, decode, open_source, read_bytes
+from ..shared.images import ImageRecord, decode, keys_sha256, open_source, read_bytes
 from ..shared.randomness import generator
 from ..shared.token_store import TokenStore
 from ..shared.views import CropBox, replay, to_array
@@ -33,6 +34,11 @@ class TokenisedImages:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @cached_property
+    def keys_sha256(self) -> str:
+        """Which images these are; computed once, as every checkpoint states it."""
+        return keys_sha256(self.records)
 
 
 def join(images: str | Path | list[str | Path], store: TokenStore, skip_missing: bool = False) -> TokenisedImages:

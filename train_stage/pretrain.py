@@ -20,7 +20,6 @@ from ..shared.console import progress, say, table
 from ..shared.devices import choose_device, choose_workers, refuse_many_processes
 from ..shared.errors import DataError, FingerprintMismatch, Interrupted, UsageError
 from ..shared.files import written_whole
-from ..shared.images import keys_sha256
 from ..shared.loading import batches
 from ..shared.token_store import TokenStore
 from .checkpoint import load_checkpoint, newest_checkpoint, prune, read_state, save_checkpoint
@@ -126,7 +125,7 @@ class _Run:
             "settings": settings.to_json(),
             "codebook_fingerprint": self.store.fingerprint,
             "images": len(self.data),
-            "keys_sha256": keys_sha256(self.data.records),
+            "keys_sha256": self.data.keys_sha256,
             "pending": pending,
         }
         path = save_checkpoint(self.out, step, self.model, self.optimizer, about)
@@ -168,7 +167,7 @@ def _find_resumable(out: Path, resume: str, settings: Settings, store: TokenStor
 
 def _refuse_other_images(last: Path, data: TokenisedImages) -> None:
     before = read_state(last)
-    if before["keys_sha256"] != keys_sha256(data.records):
+    if before["keys_sha256"] != data.keys_sha256:
         raise DataError(
             f"{last} was trained on {before['images']} images and --images now gives {len(data)}, not the same ones; "
             "give the same images or another --out."

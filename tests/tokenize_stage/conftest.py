@@ -64,3 +64,15 @@ def effnet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tower_copy(tower: str, tmp_path: Path) -> Path:
     """A copy of the ViT's folder, to be changed."""
     return Path(shutil.copytree(tower.removeprefix("local-dir:"), tmp_path / "tower copy"))
+
+
+@pytest.fixture
+def store(chain, tmp_path: Path) -> Path:
+    """A copy of the chain's store, to be damaged."""
+    return Path(shutil.copytree(chain.tokens, tmp_path / "store"))
+
+
+@pytest.fixture
+def source(chain, tmp_path: Path) -> Path:
+    """A copy of the chain's tars, to be damaged."""
+    return Path(shutil.copytree(chain.images, tmp_path / "source"))

@@ -169,18 +169,6 @@ def test_images_without_labels_say_so(chain, tmp_path: Path, write_tar):
 # Nothing is done twice
 
 
-@pytest.fixture
-def store(chain, tmp_path: Path) -> Path:
-    """A copy of the chain's store, to be damaged."""
-    return Path(shutil.copytree(chain.tokens, tmp_path / "store"))
-
-
-@pytest.fixture
-def source(chain, tmp_path: Path) -> Path:
-    """A copy of the chain's tars, to be damaged."""
-    return Path(shutil.copytree(chain.images, tmp_path / "source"))
-
-
 def test_a_second_run_touches_nothing(chain, store: Path):
     before = times_of(store)
     encode_shards(chain.images, chain.codebook, store)

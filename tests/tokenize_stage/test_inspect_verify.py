@@ -19,18 +19,6 @@ from mapet.tokenize_stage.verify import verify
 SOURCE_FIELDS = ("codebook_fingerprint", "view", "source")
 
 
-@pytest.fixture
-def store(chain, tmp_path: Path) -> Path:
-    """A copy of the chain's store, to be damaged."""
-    return Path(shutil.copytree(chain.tokens, tmp_path / "store"))
-
-
-@pytest.fixture
-def source(chain, tmp_path: Path) -> Path:
-    """A copy of the chain's tars, to be damaged."""
-    return Path(shutil.copytree(chain.images, tmp_path / "source"))
-
-
 def all_tokens(store: Path) -> np.ndarray:
     return np.concatenate([rows.tokens for _, rows in TokenStore(store).shards()])
 
