@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .tokenize_stage.encode_shards import encode_shards
     from .tokenize_stage.inspect import inspect
     from .tokenize_stage.verify import verify
-    from .train_stage.interchange import load_published
+    from .train_stage.features import features
+    from .train_stage.interchange import export, import_weights, load_published, load_weights
     from .train_stage.model import MaPeT
     from .train_stage.pretrain import pretrain
     from .train_stage.probe import probe
@@ -31,8 +32,12 @@ _HOME = {
     "demo": ".demo",
     "doctor": ".shared.doctor",
     "encode_shards": ".tokenize_stage.encode_shards",
+    "export": ".train_stage.interchange",
+    "features": ".train_stage.features",
+    "import_weights": ".train_stage.interchange",
     "inspect": ".tokenize_stage.inspect",
     "load_published": ".train_stage.interchange",
+    "load_weights": ".train_stage.interchange",
     "pretrain": ".train_stage.pretrain",
     "probe": ".train_stage.probe",
     "verify": ".tokenize_stage.verify",
@@ -46,8 +51,12 @@ __all__ = [
     "demo",
     "doctor",
     "encode_shards",
+    "export",
+    "features",
+    "import_weights",
     "inspect",
     "load_published",
+    "load_weights",
     "pretrain",
     "probe",
     "verify",

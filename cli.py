@@ -28,6 +28,12 @@ Workers = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 BatchSize = Annotated[int, typer.Option(help="Images per forward pass.", min=1)]
+Weights = Annotated[
+    Path, typer.Argument(help="A run, a checkpoint, an imported or exported folder, or a published .pth.tar.")
+]
+GridSize = Annotated[
+    int | None, typer.Option("--image-size", help="Pixels; resamples position embeddings [default: as it was].", min=1)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
 
 
@@ -143,7 +149,7 @@ def pretrain(
 
 @train.command()
 def probe(
-    weights: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a published .pth.tar.")],
+    weights: Weights,
     images: Annotated[str, typer.Option(help="Labelled training images.")],
     val: Annotated[str, typer.Option(help="Labelled validation images.")],
     random_init: Annotated[bool, typer.Option(help="Also probe the model with fresh weights.")] = False,
@@ -165,6 +171,56 @@ def probe(
         workers=workers,
         device=device,
     )
+
+
+@train.command()
+def features(
+    images: Images,
+    weights: Annotated[Path, typer.Option(help="What probe takes: a run, an import, an export, a .pth.tar ...")],
+    out: Annotated[Path, typer.Option(help="Zarr group to write, such as features.zarr.")],
+    patches: Annotated[bool, typer.Option(help="Write each patch's features too, H x W times as much.")] = True,
+    image_size: GridSize = None,
+    batch_size: BatchSize = 128,
+    workers: Workers = None,
+    device: Device = "auto",
+) -> None:
+    """Write frozen features: keys, one vector an image, one a patch, labels, and what made them."""
+    from .train_stage.features import features
+
+    features(
+        images,
+        weights,
+        out,
+        patches=patches,
+        image_size=image_size,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+    )
+
+
+@train.command()
+def export(
+    weights: Weights,
+    out: Annotated[Path, typer.Option(help="Folder to write: model.safetensors and config.json.")],
+    image_size: GridSize = None,
+) -> None:
+    """Write a folder that timm.create_model("local-dir:OUT", pretrained=True) opens."""
+    from .train_stage.interchange import export
+
+    export(weights, out, image_size=image_size)
+
+
+@train.command("import")
+def import_weights(
+    file: Annotated[Path, typer.Argument(help="A published .pth.tar; or a run, a checkpoint, an exported folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: model.safetensors and weights.json.")],
+    image_size: GridSize = None,
+) -> None:
+    """Read weights from elsewhere, running nothing in them, into one plain folder that every command takes."""
+    from .train_stage.interchange import import_weights
+
+    import_weights(file, out, image_size=image_size)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from .errors import DataError, UsageError
 
 SEAL = "sha256_of_the_rest"
 
@@ -31,6 +31,12 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse_existing(out: Path) -> None:
+    """UsageError if something lies at `out` already; an empty folder may."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UsageError(f"{out} already exists; choose another --out or delete it.")
 
 
 @contextmanager

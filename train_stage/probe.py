@@ -1,9 +1,8 @@
 """probe: are frozen features any good? A linear classifier and k nearest neighbours on them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -13,13 +12,13 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, normalize, o
 from ..shared.console import progress, results
 from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError
-from ..shared.images import ImageRecord, open_source, read_image
-from ..shared.loading import batches
-from ..shared.views import Preprocess, center_view, to_array
+from ..shared.images import ImageRecord, open_source
+from ..shared.views import Preprocess
+from .features import embed, normalised_views
 from .interchange import load_weights
 from .model import MaPeT
+from .weights import Weights
 
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic"}
 _WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _SHARE_TO_CHOOSE = 0.1
 NEIGHBOURS, TEMPERATURE = 20, 0.07
@@ -53,7 +52,7 @@ def probe(
     1911.04623), with k = 20 and temperature 0.07 (DINO, arXiv 2104.14294).
 
     Args:
-        weights: a run, a checkpoint folder, or a published `.pth.tar`.
+        weights: a run, a checkpoint folder, an imported or exported folder, or a published `.pth.tar`.
         images, val: labelled training and validation images.
         random_init: also probe the same model with fresh weights of the run's seed.
         pixels: also probe the raw pixels, averaged to 32x32.
@@ -63,25 +62,34 @@ def probe(
         DataError if the weights cannot be read or images have no labels.
     """
     device = choose_device(device)
-    model, about = load_weights(weights)
+    found = load_weights(weights)
     sources = [_labelled(source) for source in (images, val)]
-    preprocess = _preprocess(model, about)
-    views = [_View(records, preprocess) for records in sources]
     labels = [torch.tensor([record.label for record in records]) for records in sources]
-    rows: list[tuple[str, Callable[[Tensor], Tensor]]] = [("pre-trained", model.features)]
+    rows = [("pre-trained", _pooled(found, device))]
     if random_init:
-        torch.manual_seed(about.get("seed", 0))
-        rows.append(("random init", MaPeT(model.shape).to(device).eval().features))
+        rows.append(("random init", _pooled(_fresh(found), device)))
     if pixels:
-        rows.append((f"pixels {PIXELS}x{PIXELS}", lambda scaled: adaptive_avg_pool2d(scaled, PIXELS).flatten(1)))
-    model.to(device).eval()
-    found = _extract(views, [function for _, function in rows], batch_size, choose_workers(workers, device), device)
+        rows.append((f"pixels {PIXELS}x{PIXELS}", lambda shown: adaptive_avg_pool2d(shown, PIXELS).flatten(1)))
+    functions = [function for _, function in rows]
+    passes = _extract(sources, found.preprocess, functions, batch_size, choose_workers(workers, device), device)
     outcome = [
         ProbeResult(name, linear_probe(train, labels[0], test, labels[1]), knn(train, labels[0], test, labels[1]))
-        for (name, _), (train, test) in zip(rows, found, strict=True)
+        for (name, _), (train, test) in zip(rows, passes, strict=True)
     ]
     _show(outcome, labels)
     return outcome
+
+
+def _pooled(weights: Weights, device: str) -> Callable[[Tensor], Tensor]:
+    model = weights.vit().to(device)
+    return lambda shown: embed(model, shown)[0]
+
+
+def _fresh(weights: Weights) -> Weights:
+    """The same model as its seed starts it."""
+    torch.manual_seed(weights.seed)
+    shape = replace(weights.shape, k=max(weights.shape.k, 1))
+    return replace(weights, shape=shape, tensors=MaPeT(shape).state_dict())
 
 
 def _labelled(source: str | Path | Sequence[str | Path]) -> list[ImageRecord]:
@@ -95,52 +103,25 @@ def _labelled(source: str | Path | Sequence[str | Path]) -> list[ImageRecord]:
     return records
 
 
-def _preprocess(model: MaPeT, about: dict[str, Any]) -> Preprocess:
-    known = {name: about.get(name, default) for name, default in _IMAGENET.items()}
-    size = model.shape.image_size
-    return Preprocess(
-        image_size=size,
-        resize="shortest",
-        resize_size=size,
-        interpolation=known["interpolation"],
-        mean=tuple(known["mean"]),
-        std=tuple(known["std"]),
-    )
-
-
-@dataclass(frozen=True)
-class _View:
-    records: list[ImageRecord]
-    preprocess: Preprocess
-
-    def __call__(self, index: int) -> dict[str, Any]:
-        return {"pixels": to_array(center_view(read_image(self.records[index])[0], self.preprocess))}
-
-
 @torch.no_grad()
 def _extract(
-    views: list[_View], functions: list[Callable[[Tensor], Tensor]], batch_size: int, workers: int, device: str
+    sources: list[list[ImageRecord]],
+    preprocess: Preprocess,
+    functions: list[Callable[[Tensor], Tensor]],
+    batch_size: int,
+    workers: int,
+    device: str,
 ) -> list[list[Tensor]]:
     """For each function, its features (n, dim) float32 on `device` of the training and of the validation images."""
-    with progress("extracting features", sum(len(view.records) for view in views)) as advance:
+    with progress("extracting features", sum(map(len, sources))) as advance:
         passes = []
-        for view in views:
-            parts = [
-                [function(scaled) for function in functions]
-                for scaled in _scaled(view, batch_size, workers, device, advance)
-            ]
+        for records in sources:
+            parts = []
+            for shown in normalised_views(records, preprocess, batch_size, workers, device):
+                parts.append([function(shown) for function in functions])
+                advance(len(shown))
             passes.append([torch.cat(column) for column in zip(*parts, strict=True)])
     return [list(pair) for pair in zip(*passes, strict=True)]
-
-
-def _scaled(view: _View, batch_size: int, workers: int, device: str, advance: Callable) -> Iterator[Tensor]:
-    count = len(view.records)
-    mean = torch.tensor(view.preprocess.mean, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(view.preprocess.std, device=device).view(1, 3, 1, 1)
-    indices = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    for batch in batches(view, indices, count, workers):
-        yield batch["pixels"].to(device).float().div_(255).sub_(mean).div_(std)
-        advance(len(batch["pixels"]))
 
 
 def linear_probe(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> float:

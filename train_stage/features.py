@@ -1,0 +1,163 @@
+"""features: images through frozen weights, one vector an image and one a patch, in one Zarr group."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from zarr.codecs import Crc32cCodec
+
+from ..shared.console import progress, table
+from ..shared.devices import choose_device, choose_workers
+from ..shared.files import refuse_existing, written_whole
+from ..shared.images import ImageRecord, open_source, read_image
+from ..shared.loading import batches
+from ..shared.token_store import NO_LABEL
+from ..shared.views import Preprocess, center_view, to_array
+from .interchange import load_weights
+from .weights import Weights
+
+FORMAT, VERSION = "mapet-features", 1
+# At ViT-B's 14x14 patches of 768 numbers, chunks of about 10 MB and 0.4 MB.
+_IMAGES_PER_CHUNK = {"patches": 16, "pooled": 128, "keys": 8192, "labels": 8192}
+_AXES = ("image", "row", "column", "feature")
+
+
+def features(
+    images: str | Path | Sequence[str | Path],
+    weights: str | Path,
+    out: str | Path,
+    *,
+    patches: bool = True,
+    image_size: int | None = None,
+    batch_size: int = 128,
+    workers: int | None = None,
+    device: str = "auto",
+) -> Path:
+    """Writes the frozen features of images as one Zarr v3 group, and returns its path.
+
+    For n images in the source's order and a model with an H x W grid of patches, the group holds:
+
+    - `keys` (n,) str: WebDataset keys;
+    - `pooled` (n, dim) float32: the mean over patches of the final norm's output, which is what `probe` measures;
+      of a fine-tuned model, what its head reads;
+    - `patches` (n, H, W, dim) float32, raster order: the final norm's output; of a fine-tuned model, which has no such
+      norm, the last block's;
+    - `labels` (n,) int64, if any image has one, -1 where an image has none;
+    - attributes: format and version, path and SHA-256 of the weights, their kind and shape, preprocessing, grid.
+
+    Every chunk carries a CRC32C. The whole image is resized (shorter side), then its centre is cropped.
+
+    Args:
+        images: a tar, a folder, a brace pattern of tars, or a list of tars; images of any size.
+        weights: a run, a checkpoint folder, an imported or exported folder, or a published `.pth.tar`.
+        out: the group's folder, such as `features.zarr`; it must not exist, or be empty. It appears when it is whole.
+        patches: False leaves `patches` out, which is H * W times as large as `pooled`.
+        image_size: pixels; position embeddings are resampled to another grid (bicubic, antialiased).
+        batch_size, workers, device: how to run.
+
+    Raises:
+        DataError if weights or images cannot be read; UsageError if `out` is taken, or `image_size` does not fit.
+    """
+    refuse_existing(out := Path(out))
+    device = choose_device(device)
+    found = load_weights(weights).resized(image_size)
+    records = [record for shard in open_source(images) for record in shard.records]
+    model = found.vit().to(device)
+    shown = normalised_views(records, found.preprocess, batch_size, choose_workers(workers, device), device)
+    with written_whole(out) as partial, progress("extracting features", len(records)) as advance:
+        group = _create(partial, found, records, patches)
+        start = 0
+        for batch in shown:
+            end = start + len(batch)
+            pooled, rows = embed(model, batch)
+            group["pooled"][start:end] = pooled.cpu().numpy()
+            if patches:
+                group["patches"][start:end] = rows.unflatten(1, (found.grid, found.grid)).cpu().numpy()
+            advance(end - start)
+            start = end
+    _summary(found, group, out)
+    return out
+
+
+def _create(path: Path, found: Weights, records: list[ImageRecord], patches: bool) -> zarr.Group:
+    """The group with its keys and labels written and its features still to come."""
+    count, dim, grid = len(records), found.shape.dim, found.grid
+    group = zarr.create_group(path, attributes=_about(found))
+    labels = [NO_LABEL if record.label is None else record.label for record in records]
+    columns = {"keys": np.array([record.key for record in records], dtype=object)}
+    if any(record.label is not None for record in records):
+        columns["labels"] = np.array(labels, dtype=np.int64)
+    for name, data in columns.items():
+        _array(group, name, (count,), str if name == "keys" else np.int64)[:] = data
+    _array(group, "pooled", (count, dim), np.float32)
+    if patches:
+        _array(group, "patches", (count, grid, grid, dim), np.float32)
+    return group
+
+
+def _array(group: zarr.Group, name: str, shape: tuple[int, ...], kind: type) -> zarr.Array:
+    return group.create_array(
+        name,
+        shape=shape,
+        dtype=kind,
+        chunks=(min(shape[0], _IMAGES_PER_CHUNK[name]), *shape[1:]),
+        # Mantissas of features hardly compress; Zarr leaves chunks unchecked unless told otherwise.
+        compressors=[Crc32cCodec()],
+        # A chunk that is lost must not read as features of zero.
+        fill_value=np.nan if kind is np.float32 else None,
+        dimension_names=("image", "feature") if len(shape) == 2 else _AXES[: len(shape)],
+    )
+
+
+def _about(found: Weights) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "weights": {"path": str(found.file), "sha256": found.sha256(), "kind": found.kind},
+        "shape": found.shape.to_json(),
+        "preprocess": found.preprocess.to_json(),
+        "grid": [found.grid, found.grid],
+    }
+
+
+def _summary(found: Weights, group: zarr.Group, out: Path) -> None:
+    arrays = [(name, f"{array.dtype} {array.shape}") for name, array in sorted(group.arrays())]
+    table("Features", [("weights", f"{found.file} ({found.kind})"), *arrays, ("to", str(out))])
+
+
+@dataclass(frozen=True)
+class _CenterViews:
+    records: Sequence[ImageRecord]
+    preprocess: Preprocess
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        return {"pixels": to_array(center_view(read_image(self.records[index])[0], self.preprocess))}
+
+
+def normalised_views(
+    records: Sequence[ImageRecord], preprocess: Preprocess, batch_size: int, workers: int, device: str
+) -> Iterator[Tensor]:
+    """Yields what a model sees of `records`, in order: float32 (B, 3, S, S) on `device`, normalised.
+
+    Raises DataError for an image that cannot be read.
+    """
+    mean, std = (torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (preprocess.mean, preprocess.std))
+    count = len(records)
+    indices = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    for batch in batches(_CenterViews(records, preprocess), indices, count, workers):
+        yield batch["pixels"].to(device).float().div_(255).sub_(mean).div_(std)
+
+
+@torch.no_grad()
+def embed(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, S, S) -> pooled features (B, dim) and those of the patches (B, N, dim), in full float32."""
+    # cuDNN would otherwise round float32 to TF32.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        rows = model.forward_features(images)
+    return model.forward_head(rows, pre_logits=True), rows[:, 1:]
