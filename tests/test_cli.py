@@ -13,11 +13,13 @@ from pathlib import Path
 
 import mapet
 import pytest
+import torch
 from mapet import cli
 from mapet.shared.drawings import write_drawings
 from mapet.tokenize_stage.build_codebook import build_codebook
 
 COMMAND = [sys.executable, "-c", "from mapet.cli import main; main()"]
+PUBLISHED = Path(__file__).parent / "train_stage" / "oracle" / "pretrain.pth.tar"
 MODEL = ["model.name=null", "model.dim=32", "model.depth=1", "model.heads=2", "model.image_size=64"]
 TRAIN = ["model.patch_size=8", "train.epochs=1", "train.batch_size=32", "optimizer.warmup_epochs=0"]
 
@@ -94,6 +96,9 @@ def test_the_whole_chain_by_command(chain, tower, tmp_path: Path):
         ("tokenize", "verify", tokens, "--codebook", codebook, "--images", chain.images),
         ("train", "pretrain", "--images", chain.images, "--tokens", tokens, "--out", run, *settings()),
         ("train", "probe", run, "--images", chain.images, "--val", chain.images, "--random-init"),
+        ("train", "import", run, "--out", tmp_path / "ours"),
+        ("train", "export", tmp_path / "ours", "--out", tmp_path / "timm", "--image-size", 96),
+        ("train", "features", chain.images, "--weights", tmp_path / "timm", "--out", tmp_path / "a.zarr"),
     ]
     for step in steps:
         result = mapet_command(*step)
@@ -172,6 +177,10 @@ def broken(chain, tower: str, folder: Path) -> dict[str, tuple[list, int, str]]:
         "truncated token shard": ([*train, folder / "truncated", *settings()], 1, "bytes instead of"),
         "truncated token shard, verified": (["tokenize", "verify", folder / "truncated"], 1, "bytes instead of"),
         "unknown setting": ([*train, chain.tokens, *settings("optimizer.learning_rate=1")], 2, "optimizer.lr"),
+        "no weights": (["train", "export", folder / "nothing", *out], 1, "does not exist"),
+        "no checkpoint": (["train", "import", text, *out], 1, "no published checkpoint"),
+        "patches do not fill the image": (["train", "export", PUBLISHED, *out, "--image-size", 50], 2, "no multiple"),
+        "taken": (["train", "import", PUBLISHED, "--out", folder / "more"], 2, "already exists"),
         "no image of that key": (["tokenize", "inspect", chain.tokens, "--key", "nobody"], 1, "no image with key"),
         "neither codebook nor store": (["tokenize", "inspect", folder], 1, "neither a codebook"),
         "no CUDA": ([*build, chain.images, *out, "--tower", tower, "--device", "cuda"], 2, "no CUDA device"),
@@ -179,7 +188,7 @@ def broken(chain, tower: str, folder: Path) -> dict[str, tuple[list, int, str]]:
 
 
 def test_what_is_wrong_is_said_in_one_sentence_and_leaves_nothing_behind(chain, tower, tmp_path: Path):
-    if __import__("torch").cuda.is_available():
+    if torch.cuda.is_available():
         pytest.skip("one of the cases needs a machine without CUDA")
     for name, (arguments, code, words) in broken(chain, tower, tmp_path).items():
         result = mapet_command(*arguments)
@@ -190,6 +199,24 @@ def test_what_is_wrong_is_said_in_one_sentence_and_leaves_nothing_behind(chain, 
         assert "Traceback" not in result.stderr + result.stdout, name
         assert not (tmp_path / "out").exists(), name
         assert not (tmp_path / "run" / "checkpoints").exists(), name
+
+
+class Malicious:
+    def __init__(self, witness: Path):
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.witness}",)
+
+
+def test_a_malicious_checkpoint_is_refused_in_one_sentence_and_runs_nothing(tmp_path: Path):
+    published = torch.load(PUBLISHED, weights_only=False)
+    torch.save({**published, "args": Malicious(tmp_path / "witness")}, tmp_path / "bad.pth.tar")
+    result = mapet_command("train", "import", tmp_path / "bad.pth.tar", "--out", tmp_path / "out")
+    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (1, "", 1), result
+    assert "bad.pth.tar" in result.stderr
+    assert "nothing in it was run" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.pth.tar"]
 
 
 def test_a_wrong_option_is_a_usage_error():
@@ -228,7 +255,7 @@ def test_a_stopped_command_keeps_what_is_whole_and_says_how_to_go_on(chain, tmp_
 
 def test_doctor_names_versions_devices_and_the_faiss_build():
     about = json.loads(mapet_command("doctor", "--json").stdout)
-    assert about["packages"]["torch"] == __import__("torch").__version__.split("+")[0]
+    assert about["packages"]["torch"] == torch.__version__.split("+")[0]
     assert about["faiss"]["version"] == __import__("faiss").__version__
     assert isinstance(about["devices"]["cuda"], list)
     assert "problems" in about

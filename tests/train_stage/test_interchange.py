@@ -1,15 +1,27 @@
-"""Weights from elsewhere are read without running anything in them, or refused with one sentence."""
+"""Weights arrive unchanged, from published checkpoints and runs, to timm and back; or refused in one sentence."""
 
 import argparse
+import json
 import os
+import shutil
 from pathlib import Path
+from random import Random
 
 import pytest
+import timm
 import torch
-from mapet.shared.errors import DataError
-from mapet.train_stage.interchange import load_published, load_weights
+from mapet.shared.errors import DataError, UsageError
+from mapet.train_stage import interchange
+from mapet.train_stage.checkpoint import newest_checkpoint, save_checkpoint
+from mapet.train_stage.interchange import export, import_weights, load_published, load_weights
+from mapet.train_stage.model import SIZES, MaPeT, Shape
+from mapet.train_stage.probe import probe
+from safetensors.torch import load_file
+from torch import Tensor
 
 ORACLE = Path(__file__).parent / "oracle"
+PRETRAIN, FINETUNE = ORACLE / "pretrain.pth.tar", ORACLE / "finetune.pth.tar"
+FILES = ("model.safetensors", "config.json")
 
 
 class Malicious:
@@ -20,47 +32,314 @@ class Malicious:
         return (os.system, (f"touch {self.path}",))
 
 
+def largest_error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def opened(folder: Path, **options) -> timm.models.VisionTransformer:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **options).eval()
+
+
+def noise(size: int, count: int = 2) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def checkpoint_of(shape: Shape, folder: Path) -> Path:
+    """A checkpoint whose every value, LayerScale included, is far from where training and timm start."""
+    torch.manual_seed(0)
+    model = MaPeT(shape)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    seen = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
+    about = {"model": shape.to_json(), "input": seen, "seed": 0}
+    return save_checkpoint(folder, 1, model, torch.optim.AdamW(model.parameters()), about)
+
+
+def published(
+    folder: Path, source: Path = PRETRAIN, drop: str = "", put: dict[str, Tensor] | None = None, **changes
+) -> Path:
+    """A copy of an oracle checkpoint without the tensor `drop`, with `put` and with other top-level entries."""
+    content = torch.load(source, weights_only=False)
+    state = {name: tensor for name, tensor in content["state_dict"].items() if name != drop}
+    torch.save({**content, "state_dict": {**state, **(put or {})}, **changes}, folder / "a.pth.tar")
+    return folder / "a.pth.tar"
+
+
+def test_a_run_opens_in_timm_and_gives_the_same_features(run: Path, tmp_path: Path):
+    model = load_weights(run).mapet().eval()
+    ours = model.norm(model.encode(noise(64)))
+    theirs = opened(export(run, tmp_path / "timm"))
+    assert largest_error(theirs.forward_features(noise(64)), ours) < 1e-5
+    assert largest_error(theirs(noise(64)), model.features(noise(64))) < 1e-5
+    known = timm.data.resolve_model_data_config(theirs)
+    assert (known["input_size"], known["interpolation"], known["crop_pct"]) == ((3, 64, 64), "bilinear", 1.0)
+    assert (list(known["mean"]), list(known["std"])) == ([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
+    assert (theirs.num_classes, theirs.pretrained_cfg["num_classes"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(dim=24, depth=3, heads=2, patch_size=4, image_size=12, k=5, mlp_ratio=2.5),
+        Shape(*SIZES["small"], patch_size=16, image_size=224, k=8192),
+    ],
+    ids=["odd", "small"],
+)
+def test_any_shape_opens_in_timm_with_every_tensor_in_its_place(shape: Shape, tmp_path: Path):
+    checkpoint = checkpoint_of(shape, tmp_path)
+    model = load_weights(checkpoint).mapet().eval()
+    theirs = opened(export(checkpoint, tmp_path / "timm"))
+    images = noise(shape.image_size, 1)
+    with torch.no_grad():
+        assert largest_error(theirs.forward_features(images), model.norm(model.encode(images))) < 1e-5
+        assert largest_error(theirs(images), model.features(images)) < 1e-5
+    assert torch.equal(theirs.blocks[-1].ls2.gamma, model.blocks[-1].ls2.gamma)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(
+        p.numel() for name, p in model.named_parameters() if "decoder" not in name and "mask" not in name
+    )
+
+
+def test_an_export_takes_a_new_head_in_timm(run: Path, tmp_path: Path):
+    folder = export(run, tmp_path / "timm")
+    classifier = opened(folder, num_classes=7)
+    assert classifier(noise(64)).shape == (2, 7)
+    assert largest_error(classifier.forward_features(noise(64)), opened(folder).forward_features(noise(64))) == 0
+
+
+def test_a_fine_tuned_checkpoint_classifies_in_timm_as_it_was_published(tmp_path: Path):
+    expected = load_file(ORACLE / "finetune_expected.safetensors")
+    folder = export(import_weights(FINETUNE, tmp_path / "ours"), tmp_path / "timm")
+    theirs = opened(folder)
+    assert theirs.num_classes == 10
+    assert largest_error(theirs(expected["images"]), expected["logits"]) < 1e-5
+    assert largest_error(theirs.forward_features(expected["images"]), expected["features"]) < 1e-5
+
+
+def test_an_imported_pre_training_checkpoint_predicts_as_it_was_published(tmp_path: Path):
+    expected = load_file(ORACLE / "pretrain_expected.safetensors")
+    model = load_weights(import_weights(PRETRAIN, tmp_path / "ours")).mapet()
+    order, visible = expected["order"], int(expected["least_number"]) - 1
+    logits = model(expected["images"], order, visible)
+    raster = order[:, visible:].argsort(1)[:, :, None].expand_as(logits)
+    assert largest_error(logits.gather(1, raster), expected["logits"]) < 1e-5
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("source", [PRETRAIN, FINETUNE], ids=["pretrain", "finetune"])
+def test_there_and_back_is_exact(source: Path, tmp_path: Path):
+    once = export(source, tmp_path / "once")
+    again = export(import_weights(once, tmp_path / "ours"), tmp_path / "again")
+    assert [(once / name).read_bytes() for name in FILES] == [(again / name).read_bytes() for name in FILES]
+    before, after = load_weights(source), load_weights(again)
+    left_behind = {"mask_positional_token", "decoder.weight", "decoder.bias"}
+    assert set(before.tensors) - set(after.tensors) == left_behind & set(before.tensors)
+    assert all(torch.equal(before.tensors[name], tensor) for name, tensor in after.tensors.items())
+    assert (before.shape.heads, before.shape.mlp_ratio) == (after.shape.heads, after.shape.mlp_ratio)
+
+
+def test_an_import_keeps_everything_and_says_what_it_is(run: Path, tmp_path: Path):
+    before, after = load_weights(run), load_weights(import_weights(run, tmp_path / "ours"))
+    assert set(before.tensors) == set(after.tensors)
+    assert all(torch.equal(tensor, after.tensors[name]) for name, tensor in before.tensors.items())
+    assert (before.shape, before.input, before.seed) == (after.shape, after.input, after.seed)
+    assert after.seed == 3
+    about = json.loads((tmp_path / "ours" / "weights.json").read_text())
+    assert (about["kind"], about["source"]["sha256"]) == ("pretraining", before.sha256())
+    assert json.loads((import_weights(FINETUNE, tmp_path / "b") / "weights.json").read_text())["classes"] == 10
+
+
+def test_a_probe_finds_the_same_in_a_run_its_import_and_its_export(chain, run: Path, tmp_path: Path):
+    folders = [run, import_weights(run, tmp_path / "ours"), export(run, tmp_path / "timm")]
+    first, *others = [probe(folder, chain.images, chain.images) for folder in folders]
+    assert others == [first, first]
+
+
+def test_positions_are_resampled_as_timm_does_on_loading(run: Path, tmp_path: Path):
+    theirs = opened(export(run, tmp_path / "as-it-was"), img_size=96)
+    ours = opened(export(run, tmp_path / "larger", image_size=96))
+    assert ours.patch_embed.grid_size == (12, 12)
+    assert ours.pretrained_cfg["input_size"] == (3, 96, 96)
+    assert torch.equal(ours.pos_embed, theirs.pos_embed)
+    assert torch.equal(ours(noise(96)), theirs(noise(96)))
+    imported = load_weights(import_weights(run, tmp_path / "imported", image_size=96))
+    assert torch.equal(imported.tensors["pos_embed"], theirs.pos_embed)
+    order = torch.arange(144).expand(2, -1)
+    assert imported.mapet()(noise(96), order, 36).shape == (2, 108, imported.shape.k)
+
+
+def test_the_size_that_it_has_changes_nothing(run: Path, tmp_path: Path):
+    plain, same = export(run, tmp_path / "plain"), export(run, tmp_path / "same", image_size=64)
+    assert [(plain / name).read_bytes() for name in FILES] == [(same / name).read_bytes() for name in FILES]
+
+
+@pytest.mark.parametrize("write", [export, import_weights])
+def test_a_size_that_the_patches_do_not_fill_is_refused(write, run: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="100 is no multiple of the patch size 8"):
+        write(run, tmp_path / "out", image_size=100)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", [export, import_weights])
+def test_what_lies_at_out_is_left_alone(write, tmp_path: Path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "model.safetensors").write_text("dear")
+    (tmp_path / "file").write_text("dear too")
+    (tmp_path / "empty").mkdir()
+    for name in ("taken", "file"):
+        with pytest.raises(UsageError, match=f"{name} already exists"):
+            write(PRETRAIN, tmp_path / name)
+    assert (tmp_path / "taken" / "model.safetensors").read_text() == "dear"
+    assert load_weights(write(PRETRAIN, tmp_path / "empty")).shape.dim == 48
+
+
+@pytest.mark.parametrize("write", [export, import_weights])
+def test_a_write_that_fails_leaves_nothing_and_what_a_killed_one_left_is_no_hindrance(
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(interchange, "save_file", full)
+        with pytest.raises(OSError, match="no space"):
+            write(PRETRAIN, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"half")
+    write(PRETRAIN, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_published_checkpoint_gives_its_shape():
-    shape = load_published(ORACLE / "pretrain.pth.tar").shape
+    shape = load_published(PRETRAIN).shape
     assert (shape.dim, shape.depth, shape.heads, shape.patch_size, shape.image_size, shape.k) == (48, 2, 3, 16, 64, 32)
 
 
-def test_module_prefixes_are_read(tmp_path: Path):
-    checkpoint = torch.load(ORACLE / "pretrain.pth.tar", weights_only=False)
-    checkpoint["state_dict"] = {f"module.{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
-    torch.save(checkpoint, tmp_path / "prefixed.pth.tar")
-    plain, prefixed = (load_published(path) for path in (ORACLE / "pretrain.pth.tar", tmp_path / "prefixed.pth.tar"))
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), prefixed.parameters(), strict=True))
+@pytest.mark.parametrize("source", [PRETRAIN, FINETUNE], ids=["pretrain", "finetune"])
+def test_module_prefixes_are_read(source: Path, tmp_path: Path):
+    state = torch.load(source, weights_only=False)["state_dict"]
+    prefixed = published(tmp_path, source=source, state_dict={f"module.{name}": t for name, t in state.items()})
+    found = load_weights(prefixed).tensors
+    assert set(found) == set(state)
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
 def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path: Path):
     witness = tmp_path / "witness"
-    torch.save({"state_dict": {}, "args": Malicious(witness)}, tmp_path / "bad.pth.tar")
-    with pytest.raises(DataError, match="nothing in it was run"):
-        load_published(tmp_path / "bad.pth.tar")
+    bad = published(tmp_path, args=Malicious(witness))
+    for read in (load_published, load_weights):
+        with pytest.raises(DataError, match="nothing in it was run"):
+            read(bad)
     assert not witness.exists()
+    torch.load(bad, weights_only=False)
+    assert witness.exists()  # it does bite where pickles are run
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"PK\x03\x04 broken zip"])
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"PK\x03\x04 broken zip", b"\x80\x02}q\x00."])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes):
     (tmp_path / "junk.pth.tar").write_bytes(content)
     with pytest.raises(DataError, match=r"junk\.pth\.tar"):
-        load_published(tmp_path / "junk.pth.tar")
+        load_weights(tmp_path / "junk.pth.tar")
 
 
-def test_a_fine_tuned_checkpoint_is_not_taken_for_a_pre_trained_one():
-    with pytest.raises(DataError, match="no pre-training checkpoint"):
-        load_published(ORACLE / "finetune.pth.tar")
+def test_a_truncated_checkpoint_is_refused_wherever_it_ends(tmp_path: Path):
+    whole = PRETRAIN.read_bytes()
+    for size in range(1, len(whole), len(whole) // 40):
+        (tmp_path / "cut.pth.tar").write_bytes(whole[:size])
+        with pytest.raises(DataError, match=r"cut\.pth\.tar"):
+            load_weights(tmp_path / "cut.pth.tar")
 
 
-def test_weights_that_do_not_fit_are_refused(tmp_path: Path):
-    state = dict(torch.load(ORACLE / "pretrain.pth.tar", weights_only=False)["state_dict"])
-    del state["norm.bias"]
-    torch.save({"state_dict": state, "arch": "mapet_tiny", "args": argparse.Namespace()}, tmp_path / "a.pth.tar")
-    with pytest.raises(DataError, match="does not hold the weights"):
-        load_published(tmp_path / "a.pth.tar")
+def test_a_checkpoint_with_changed_bytes_never_ends_in_a_traceback(tmp_path: Path):
+    whole, random = bytearray(PRETRAIN.read_bytes()), Random(0)
+    refused = 0
+    for _ in range(60):
+        changed = whole.copy()
+        for _ in range(20):
+            changed[random.randrange(3000)] = random.randrange(256)  # where the pickle lies
+        (tmp_path / "changed.pth.tar").write_bytes(changed)
+        try:
+            load_weights(tmp_path / "changed.pth.tar")
+        except DataError as error:
+            refused += "changed.pth.tar" in str(error)
+    assert refused > 50
 
 
-def test_a_folder_without_weights_is_refused(tmp_path: Path):
+def test_weights_without_a_decoder_are_not_taken_for_a_pre_training_checkpoint(tmp_path: Path):
+    with pytest.raises(DataError, match=r"no pre-training checkpoint: .* classifier"):
+        load_published(FINETUNE)
+    with pytest.raises(DataError, match=r"no pre-training checkpoint: .* encoder"):
+        load_weights(export(PRETRAIN, tmp_path / "timm")).mapet()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"drop": "blocks.1.norm2.bias"}, "does not hold the weights"),
+        ({"drop": "blocks.1.attn.kv.weight"}, "does not hold the weights"),
+        ({"put": {"blocks.0.attn.rotary": torch.zeros(3)}}, "does not hold the weights"),
+        ({"put": {"blocks.0.ls1.gamma": torch.zeros(49)}}, "does not hold the weights"),
+        ({"put": {"pos_embed": torch.zeros(1, 1 + 15, 48)}}, "no square grid"),
+        ({"drop": "pos_embed"}, "no checkpoint that holds the weights of a MaPeT model"),
+        ({"arch": "resnet50"}, "names architecture 'resnet50'"),
+        ({"state_dict": {"epoch": 3}}, "no published checkpoint"),
+        ({"state_dict": [1, 2]}, "no published checkpoint"),
+        ({"state_dict": {}}, "no checkpoint that holds the weights of a MaPeT model"),
+    ],
+)
+@pytest.mark.parametrize("source", [PRETRAIN, FINETUNE], ids=["pretrain", "finetune"])
+def test_published_tensors_that_do_not_fit_are_refused(source: Path, changes: dict, words: str, tmp_path: Path):
+    with pytest.raises(DataError, match=words) as caught:
+        load_weights(published(tmp_path, source=source, **changes))
+    assert "a.pth.tar" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_argument_that_is_nothing_of_the_kind_is_refused(tmp_path: Path):
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        load_weights(tmp_path / "nowhere")
     with pytest.raises(DataError, match="neither a run"):
         load_weights(tmp_path)
+    shutil.copy(ORACLE / "pretrain_expected.safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match="neither a run"):
+        load_weights(tmp_path)
+
+
+def test_a_folder_of_another_model_is_refused(tmp_path: Path):
+    other = timm.create_model("test_vit", num_classes=3)
+    folder = tmp_path / "other"
+    timm.models.save_for_hf(other, folder, safe_serialization=True)
+    with pytest.raises(DataError, match=r"config\.json is no description of a ViT that mapet exported"):
+        load_weights(folder)
+    export(PRETRAIN, tmp_path / "timm")
+    about = json.loads((tmp_path / "timm" / "config.json").read_text())
+    for name, value in {"num_heads": 5, "patch_size": 7, "depth": 3, "embed_dim": "wide", "img_size": [64, 32]}.items():
+        changed = {**about, "model_args": {**about["model_args"], name: value}}
+        (tmp_path / "timm" / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(DataError, match=r"no description of a ViT|does not hold the weights"):
+            load_weights(tmp_path / "timm")
+
+
+def test_damaged_folders_are_refused(run: Path, tmp_path: Path):
+    ours, timms = import_weights(run, tmp_path / "ours"), export(run, tmp_path / "timm")
+    checkpoint = shutil.copytree(newest_checkpoint(run), tmp_path / "checkpoint")
+    for folder, words in ((ours, "was changed"), (timms, "is damaged"), (checkpoint, "is damaged")):
+        tensors = folder / "model.safetensors"
+        whole = tensors.read_bytes()
+        tensors.write_bytes(whole[:-5])
+        with pytest.raises(DataError, match=words):
+            load_weights(folder)
+        tensors.write_bytes(whole)
+        load_weights(folder)
+    (checkpoint / "state.json").write_text('{"model": {}}')
+    with pytest.raises(DataError, match="is damaged"):
+        load_weights(checkpoint)
+
+
+def test_half_precision_tensors_become_float32(tmp_path: Path):
+    state = torch.load(PRETRAIN, weights_only=False)["state_dict"]
+    half = published(tmp_path, state_dict={n: t.half() for n, t in state.items()}, args=argparse.Namespace())
+    found = load_weights(half).tensors
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert torch.equal(found["cls_token"], state["cls_token"].half().float())
