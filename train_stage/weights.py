@@ -123,7 +123,7 @@ class Weights:
                 model = build()
             model.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
-            problem = " ".join(line.strip() for line in str(error).splitlines()[1:2])
+            problem = str(error).splitlines()[:2][-1].strip()  # load_state_dict names the tensor in its second line
             raise DataError(f"{self.file} does not hold the weights of a MaPeT model ({problem[:200]}).") from None
         return model
 

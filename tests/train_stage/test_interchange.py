@@ -72,7 +72,7 @@ def test_a_run_opens_in_timm_and_gives_the_same_features(run: Path, tmp_path: Pa
     assert largest_error(theirs.forward_features(noise(64)), ours) < 1e-5
     assert largest_error(theirs(noise(64)), model.features(noise(64))) < 1e-5
     known = timm.data.resolve_model_data_config(theirs)
-    assert (known["input_size"], known["interpolation"], known["crop_pct"]) == ((3, 64, 64), "bilinear", 1.0)
+    assert (list(known["input_size"]), known["interpolation"], known["crop_pct"]) == ([3, 64, 64], "bilinear", 1.0)
     assert (list(known["mean"]), list(known["std"])) == ([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
     assert (theirs.num_classes, theirs.pretrained_cfg["num_classes"]) == (0, 0)
 
@@ -158,7 +158,7 @@ def test_positions_are_resampled_as_timm_does_on_loading(run: Path, tmp_path: Pa
     theirs = opened(export(run, tmp_path / "as-it-was"), img_size=96)
     ours = opened(export(run, tmp_path / "larger", image_size=96))
     assert ours.patch_embed.grid_size == (12, 12)
-    assert ours.pretrained_cfg["input_size"] == (3, 96, 96)
+    assert list(ours.pretrained_cfg["input_size"]) == [3, 96, 96]
     assert torch.equal(ours.pos_embed, theirs.pos_embed)
     assert torch.equal(ours(noise(96)), theirs(noise(96)))
     imported = load_weights(import_weights(run, tmp_path / "imported", image_size=96))
