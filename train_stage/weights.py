@@ -88,7 +88,7 @@ class Weights:
 
         None, or the size that it has, changes nothing. Raises UsageError if the patches do not fill such an image.
         """
-        if image_size in (None, self.shape.image_size):
+        if image_size is None:
             return self
         if image_size <= 0 or image_size % self.shape.patch_size:
             raise UsageError(f"--image-size {image_size} is no multiple of the patch size {self.shape.patch_size}.")
@@ -175,7 +175,6 @@ class Weights:
                 "crop_pct": 1.0,
                 "crop_mode": "center",
                 **self.input.to_json(),
-                "num_classes": self.classes,
                 "pool_size": None,
                 "first_conv": "patch_embed.proj",
                 "classifier": "head",
