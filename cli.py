@@ -24,7 +24,7 @@ Images = Annotated[
     str, typer.Argument(help="A tar, a folder of class folders, or a pattern like train-{000..015}.tar.")
 ]
 Workers = Annotated[
-    int | None, typer.Option(help="Processes that decode images [default: 0 on the CPU, up to 16 on CUDA].")
+    int | None, typer.Option(help="Processes that decode images (default: 0 on the CPU, up to 16 on CUDA).")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 BatchSize = Annotated[int, typer.Option(help="Images per forward pass.", min=1)]
@@ -32,7 +32,7 @@ Weights = Annotated[
     Path, typer.Argument(help="A run, a checkpoint, an imported or exported folder, or a published .pth.tar.")
 ]
 GridSize = Annotated[
-    int | None, typer.Option("--image-size", help="Pixels; resamples position embeddings [default: as it was].", min=1)
+    int | None, typer.Option("--image-size", help="Pixels; resamples position embeddings (default: as it was).", min=1)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
 
@@ -44,15 +44,15 @@ def build_codebook(
     tower: Annotated[str, typer.Option(help="open_clip name, local-dir:PATH, hf-hub:ID or timm:NAME.")] = "RN50x64",
     pretrained: Annotated[
         str | None,
-        typer.Option(help="Tag or local file; 'none' for random weights [default: openai, or timm's own]."),
+        typer.Option(help="Tag or local file; 'none' for random weights (default: openai, or timm's own)."),
     ] = None,
     layer: Annotated[int, typer.Option(help="Index into forward_intermediates, negative from the end.")] = -1,
     final_norm: Annotated[bool, typer.Option(help="Take ViT features after the final norm.")] = False,
-    image_size: Annotated[int | None, typer.Option(help="Pixels [default: the tower's own].", min=8)] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels (default: the tower's own).", min=8)] = None,
     precision: Annotated[str, typer.Option(help="Of the tower: float32 or bfloat16.")] = "float32",
     k: Annotated[int, typer.Option("--k", help="Number of centroids.")] = 8192,
     patches: Annotated[
-        int | None, typer.Option(help="Patch features to sample [default: 512 a centroid, or all].", min=1)
+        int | None, typer.Option(help="Patch features to sample (default: 512 a centroid, or all).", min=1)
     ] = None,
     iterations: Annotated[int, typer.Option(help="Of k-means.")] = 20,
     restarts: Annotated[int, typer.Option(help="Of k-means; the best one is kept.")] = 5,

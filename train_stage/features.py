@@ -81,7 +81,7 @@ def features(
                 group["patches"][start:end] = rows.unflatten(1, (found.grid, found.grid)).cpu().numpy()
             advance(end - start)
             start = end
-    _summary(found, group, out)
+    _summary(found, out)
     return out
 
 
@@ -126,9 +126,10 @@ def _about(found: Weights) -> dict[str, Any]:
     }
 
 
-def _summary(found: Weights, group: zarr.Group, out: Path) -> None:
-    arrays = [(name, f"{array.dtype} {array.shape}") for name, array in sorted(group.arrays())]
-    table("Features", [("weights", f"{found.file} ({found.kind})"), *arrays, ("to", str(out))])
+def _summary(found: Weights, out: Path) -> None:
+    arrays = sorted(zarr.open_group(out, mode="r").arrays())
+    rows = [(name, f"{' x '.join(map(str, array.shape))}, {array.dtype}") for name, array in arrays]
+    table("Features", [("weights", f"{found.file} ({found.kind})"), *rows, ("to", str(out))])
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,13 @@ def test_a_damaged_chunk_is_an_error_and_a_lost_one_is_no_feature(run: Path, pic
     assert np.isnan(read(path)["pooled"]).all()
 
 
+def test_the_summary_names_every_array(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    features(pictures, run, tmp_path / "a.zarr")
+    said = capsys.readouterr().out
+    for words in ("keys", "labels", "pooled", "5 x 32, float32", "5 x 8 x 8 x 32, float32", "a.zarr"):
+        assert words in said
+
+
 def test_what_lies_at_out_is_left_alone(run: Path, pictures: Path, tmp_path: Path):
     out = features(pictures, run, tmp_path / "a.zarr", patches=False)
     before = (out / "zarr.json").read_bytes()
