@@ -138,13 +138,25 @@ def pretrain(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="A setting, such as optimizer.lr=1e-3; repeat for more.")
     ] = None,
+    objective: Annotated[str | None, typer.Option(help="mapet, pim or mim (default: the recipe's).")] = None,
+    init: Annotated[str | None, typer.Option(help="WEIGHTS to start a new run from.")] = None,
     resume: Annotated[str, typer.Option(help="auto: go on with the run in --out, if there is one; never.")] = "auto",
     device: Device = "auto",
 ) -> None:
     """Pre-train MaPeT on images and their precomputed tokens."""
     from .train_stage.pretrain import pretrain
 
-    pretrain(images, tokens, out, recipe=recipe, overrides=overrides or (), resume=resume, device=device)
+    pretrain(
+        images,
+        tokens,
+        out,
+        recipe=recipe,
+        overrides=overrides or (),
+        objective=objective,
+        init=init,
+        resume=resume,
+        device=device,
+    )
 
 
 @train.command()

@@ -18,7 +18,8 @@ from ..shared.images import ImageRecord, decode, keys_sha256, open_source, read_
 from ..shared.randomness import generator
 from ..shared.token_store import TokenStore
 from ..shared.views import CropBox, replay, to_array
-from .settings import DataSettings, ModelSettings
+from .permutations import draw_permutation
+from .settings import ModelSettings, Settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,39 +92,38 @@ class LoadSample:
     """Loads the sample (epoch, image): a pure function of (seed, epoch, key)."""
 
     images: TokenisedImages
-    model: ModelSettings
-    data: DataSettings
-    seed: int
+    settings: Settings
 
     def __call__(self, place: tuple[int, int]) -> dict[str, np.ndarray]:
         """pixels uint8 (3, S, S); order (N,) int64; tokens (N,) int64 in that order; draws (depth, 2) float32."""
         epoch, index = place
         record, view = self.images.records[index], epoch % self.images.tokens.shape[1]
-        order = self._random("permutation", epoch, record).permutation(self.images.tokens[index, view].size)
+        tokens = self.images.tokens[index, view]
+        random = self._random("permutation", epoch, record)
+        order = draw_permutation(self.settings.objective, len(tokens), random)
         return {
             "pixels": self._pixels(record, index, view, epoch),
             "order": order,
-            "tokens": self.images.tokens[index, view].reshape(-1)[order].astype(np.int64),
-            "draws": self._random("drop path", epoch, record).random((self.model.depth, 2), dtype=np.float32),
+            "tokens": tokens.reshape(-1)[order].astype(np.int64),
+            "draws": self._random("drop path", epoch, record).random((self.settings.model.depth, 2), dtype=np.float32),
         }
 
     def _random(self, what: str, epoch: int, record: ImageRecord) -> np.random.Generator:
-        return generator(self.seed, what, epoch, record.key)
+        return generator(self.settings.train.seed, what, epoch, record.key)
 
     def _pixels(self, record: ImageRecord, index: int, view: int, epoch: int) -> np.ndarray:
-        data = read_bytes(record)
-        if zlib.crc32(data) != self.images.crc32[index]:
+        content = read_bytes(record)
+        if zlib.crc32(content) != self.images.crc32[index]:
             raise DataError(
                 f"{record.path}: image {record.key!r} is not the one that was encoded (its CRC32 differs); "
                 "restore the source or encode it again."
             )
-        image = decode(data, f"{record.path}: image {record.key!r}")
+        image = decode(content, f"{record.path}: image {record.key!r}")
         box = CropBox(*self.images.crops[index, view])
-        student = replay(
-            image, box, bool(self.images.flips[index, view]), self.model.image_size, self.data.interpolation
-        )
-        if self.data.color_jitter:
-            student = _jitter(student, self.data.color_jitter, self._random("jitter", epoch, record))
+        size, data = self.settings.model.image_size, self.settings.data
+        student = replay(image, box, bool(self.images.flips[index, view]), size, data.interpolation)
+        if data.color_jitter:
+            student = _jitter(student, data.color_jitter, self._random("jitter", epoch, record))
         return to_array(student)
 
 

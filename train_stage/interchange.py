@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..shared.console import table
+from ..shared.console import say, table
 from ..shared.errors import DataError, UsageError
 from ..shared.files import read_sealed_json, refuse_existing, sha256_file, write_sealed_json, written_whole
 from .checkpoint import newest_checkpoint, read_state
@@ -130,6 +130,25 @@ def load_weights(path: str | Path) -> Weights:
             ".pth.tar."
         )
     return _READERS[described[0]](folder).check()
+
+
+def start_from(model: MaPeT, path: str | Path) -> None:
+    """Copies weights into a fresh model, in place, as far as both have them, and says what stays fresh.
+
+    Positions are resampled to the model's grid. Raises DataError as `load_weights` does, UsageError if the encoders
+    differ in anything but the image size.
+    """
+    found, shape = load_weights(path), model.shape
+    for name in ("dim", "depth", "heads", "patch_size", "mlp_ratio"):
+        theirs, ours = getattr(found.shape, name), getattr(shape, name)
+        if theirs != ours:
+            raise UsageError(f"--init {path} has {name} {theirs} and the run's model {ours}; set the model to fit.")
+    known = model.state_dict()
+    tensors = found.resized(shape.image_size).tensors.items()
+    taken = {name: tensor for name, tensor in tensors if name in known and known[name].shape == tensor.shape}
+    model.load_state_dict(taken, strict=False)
+    fresh = ", ".join(name for name in known if name not in taken)
+    say(f"Starting from {found.file}{f'; fresh are {fresh}' if fresh else ''}.")
 
 
 @contextmanager

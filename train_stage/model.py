@@ -1,16 +1,19 @@
 """MaPeT: a Vision Transformer with a content stream and a query stream that share every weight (arXiv 2306.07346).
 
-Rows are kept in permutation order, so that what may attend to what is one constant pattern for all images, heads and
-steps (`attention_pattern`). Parameters carry the names of the published checkpoints.
+Rows are kept in permutation order, so that what may attend to what is one constant `Layout` for all images, heads and
+blocks; objectives.py makes it. Parameters carry the names of the published checkpoints.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding, linear, pixel_unshuffle
+from torch.utils.checkpoint import checkpoint
 
 from ..shared.errors import UsageError
+from .attention import Window, attend
 
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """(dim, depth, heads) of the model names `vit-tiny` ... `vit-large`."""
@@ -48,33 +51,43 @@ class Shape:
         return asdict(self)
 
 
-def attention_pattern(given: int, predicted: int, device: torch.device | None = None) -> Tensor:
-    """Which keys the rows of the predicted part attend to: bool (2M, V + 2M), True where attention is allowed.
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which rows a training step has, in which order, and what each attends to.
 
-    Rows are the content of patches of rank 1..M, then the queries of rank 1..M. Keys are the V = `given` rows (class
-    token and visible patches), the M auxiliary rows by rank, the M patches by rank. Section 3 of the paper.
+    Content rows: auxiliary rows by rank (if `auxiliary`), the class token, the visible patches, then the other patches
+    by rank (if `patches`), or the mask embeddings in their places. Query rows, if there is a query stream, are those of
+    `ranks`. A query, an auxiliary row and a mask embedding in its place all start as mask embedding plus position.
     """
-    rank = torch.arange(predicted, device=device)
-    row, key = rank[:, None], rank[None, :]
-    everything = torch.ones(predicted, given, dtype=torch.bool, device=device)
-    content = torch.cat([everything, key > row, key <= row], dim=1)
-    query = torch.cat([everything, key >= row, key < row], dim=1)
-    return torch.cat([content, query])
+
+    visible: int
+    auxiliary: bool
+    patches: bool
+    queries: bool
+    ranks: Tensor
+    """(P,) int64: the ranks, from 0, whose tokens are predicted: by the query stream, or else by the content rows."""
+    content_windows: tuple[Window, ...]
+    """Which content rows the content rows attend to."""
+    read_windows: tuple[Window, ...]
+    """Which content rows the rows that the head reads attend to."""
 
 
 class PatchEmbed(nn.Module):
-    """Pixels (B, 3, S, S) -> patch embeddings (B, N, dim) in raster order."""
+    """Pixels (B, 3, S, S) -> patch embeddings (B, N, dim), in raster order or in the `order` (B, N) given."""
 
     def __init__(self, patch_size: int, dim: int):
         super().__init__()
         self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
+    def forward(self, images: Tensor, order: Tensor | None = None) -> Tensor:
+        patches = pixel_unshuffle(images, self.proj.kernel_size[0]).flatten(2).transpose(1, 2)
+        if order is not None:  # sorting pixels costs no backward pass, sorting embeddings would
+            patches = patches.gather(1, order[:, :, None].expand_as(patches))
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with q apart from kv, as in the published weights."""
+    """The weights of multi-head attention, q apart from kv as in the published ones."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -83,28 +96,15 @@ class Attention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def split(self, rows: Tensor) -> Tensor:
-        """(B, rows, dim) -> (B, heads, rows, dim / heads)."""
-        return rows.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def queries(self, rows: Tensor) -> Tensor:
-        return self.split(self.q(rows))
-
-    def keys_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.kv(rows).chunk(2, dim=-1)
-        return self.split(keys), self.split(values)
-
-    def join(self, attended: Tensor) -> Tensor:
-        return self.proj(attended.transpose(1, 2).flatten(2))
-
 
 class LayerScale(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), _LAYER_SCALE))
 
-    def forward(self, rows: Tensor) -> Tensor:
-        return rows * self.gamma
+    def folded(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Weight and bias of gamma * layer(rows); for scaled rows, backward would have to keep the rows as well."""
+        return layer.weight * self.gamma[:, None], layer.bias * self.gamma
 
 
 class Mlp(nn.Module):
@@ -114,16 +114,9 @@ class Mlp(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(rows)))
-
 
 class Block(nn.Module):
-    """A pre-norm ViT block with LayerScale.
-
-    `keep` is None, or (B, 2) float: by how much each image's attention and MLP branch count (0 where dropped), the
-    same for both streams.
-    """
+    """A pre-norm ViT block with LayerScale, for both streams."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -134,40 +127,41 @@ class Block(nn.Module):
         self.mlp = Mlp(shape.dim, int(shape.dim * shape.mlp_ratio))
         self.ls2 = LayerScale(shape.dim)
 
-    def _residuals(self, rows: Tensor, attended: Tensor, keep: Tensor | None) -> Tensor:
-        branch = self.ls1(self.attn.join(attended))
-        rows = rows + (branch if keep is None else branch * keep[:, 0, None, None])
-        branch = self.ls2(self.mlp(self.norm2(rows)))
-        return rows + (branch if keep is None else branch * keep[:, 1, None, None])
+    def forward(
+        self,
+        content: Tensor,
+        reading: Sequence[Tensor],
+        windows: Sequence[Sequence[Window]],
+        keep: Tensor | None = None,
+    ) -> list[Tensor]:
+        """What becomes of each of the `reading` streams (B, rows, dim); keys and values are those of `content`.
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """One stream in which all rows attend to all: (B, rows, dim) -> the same."""
-        normed = self.norm1(rows)
-        keys, values = self.attn.keys_values(normed)
-        attended = scaled_dot_product_attention(self.attn.queries(normed), keys, values)
-        return self._residuals(rows, attended, None)
-
-    def two_streams(self, rows: Tensor, unmasked: int, pattern: Tensor, keep: Tensor | None) -> Tensor:
-        """Both streams at once: rows (B, V + M + 2M, dim) are V and auxiliary, patches by rank, queries by rank.
-
-        The first `unmasked` = V + M rows attend to one another without a mask, the others by `pattern`.
+        Args:
+            content: (B, rows, dim); may be one of the streams, then as the first.
+            windows: for each stream, what its rows attend to.
+            keep: (B, 2) float, by how much each image's attention and MLP branch count (0 where dropped), or None.
         """
-        normed = self.norm1(rows)
-        queries = self.attn.queries(normed)
-        keys, values = self.attn.keys_values(normed[:, : pattern.shape[1]])
-        free = scaled_dot_product_attention(queries[:, :, :unmasked], keys[:, :, :unmasked], values[:, :, :unmasked])
-        ordered = scaled_dot_product_attention(queries[:, :, unmasked:], keys, values, attn_mask=pattern)
-        return self._residuals(rows, torch.cat([free, ordered], dim=2), keep)
+        attn, mlp = self.attn, self.mlp
+        normed = _lowered(self.norm1(content))
+        queries = [attn.q(normed if rows is content else _lowered(self.norm1(rows))) for rows in reading]
+        attended = attend(queries, attn.kv(normed), attn.heads, windows)
+        project, shrink = self.ls1.folded(attn.proj), self.ls2.folded(mlp.fc2)
+        after = []
+        for rows, taken in zip(reading, attended, strict=True):
+            rows = _add(rows, linear(taken, *project), keep, 0)
+            hidden = mlp.act(mlp.fc1(_lowered(self.norm2(rows))))
+            after.append(_add(rows, linear(hidden, *shrink), keep, 1))
+        return after
 
-    def last_queries(self, rows: Tensor, pattern: Tensor, keep: Tensor | None) -> Tensor:
-        """The last block: only the query rows are needed from it, the content gives keys and values. -> (B, M, dim)"""
-        content = pattern.shape[1]
-        normed = self.norm1(rows)
-        keys, values = self.attn.keys_values(normed[:, :content])
-        queries = self.attn.queries(normed[:, content:])
-        predicted = queries.shape[2]
-        attended = scaled_dot_product_attention(queries, keys, values, attn_mask=pattern[predicted:])
-        return self._residuals(rows[:, content:], attended, keep)
+
+def _lowered(rows: Tensor) -> Tensor:
+    """Casts once what autocast would cast, and keep, again for every layer that reads it."""
+    device = rows.device.type
+    return rows.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else rows
+
+
+def _add(rows: Tensor, branch: Tensor, keep: Tensor | None, which: int) -> Tensor:
+    return rows + (branch if keep is None else branch * keep[:, which, None, None])
 
 
 class MaPeT(nn.Module):
@@ -183,6 +177,8 @@ class MaPeT(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(shape.dim, eps=_NORM_EPS)
         self.decoder = nn.Linear(shape.dim, shape.k)
+        self.grad_checkpointing = False
+        """Keeps only the rows between blocks for backward and computes the rest again."""
         self._initialise()
 
     def _initialise(self) -> None:
@@ -194,55 +190,63 @@ class MaPeT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, images: Tensor, order: Tensor, visible: int, keep: Tensor | None = None) -> Tensor:
-        """Predicts the tokens of all patches after the first `visible` of each image's permutation.
+    def forward(self, images: Tensor, order: Tensor, layout: Layout, keep: Tensor | None = None) -> Tensor:
+        """Predicts tokens: logits (B, P, K) of the patches whose ranks are `layout.ranks`; see `predict_rows`."""
+        return self.decoder(self.predict_rows(images, order, layout, keep))
+
+    def predict_rows(self, images: Tensor, order: Tensor, layout: Layout, keep: Tensor | None = None) -> Tensor:
+        """What the head reads: the predicted rows after the last block and the final norm, (B, P, dim).
 
         Args:
             images: (B, 3, S, S) float, normalised.
             order: (B, N) int64, a permutation of the patches in raster order for each image, visible ones first.
-            visible: how many patches are given (class token not counted).
+            layout: rows and attention, from `objectives.make_layout`.
             keep: (B, depth, 2) float, drop path as in `Block`; None keeps everything.
 
-        Returns:
-            logits (B, N - visible, K) in permutation order.
-
         Raises:
-            UsageError if `images` or `order` do not fit the model, or `visible` leaves nothing to predict.
+            UsageError if `images` or `order` do not fit the model.
         """
-        self._check(images, order, visible)
-        patches = self.shape.patches
-        given, predicted = 1 + visible, patches - visible
-        pattern = attention_pattern(given, predicted, images.device)
-        rows = self._embed(images, order, visible)
-        for index, block in enumerate(self.blocks[:-1]):
-            rows = block.two_streams(rows, given + predicted, pattern, None if keep is None else keep[:, index])
-        queries = self.blocks[-1].last_queries(rows, pattern, None if keep is None else keep[:, -1])
-        return self.decoder(self.norm(queries))
+        self._check(images, order)
+        content, queries = self._embed(images, order, layout)
+        streams = [content] if queries is None else [content, queries]
+        windows = [layout.content_windows, layout.read_windows][: len(streams)]
+        for index, block in enumerate(self.blocks):
+            if index == len(self.blocks) - 1:  # the head reads these rows only
+                content, *queries = streams
+                streams = queries or [content[:, 1 + layout.visible :]]
+                windows = [layout.read_windows]
+            else:
+                content = streams[0]
+            arguments = (content, streams, windows, None if keep is None else keep[:, index])
+            streams = (
+                checkpoint(block, *arguments, use_reentrant=False) if self.grad_checkpointing else block(*arguments)
+            )
+        return self.norm(streams[0])
 
-    def _check(self, images: Tensor, order: Tensor, visible: int) -> None:
+    def _check(self, images: Tensor, order: Tensor) -> None:
         size, patches = self.shape.image_size, self.shape.patches
         if images.shape[1:] != (3, size, size):
             raise UsageError(f"images are {tuple(images.shape)}; this model takes (B, 3, {size}, {size}).")
         if order.shape != (len(images), patches):
             raise UsageError(f"order is {tuple(order.shape)}; this model takes ({len(images)}, {patches}).")
-        if not 0 <= visible < patches:
-            raise UsageError(f"visible {visible} must be at least 0 and less than the {patches} patches of an image.")
 
-    def _embed(self, images: Tensor, order: Tensor, visible: int) -> Tensor:
-        """Rows (B, V + M + M + M, dim): class token and visible patches, auxiliary, patches, queries; by rank."""
-        batch = len(images)
-        by_rank = order[:, :, None].expand(-1, -1, self.shape.dim)
-        positions = self.pos_embed[:, 1:].expand(batch, -1, -1).gather(1, by_rank)
-        content = self.patch_embed(images).gather(1, by_rank) + positions
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)
-        auxiliary = self.mask_positional_token + positions[:, visible:]
-        return torch.cat([first, content[:, :visible], auxiliary, content[:, visible:], auxiliary], dim=1)
+    def _embed(self, images: Tensor, order: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """Content rows and, if there are any, query rows, as `Layout` says: (B, rows, dim) each."""
+        visible = layout.visible
+        positions = embedding(order, self.pos_embed[0, 1:])
+        patches = self.patch_embed(images, order) + positions
+        masked = self.mask_positional_token + positions[:, visible:]
+        class_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
+        given = [class_token, patches] if layout.patches else [class_token, patches[:, :visible], masked]
+        content = torch.cat([masked, *given] if layout.auxiliary else given, dim=1)
+        return content, masked[:, layout.ranks] if layout.queries else None
 
     def encode(self, images: Tensor) -> Tensor:
         """The plain ViT: images (B, 3, S, S) float -> rows after the last block (B, 1 + N, dim), class token first."""
         rows = torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)], dim=1) + self.pos_embed
+        everything = slice(0, rows.shape[1])
         for block in self.blocks:
-            rows = block(rows)
+            (rows,) = block(rows, [rows], [[Window(everything, everything)]])
         return rows
 
     def features(self, images: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ import torch
 from omegaconf import OmegaConf
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ..shared.console import progress, say, table
 from ..shared.devices import choose_device, choose_workers, refuse_many_processes
@@ -24,8 +23,11 @@ from ..shared.loading import batches
 from ..shared.token_store import TokenStore
 from .checkpoint import load_checkpoint, newest_checkpoint, prune, read_state, save_checkpoint
 from .data import LoadSample, TokenisedImages, batch_places, check_grid, join
+from .interchange import start_from
 from .logbook import Logbook, StepMetrics
-from .model import MaPeT, drop_path_keep
+from .loss import token_loss
+from .model import Layout, MaPeT, drop_path_keep
+from .objectives import step_layout
 from .settings import OptimizerSettings, Settings, resolve
 
 RESUME = ("auto", "never")
@@ -38,6 +40,8 @@ def pretrain(
     *,
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
+    objective: str | None = None,
+    init: str | Path | None = None,
     resume: str = "auto",
     device: str = "auto",
 ) -> Path:
@@ -48,6 +52,9 @@ def pretrain(
         tokens: the token store of these images.
         out: the run's folder: settings.yaml, run.json, metrics.jsonl, TensorBoard events, checkpoints/.
         recipe: a shipped recipe's name or a YAML file; overrides: "key=value" settings (see `settings.Settings`).
+        objective: "mapet", "pim" or "mim"; the same as the setting objective.name.
+        init: weights to start from (a run, a checkpoint, an import, an export or a published `.pth.tar`); positions
+            are resampled to the model's grid, and what the weights lack or have for another K starts fresh.
         resume: "auto" goes on from the newest checkpoint in `out`, if there is one; "never" refuses if there is.
         device: "auto", "cpu" or "cuda".
 
@@ -56,7 +63,8 @@ def pretrain(
         images or tokens that are missing or damaged, FingerprintMismatch for tokens of another codebook than before.
     """
     refuse_many_processes()
-    settings = resolve(recipe, overrides)
+    chosen = [] if objective is None else [f"objective.name={objective}"]
+    settings = resolve(recipe, [*overrides, *chosen])
     store, out = TokenStore(tokens), Path(out)
     check_grid(store, settings.model)
     last = _find_resumable(out, resume, settings, store)
@@ -68,6 +76,8 @@ def pretrain(
         _refuse_other_images(last, data)
         start, pending = load_checkpoint(last, run.model, run.optimizer), read_state(last)["pending"]
         say(f"Going on from {last} (step {start} of {run.steps}).")
+    elif init is not None:
+        start_from(run.model, init)
     _write_record(out, settings, store, data)
     logbook = Logbook(
         out,
@@ -100,6 +110,10 @@ class _Run:
             )
         torch.manual_seed(train.seed)
         self.model = MaPeT(settings.model.shape(store.k)).to(device).train()
+        self.model.grad_checkpointing = settings.execution.grad_checkpointing
+        if settings.execution.compile:
+            for block in self.model.blocks:
+                block.compile()
         self.optimizer = _adamw(self.model, optimizer)
         self.schedule = CosineLRScheduler(
             self.optimizer,
@@ -114,6 +128,12 @@ class _Run:
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=chosen == "bfloat16")
         self.mean = torch.tensor(settings.data.mean, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(settings.data.std, device=device).view(1, 3, 1, 1)
+
+    def layout(self, step: int) -> Layout:
+        settings = self.settings
+        return step_layout(
+            settings.objective, self.model.shape.patches, settings.train.seed, step, self.steps, self.device
+        )
 
     def save(self, step: int, pending: list[dict[str, float]]) -> Path:
         """Writes a checkpoint; `pending` are the metrics since the last line of metrics.jsonl."""
@@ -176,14 +196,16 @@ def _refuse_other_images(last: Path, data: TokenisedImages) -> None:
 
 # These change how a run is executed or written down, never what is computed.
 _FREE_TO_CHANGE = {"data.workers", "train.log_every", "train.checkpoint_every", "train.keep_last"}
+_FREE_GROUP = "execution"
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
-        f"{group}.{name} was {before[group].get(name)} and is {value}"
+        f"{group}.{name} was {before.get(group, {}).get(name)} and is {value}"
         for group, values in now.items()
+        if group != _FREE_GROUP
         for name, value in values.items()
-        if before[group].get(name) != value and f"{group}.{name}" not in _FREE_TO_CHANGE
+        if before.get(group, {}).get(name) != value and f"{group}.{name}" not in _FREE_TO_CHANGE
     ]
 
 
@@ -221,7 +243,7 @@ def _train(run: _Run, start: int, logbook: Logbook) -> Path:
     train = run.settings.train
     places = batch_places(len(run.data), train.batch_size, train.epochs, train.seed, train.accumulate, start)
     loader = batches(
-        LoadSample(run.data, run.settings.model, run.settings.data, train.seed),
+        LoadSample(run.data, run.settings),
         places,
         len(run.data),
         choose_workers(run.settings.data.workers, run.device),
@@ -245,9 +267,10 @@ def _train(run: _Run, start: int, logbook: Logbook) -> Path:
 def _step(run: _Run, step: int, parts: list[dict[str, Tensor]]) -> StepMetrics:
     """One optimizer step on one global batch, in `parts` of equal size."""
     run.schedule.step_update(step)
+    layout = run.layout(step)
     loss_sum = correct = torch.zeros((), device=run.device)
     for part in parts:
-        loss, hits = _part(run, part)
+        loss, hits = _part(run, layout, part)
         (loss / len(parts)).backward()
         loss_sum, correct = loss_sum + loss.detach() / len(parts), correct + hits
     limit = run.settings.optimizer.clip_grad
@@ -255,20 +278,19 @@ def _step(run: _Run, step: int, parts: list[dict[str, Tensor]]) -> StepMetrics:
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     images = sum(len(part["tokens"]) for part in parts)
-    predicted = run.model.shape.patches - run.settings.model.visible
-    return StepMetrics(loss_sum, correct, norm, images * predicted, images, run.optimizer.param_groups[0]["lr"])
+    lr = run.optimizer.param_groups[0]["lr"]
+    return StepMetrics(loss_sum, correct, norm, images * len(layout.ranks), images, lr)
 
 
-def _part(run: _Run, part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _part(run: _Run, layout: Layout, part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(mean cross-entropy over the predicted tokens, how many of them were guessed right) of one micro-batch."""
     moved = {name: tensor.to(run.device, non_blocking=True) for name, tensor in part.items()}
     pixels = moved["pixels"].float().div_(255).sub_(run.mean).div_(run.std)
-    visible = run.settings.model.visible
+    targets = moved["tokens"][:, layout.visible :][:, layout.ranks]
     with run.autocast:
         keep = drop_path_keep(moved["draws"], run.settings.model.drop_path)
-        logits = run.model(pixels, moved["order"], visible, keep).float()
-    targets = moved["tokens"][:, visible:]
-    return cross_entropy(logits.flatten(0, 1), targets.flatten()), (logits.detach().argmax(-1) == targets).sum()
+        rows = run.model.predict_rows(pixels, moved["order"], layout, keep)
+        return token_loss(rows, run.model.decoder, targets, run.settings.execution.loss_chunk)
 
 
 def _summary(run: _Run, path: Path, logbook: Logbook) -> None:

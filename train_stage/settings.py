@@ -16,12 +16,29 @@ from ..shared.errors import UsageError
 from .model import SIZES, Shape
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-_CHOICES = {"precision": ("auto", "float32", "bfloat16"), "interpolation": ("bicubic", "bilinear")}
+OBJECTIVES = ("mapet", "pim", "mim")
+_CHOICES = {
+    "objective.name": OBJECTIVES,
+    "objective.visible_change": ("linear", "random"),
+    "objective.query_choice": ("last", "random"),
+    "objective.permutation": ("uniform", "block"),
+    "objective.masking": ("block", "uniform"),
+    "data.interpolation": ("bicubic", "bilinear"),
+    "train.precision": ("auto", "float32", "bfloat16"),
+}
 
 
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
         raise UsageError(sentence)
+
+
+def _check_choices(group: str, settings: object) -> None:
+    for key, choices in _CHOICES.items():
+        of, name = key.split(".")
+        if of == group:
+            value = getattr(settings, name)
+            _require(value in choices, f"{key} {value!r} is unknown; choose from {', '.join(choices)}.")
 
 
 @dataclass
@@ -35,8 +52,6 @@ class ModelSettings:
     """Pixels."""
     image_size: int = 224
     """Pixels; image_size / patch_size must be the side of the token grid."""
-    visible: int | None = None
-    """How many patches of the permutation are given, class token not counted; default a quarter of them."""
     drop_path: float = 0.1
     """Drop path in the last block, rising linearly from 0 in the first."""
 
@@ -51,13 +66,58 @@ class ModelSettings:
         _require(not missing, f"model.{', model.'.join(missing)} must be given where model.name is null.")
         _require(0 <= self.drop_path < 1, f"model.drop_path {self.drop_path} must lie in [0, 1).")
         _require(self.patch_size > 0 and self.image_size > 0, "model.patch_size and model.image_size must be positive.")
-        patches = self.shape(k=2).patches
-        self.visible = patches // 4 if self.visible is None else self.visible
-        _require(0 <= self.visible < patches, f"model.visible {self.visible} must be less than the {patches} patches.")
+        self.shape(k=2)
         return self
 
     def shape(self, k: int) -> Shape:
         return Shape(self.dim, self.depth, self.heads, self.patch_size, self.image_size, k)
+
+
+@dataclass
+class ObjectiveSettings:
+    """What is predicted from what. `mim` reads mask_ratio and masking, `mapet` and `pim` read the others."""
+
+    name: str = "mapet"
+    """mapet (masked and permuted), pim (permuted: no auxiliary rows) or mim (masked, one stream, as in BEiT)."""
+    visible: int | None = None
+    """How many patches of the permutation are given, class token not counted; default a quarter of them."""
+    visible_to: int | None = None
+    """Other end of a schedule or range that starts at `visible`; null keeps `visible` for the whole run."""
+    visible_change: str = "linear"
+    """With visible_to: linear (a schedule, from the first step to the last) or random (drawn for each step)."""
+    query_rows: int | None = None
+    """How many ranks get a query row, that is a prediction; null is all of them."""
+    query_choice: str = "random"
+    """Which: random (drawn for each step; the same loss on average) or last (XLNet's partial prediction)."""
+    permutation: str = "uniform"
+    """uniform (over patches, as published) or block (squares in random order, their patches in random order)."""
+    permutation_block: int = 4
+    """Side of these squares, in patches; where they begin is random, those at the border are cut."""
+    mask_ratio: float = 0.4
+    """Share of the patches that mim masks."""
+    masking: str = "block"
+    """How mim masks: block (rectangles, as BEiT) or uniform (over patches)."""
+
+    def __post_init__(self):
+        _check_choices("objective", self)
+        _require(0 < self.mask_ratio < 1, f"objective.mask_ratio {self.mask_ratio} must lie between 0 and 1.")
+        _require(self.permutation_block >= 1, "objective.permutation_block must be at least 1.")
+        _require(self.query_rows is None or self.query_rows >= 1, "objective.query_rows must be at least 1, or null.")
+
+    def complete(self, patches: int) -> "ObjectiveSettings":
+        """Fills in, in place, what the number of patches implies, and checks the whole."""
+        self.visible = patches // 4 if self.visible is None else self.visible
+        for name in ("visible", "visible_to"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0 <= value < patches,
+                f"objective.{name} {value} must be at least 0 and less than the {patches} patches.",
+            )
+        return self
+
+    def masked(self, patches: int) -> int:
+        """How many patches mim masks: at least one, and not all."""
+        return min(max(round(self.mask_ratio * patches), 1), patches - 1)
 
 
 @dataclass
@@ -101,8 +161,7 @@ class DataSettings:
 
     def __post_init__(self):
         _require(0 <= self.color_jitter <= 1, f"data.color_jitter {self.color_jitter} must lie in [0, 1].")
-        choices = _CHOICES["interpolation"]
-        _require(self.interpolation in choices, f"data.interpolation must be one of {', '.join(choices)}.")
+        _check_choices("data", self)
         _require(len(self.mean) == len(self.std) == 3, "data.mean and data.std must have three numbers.")
 
 
@@ -130,16 +189,32 @@ class TrainSettings:
             self.batch_size % self.accumulate == 0,
             f"train.batch_size {self.batch_size} is no multiple of train.accumulate {self.accumulate}.",
         )
-        choices = _CHOICES["precision"]
-        _require(self.precision in choices, f"train.precision must be one of {', '.join(choices)}.")
+        _check_choices("train", self)
+
+
+@dataclass
+class ExecutionSettings:
+    """How a step is computed, never what: losses and gradients are equal to rounding, and a run may change these."""
+
+    grad_checkpointing: bool = False
+    """Keep only the rows between blocks for backward and compute the rest again: far less memory, a third slower."""
+    compile: bool = False
+    """torch.compile each block."""
+    loss_chunk: int | None = 4096
+    """How many predicted rows have logits at a time; null is all of them."""
+
+    def __post_init__(self):
+        _require(self.loss_chunk is None or self.loss_chunk >= 1, "execution.loss_chunk must be at least 1, or null.")
 
 
 @dataclass
 class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    execution: ExecutionSettings = field(default_factory=ExecutionSettings)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -165,7 +240,7 @@ def resolve(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> 
         raise UsageError(f"{where}: {f'{key}: ' if key else ''}{reason}. {_known_keys(key)}") from None
     except (OSError, ValueError, YAMLError) as error:
         raise UsageError(f"{where} cannot be read: {str(error).splitlines()[0]}.") from None
-    settings.model.complete()
+    settings.objective.complete(settings.model.complete().shape(k=2).patches)
     return settings
 
 

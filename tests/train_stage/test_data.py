@@ -23,8 +23,8 @@ GRID = ["model.image_size=64", "model.patch_size=8", "data.color_jitter=0"]
 
 
 def loader(chain, *overrides: str, seed: int = 0) -> LoadSample:
-    settings = resolve("vit-tiny-16", [*GRID, *overrides])
-    return LoadSample(join(chain.images, TokenStore(chain.tokens)), settings.model, settings.data, seed)
+    settings = resolve("vit-tiny-16", [*GRID, f"train.seed={seed}", *overrides])
+    return LoadSample(join(chain.images, TokenStore(chain.tokens)), settings)
 
 
 def test_a_samples_pixels_give_its_tokens_when_encoded_again(chain, tower):
@@ -43,7 +43,7 @@ def test_samples_are_a_pure_function_of_seed_epoch_and_key(chain, tmp_path: Path
     for number, path in enumerate(sorted(shuffled.glob("*.tar"))):
         path.rename(shuffled / f"{9 - number}.tar")
     one = loader(chain, "data.color_jitter=0.4")
-    other = LoadSample(join(shuffled, TokenStore(chain.tokens)), one.model, one.data, 0)
+    other = LoadSample(join(shuffled, TokenStore(chain.tokens)), one.settings)
     place = {record.key: index for index, record in enumerate(other.images.records)}
     for index in (0, 50, 95):
         first, second = one((3, index)), other((3, place[one.images.records[index].key]))
@@ -85,8 +85,7 @@ def test_an_image_replaced_since_encoding_stops_the_loader(chain, tmp_path: Path
     data = bytearray(tar.read_bytes())
     data[member.offset_data : member.offset_data + member.size] = buffer.getvalue().ljust(member.size, b"\0")
     tar.write_bytes(data)
-    settings = resolve("vit-tiny-16", GRID)
-    load = LoadSample(join(tmp_path / "images", TokenStore(chain.tokens)), settings.model, settings.data, 0)
+    load = LoadSample(join(tmp_path / "images", TokenStore(chain.tokens)), resolve("vit-tiny-16", GRID))
     with pytest.raises(DataError, match="CRC32"):
         load((0, 0))
 

@@ -15,6 +15,7 @@ from mapet.train_stage import interchange
 from mapet.train_stage.checkpoint import newest_checkpoint, save_checkpoint
 from mapet.train_stage.interchange import export, import_weights, load_published, load_weights
 from mapet.train_stage.model import SIZES, MaPeT, Shape
+from mapet.train_stage.objectives import make_layout
 from mapet.train_stage.probe import probe
 from safetensors.torch import load_file
 from torch import Tensor
@@ -119,7 +120,7 @@ def test_an_imported_pre_training_checkpoint_predicts_as_it_was_published(tmp_pa
     expected = load_file(ORACLE / "pretrain_expected.safetensors")
     model = load_weights(import_weights(PRETRAIN, tmp_path / "ours")).mapet()
     order, visible = expected["order"], int(expected["least_number"]) - 1
-    logits = model(expected["images"], order, visible)
+    logits = model(expected["images"], order, make_layout("mapet", 16, visible))
     raster = order[:, visible:].argsort(1)[:, :, None].expand_as(logits)
     assert largest_error(logits.gather(1, raster), expected["logits"]) < 1e-5
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapet.shared.errors import UsageError
 from mapet.train_stage.interchange import load_published
-from mapet.train_stage.model import MaPeT, Shape, attention_pattern, drop_path_keep, drop_path_rates
+from mapet.train_stage.loss import token_loss
+from mapet.train_stage.model import MaPeT, Shape, drop_path_keep, drop_path_rates
+from mapet.train_stage.objectives import make_layout
+from mapet.train_stage.settings import OBJECTIVES
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy, gelu, layer_norm
+from torch.nn.functional import conv2d, cross_entropy, gelu, layer_norm
 
 ORACLE = Path(__file__).parent / "oracle"
 SMALL = Shape(dim=24, depth=3, heads=2, patch_size=4, image_size=16, k=11)
@@ -45,14 +48,28 @@ def orders(batch: int, patches: int, seed: int = 0) -> Tensor:
     return torch.stack([torch.randperm(patches, generator=generator) for _ in range(batch)])
 
 
-def test_logits_loss_and_every_gradient_equal_the_published_implementation(published, expected):
+def prepared(model: MaPeT, path: str) -> MaPeT:
+    """The model set up for one way to execute a step."""
+    model.grad_checkpointing = path == "checkpointing"
+    if path == "compiled":
+        for block in model.blocks:
+            block.compile()
+    return model
+
+
+@pytest.mark.parametrize("path", ["plain", "chunked loss", "one window", "many windows", "checkpointing", "compiled"])
+def test_logits_loss_and_every_gradient_equal_the_published_implementation(published, expected, path: str):
     order, visible = expected["order"], int(expected["least_number"]) - 1
-    logits = published(expected["images"], order, visible)
+    slices = {"one window": 1, "many windows": 5}.get(path, 2)
+    layout = make_layout("mapet", 16, visible, slices=slices)
+    rows = prepared(published, path).predict_rows(expected["images"], order, layout)
     predicted = order[:, visible:]
-    raster = predicted.argsort(1)[:, :, None].expand_as(logits)
-    loss = cross_entropy(logits.flatten(0, 1), expected["tokens"].gather(1, predicted).flatten())
+    targets = expected["tokens"].gather(1, predicted)
+    loss, _ = token_loss(rows, published.decoder, targets, chunk=7 if path == "chunked loss" else None)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in published.named_parameters()}
+    logits = published.decoder(rows)
+    raster = predicted.argsort(1)[:, :, None].expand_as(logits)
     assert largest_error(logits.gather(1, raster), expected["logits"]) < 1e-5
     assert abs(loss.item() / expected["loss"].item() - 1) < 1e-5
     assert {f"grad.{name}" for name in gradients} == {name for name in expected if name.startswith("grad.")}
@@ -60,32 +77,69 @@ def test_logits_loss_and_every_gradient_equal_the_published_implementation(publi
         assert largest_error(gradient, expected[f"grad.{name}"]) < 1e-5, name
 
 
-def naive_logits(model: MaPeT, images: Tensor, order: Tensor, visible: int) -> Tensor:
-    """The table of the paper read literally: raster order, a dense mask for each image, every row in every block."""
+def test_the_published_loss_is_pytorchs_cross_entropy_of_all_logits(published, expected):
+    order, visible = expected["order"], int(expected["least_number"]) - 1
+    logits = published(expected["images"], order, make_layout("mapet", 16, visible))
+    targets = expected["tokens"].gather(1, order[:, visible:])
+    assert abs(cross_entropy(logits.flatten(0, 1), targets.flatten()).item() / expected["loss"].item() - 1) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["plain", "checkpointing", "compiled"])
+def test_bfloat16_autocast_stays_near_the_published_values_in_float32(published, expected, path: str):
+    order, visible = expected["order"], int(expected["least_number"]) - 1
+    layout = make_layout("mapet", 16, visible)
+    model = prepared(published, path)
+    targets = expected["tokens"].gather(1, order[:, visible:])
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = model.predict_rows(expected["images"], order, layout)
+        loss, _ = token_loss(rows, model.decoder, targets, chunk=5)
+    loss.backward()
+    assert rows.dtype == loss.dtype == torch.float32  # of the final norm and the loss
+    assert abs(loss.item() / expected["loss"].item() - 1) < 2e-2
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert largest_error(parameter.grad, expected[f"grad.{name}"]) < 2e-2, name
+
+
+def naive_logits(objective: str, model: MaPeT, images: Tensor, order: Tensor, visible: int) -> Tensor:
+    """The tables of the objectives read literally: raster order, a dense mask an image, every row in every block."""
     weights, shape = dict(model.named_parameters()), model.shape
     logits = []
     for image, permutation in zip(images, order, strict=True):
         patches, rank = shape.patches, {int(patch): t for t, patch in enumerate(permutation[visible:], start=1)}
         position = weights["pos_embed"][0]
-        content = model.patch_embed(image[None])[0] + position[1:]
+        content = naive_patches(image, weights, shape) + position[1:]
         auxiliary = weights["mask_positional_token"][0] + position[1:]
         masked = [patch for patch in range(patches) if patch in rank]
-        rows = [("class", None)] + [("patch", p) for p in range(patches)]
-        rows += [("auxiliary", p) for p in masked] + [("query", p) for p in masked]
-        start = [weights["cls_token"][0, 0] + position[0]] + [content[p] for p in range(patches)]
-        hidden = torch.stack(start + [auxiliary[p] for p in masked] * 2)
+        inputs = {("class", None): weights["cls_token"][0, 0] + position[0]}
+        for patch in range(patches):
+            hidden = objective == "mim" and patch in rank
+            inputs["patch", patch] = auxiliary[patch] if hidden else content[patch]
+        if objective == "mapet":
+            inputs |= {("auxiliary", patch): auxiliary[patch] for patch in masked}
+        if objective != "mim":
+            inputs |= {("query", patch): auxiliary[patch] for patch in masked}
+        rows = list(inputs)
         keys = [row for row in rows if row[0] != "query"]
-        mask = torch.tensor([[attends(row, key, rank) for key in keys] for row in rows])
+        mask = torch.tensor([[attends(objective, row, key, rank) for key in keys] for row in rows])
+        hidden = torch.stack(list(inputs.values()))
         for index in range(shape.depth):
             hidden = naive_block(weights, f"blocks.{index}.", hidden, len(keys), mask, shape.heads)
         hidden = layer_norm(hidden, (shape.dim,), weights["norm.weight"], weights["norm.bias"], 1e-6)
-        by_rank = sorted(masked, key=rank.__getitem__)
-        queries = hidden[[rows.index(("query", patch)) for patch in by_rank]]
+        read = "patch" if objective == "mim" else "query"
+        queries = hidden[[rows.index((read, patch)) for patch in sorted(masked, key=rank.__getitem__)]]
         logits.append(queries @ weights["decoder.weight"].T + weights["decoder.bias"])
     return torch.stack(logits)
 
 
-def attends(row: tuple, key: tuple, rank: dict[int, int]) -> bool:
+def naive_patches(image: Tensor, weights: dict[str, Tensor], shape: Shape) -> Tensor:
+    kernel, bias = weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"]
+    return conv2d(image[None], kernel, bias, stride=shape.patch_size)[0].flatten(1).T
+
+
+def attends(objective: str, row: tuple, key: tuple, rank: dict[int, int]) -> bool:
+    if objective == "mim":
+        return True
     kind, patch = row
     key_kind, key_patch = key
     given = key_kind == "class" or (key_kind == "patch" and key_patch not in rank)
@@ -113,35 +167,47 @@ def naive_block(weights: dict, prefix: str, rows: Tensor, keys: int, mask: Tenso
     return rows + w["ls2.gamma"] * (hidden @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"])
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("visible", [0, 1, 4, 15])
-def test_logits_equal_a_naive_dense_mask_implementation(small, visible):
+def test_logits_equal_a_naive_dense_mask_implementation(small, objective: str, visible: int):
     images, order = torch.randn(2, 3, 16, 16), orders(2, 16)
-    assert largest_error(small(images, order, visible), naive_logits(small, images, order, visible)) < 1e-5
+    found = small(images, order, make_layout(objective, 16, visible))
+    assert largest_error(found, naive_logits(objective, small, images, order, visible)) < 1e-5
+
+
+@pytest.mark.parametrize("objective", ["mapet", "pim"])
+@pytest.mark.parametrize("ranks", [(11,), (0, 1), (2, 5, 9)])
+def test_fewer_query_rows_give_the_same_logits_at_their_ranks(small, objective: str, ranks: tuple[int, ...]):
+    images, order = torch.randn(2, 3, 16, 16), orders(2, 16)
+    some, every = (small(images, order, make_layout(objective, 16, 4, which)) for which in (ranks, None))
+    assert largest_error(some, every[:, list(ranks)]) < 1e-5
 
 
 @settings(max_examples=15, deadline=None)
-@given(rank=st.integers(1, 12), seed=st.integers(0, 1000))
-def test_a_prediction_depends_on_earlier_patches_only(rank: int, seed: int):
+@given(objective=st.sampled_from(["mapet", "pim"]), rank=st.integers(1, 12), seed=st.integers(0, 1000))
+def test_a_prediction_depends_on_earlier_patches_only(objective: str, rank: int, seed: int):
     torch.manual_seed(seed)
     model, visible = MaPeT(SMALL), 4
+    layout = make_layout(objective, 16, visible)
     images, order = torch.randn(1, 3, 16, 16), orders(1, 16, seed)
     patch = int(order[0, visible + rank - 1])
     row, column = divmod(patch, 4)
     changed = images.clone()
     changed[:, :, row * 4 : row * 4 + 4, column * 4 : column * 4 + 4] += 5
     with torch.no_grad():
-        difference = (model(images, order, visible) - model(changed, order, visible)).abs().amax(-1)[0]
+        difference = (model(images, order, layout) - model(changed, order, layout)).abs().amax(-1)[0]
     assert difference[:rank].max() < 1e-6
     assert (difference[rank:] > 1e-6).all()
 
 
-@given(given_rows=st.integers(1, 9), predicted=st.integers(1, 9))
-def test_every_row_sees_each_hidden_position_exactly_once(given_rows: int, predicted: int):
-    pattern = attention_pattern(given_rows, predicted)
-    auxiliary, patches = pattern[:, given_rows : given_rows + predicted], pattern[:, given_rows + predicted :]
-    assert pattern.shape == (2 * predicted, given_rows + 2 * predicted)
-    assert pattern[:, :given_rows].all()
-    assert (auxiliary ^ patches).all()
+def test_masked_image_modelling_never_sees_what_it_predicts(small):
+    images, order = torch.randn(1, 3, 16, 16), orders(1, 16)
+    changed = images.clone()
+    for patch in order[0, 10:]:
+        row, column = divmod(int(patch), 4)
+        changed[:, :, row * 4 : row * 4 + 4, column * 4 : column * 4 + 4] += 5
+    layout = make_layout("mim", 16, 10)
+    assert torch.equal(small(images, order, layout), small(changed, order, layout))
 
 
 def test_encoding_is_the_plain_vit_of_the_published_fine_tuning_model(published):
@@ -160,16 +226,15 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean(small):
     assert keep[1].flatten().tolist() == pytest.approx([1, 1, 1 / 0.7, 1 / 0.7, 1 / 0.4, 1 / 0.4])
     draws = torch.rand(20_000, 3, 2, generator=torch.Generator().manual_seed(0))
     assert drop_path_keep(draws, 0.6).mean(dim=(0, 2)).tolist() == pytest.approx([1, 1, 1], abs=0.03)
-    alone = small(images, order, 4, keep)[0]
-    assert torch.allclose(alone, small(images[:1], order[:1], 4, keep[:1])[0], atol=1e-5)
-    assert not torch.allclose(alone, small(images, order, 4)[0], atol=1e-3)
+    layout = make_layout("mapet", 16, 4)
+    alone = small(images, order, layout, keep)[0]
+    assert torch.allclose(alone, small(images[:1], order[:1], layout, keep[:1])[0], atol=1e-5)
+    assert not torch.allclose(alone, small(images, order, layout)[0], atol=1e-3)
 
 
 def test_images_or_orders_that_do_not_fit_are_refused(small):
-    order = orders(2, 16)
+    order, layout = orders(2, 16), make_layout("mapet", 16, 4)
     with pytest.raises(UsageError, match="takes"):
-        small(torch.randn(2, 3, 20, 20), order, 4)
+        small(torch.randn(2, 3, 20, 20), order, layout)
     with pytest.raises(UsageError, match="order"):
-        small(torch.randn(2, 3, 16, 16), order[:, :9], 4)
-    with pytest.raises(UsageError, match="visible"):
-        small(torch.randn(2, 3, 16, 16), order, 16)
+        small(torch.randn(2, 3, 16, 16), order[:, :9], layout)

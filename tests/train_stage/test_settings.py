@@ -11,7 +11,7 @@ from mapet.train_stage.settings import RECIPES, resolve
 def test_shipped_recipes_are_the_papers(size: str, dim: int, heads: int):
     found = resolve(f"vit-{size}-16")
     assert (found.model.dim, found.model.depth, found.model.heads) == (dim, 12, heads)
-    assert (found.model.image_size, found.model.patch_size, found.model.visible) == (224, 16, 49)
+    assert (found.model.image_size, found.model.patch_size, found.objective.visible) == (224, 16, 49)
     assert (found.optimizer.lr, found.optimizer.min_lr, found.optimizer.warmup_lr) == (1.5e-3, 1e-5, 1e-6)
     assert (found.optimizer.weight_decay, found.optimizer.clip_grad) == (0.05, 3.0)
     assert (found.train.epochs, found.train.batch_size, found.optimizer.warmup_epochs) == (300, 2048, 10)
@@ -38,7 +38,7 @@ def test_overrides_win_over_the_recipe_and_keep_their_types(tmp_path: Path):
 
 
 def test_visible_defaults_to_a_quarter_of_the_patches():
-    assert resolve(overrides=["model.image_size=64", "model.patch_size=8"]).model.visible == 16
+    assert resolve(overrides=["model.image_size=64", "model.patch_size=8"]).objective.visible == 16
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,15 @@ def test_visible_defaults_to_a_quarter_of_the_patches():
         ("train.epochs=1.5", "train.epochs"),
         ("model.name=vit-huge", "vit-large"),
         ("model.name=null", "model.dim"),
-        ("model.visible=196", "196"),
+        ("objective.visible=196", "196"),
+        ("objective.visible_to=-1", "at least 0"),
+        ("objective.visible_change=sometimes", "linear, random"),
+        ("objective.name=mae", "mapet, pim, mim"),
+        ("objective.mask_ratio=1", "mask_ratio"),
+        ("objective.masking=rows", "block, uniform"),
+        ("objective.query_rows=0", "query_rows"),
+        ("objective.permutation_block=0", "permutation_block"),
+        ("execution.loss_chunk=0", "loss_chunk"),
         ("model.image_size=225", "multiple"),
         ("model.heads=7", "multiple"),
         ("model.drop_path=1", "drop_path"),
