@@ -1,6 +1,6 @@
 """Fused attention in which each row sees one unbroken range of keys, its window."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FUSED_BY_HAND = ("cpu",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,7 @@ def attend(
     each stream's rows take, (B, rows, dim).
     """
     streams, keys_values = [_by_head(queries, heads) for queries in streams], _by_head(keys_values, 2 * heads)
-    if keys_values.device.type == "cpu":
+    if keys_values.device.type in _FUSED_BY_HAND:
         joined = _OnCpu.apply(windows, keys_values, *streams)
     else:
         joined = [_plain(*pair, keys_values) for pair in zip(streams, windows, strict=True)]
@@ -64,57 +65,105 @@ class _OnCpu(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, windows: Sequence[Sequence[Window]], keys_values: Tensor, *streams: Tensor
     ) -> tuple[Tensor, ...]:
-        keys, values = keys_values.float().chunk(2, dim=1)
-        outputs, log_sums = [], []
-        for queries, some in zip(streams, windows, strict=True):
-            q, output = queries.float(), _joined(queries)
-            for window in some:
-                rows, seen = window.rows, window.keys
-                output[:, :, rows], log_sum = _flash(
-                    q[:, :, rows], keys[:, :, seen], values[:, :, seen], attn_mask=_additive(window.mask)
-                )
-                log_sums.append(log_sum)
-            outputs.append(output.to(queries.dtype))
-        ctx.windows = windows
-        ctx.save_for_backward(keys_values, *streams, *outputs, *log_sums)
-        return tuple(outputs)
+        ctx.bounds = [bound for some in windows for window in some for bound in _bounds(window)]
+        ctx.masks = [window.mask for some in windows for window in some]
+        ctx.counts = [len(some) for some in windows]
+        outputs = _attend_on_cpu(keys_values, streams, ctx.counts, ctx.bounds, ctx.masks)
+        ctx.save_for_backward(keys_values, *streams, *outputs)
+        return tuple(outputs[: len(streams)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         keys_values, *saved = ctx.saved_tensors
-        count = len(ctx.windows)
-        streams, outputs, log_sums = saved[:count], saved[count : 2 * count], iter(saved[2 * count :])
-        keys, values = keys_values.float().chunk(2, dim=1)
-        of_keys_values = _joined(keys_values).zero_()
-        of_keys, of_values = of_keys_values.chunk(2, dim=1)
-        of_streams = []
-        for queries, output, gradient, some in zip(streams, outputs, gradients, ctx.windows, strict=True):
-            q, out, g, of_queries = queries.float(), output.float(), gradient.float(), _joined(queries)
-            for window in some:
-                rows, seen = window.rows, window.keys
-                of_queries[:, :, rows], some_keys, some_values = _flash_backward(
-                    g[:, :, rows],
-                    q[:, :, rows],
-                    keys[:, :, seen],
-                    values[:, :, seen],
-                    out[:, :, rows],
-                    next(log_sums),
-                    0.0,
-                    False,
-                    attn_mask=_additive(window.mask),
-                )
-                of_keys[:, :, seen] += some_keys
-                of_values[:, :, seen] += some_values
-            of_streams.append(of_queries.to(queries.dtype))
-        return None, of_keys_values.to(keys_values.dtype), *of_streams
+        count = len(gradients)
+        streams, outputs, log_sums = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        return None, *_attend_on_cpu_backward(
+            keys_values, streams, outputs, log_sums, gradients, ctx.counts, ctx.bounds, ctx.masks
+        )
 
 
-def _joined(like: Tensor) -> Tensor:
-    """Unfilled float32 (B, heads, rows, d) with the heads side by side in memory, so that joining them is free."""
+def _bounds(window: Window) -> tuple[int, int, int, int]:
+    return window.rows.start, window.rows.stop, window.keys.start, window.keys.stop
+
+
+def _slices(counts: Sequence[int], bounds: Sequence[int], masks: Sequence[Tensor | None]) -> Iterator[tuple]:
+    """(stream, rows, keys, additive mask) of every window."""
+    streams = [stream for stream, count in enumerate(counts) for _ in range(count)]
+    for index, (stream, mask) in enumerate(zip(streams, masks, strict=True)):
+        top, bottom, first, last = bounds[4 * index : 4 * index + 4]
+        additive = None if mask is None else torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+        yield stream, slice(top, bottom), slice(first, last), additive
+
+
+# Operators of our own, because torch.compile would turn writes into slices into copies of the whole.
+@torch.library.custom_op("mapet::attend_on_cpu", mutates_args=())
+def _attend_on_cpu(
+    keys_values: Tensor,
+    streams: Sequence[Tensor],
+    counts: Sequence[int],
+    bounds: Sequence[int],
+    masks: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """What each stream takes, then the log-sum-exp of each stream's rows, float32 (B, heads, rows)."""
+    keys, values = keys_values.float().chunk(2, dim=1)
+    queries = [stream.float() for stream in streams]
+    outputs, log_sums = [_joined(q) for q in queries], [q.new_empty(q.shape[:3]) for q in queries]
+    for stream, rows, seen, mask in _slices(counts, bounds, masks):
+        outputs[stream][:, :, rows], log_sums[stream][:, :, rows] = _flash(
+            queries[stream][:, :, rows], keys[:, :, seen], values[:, :, seen], attn_mask=mask
+        )
+    return [output.to(stream.dtype) for output, stream in zip(outputs, streams, strict=True)] + log_sums
+
+
+@_attend_on_cpu.register_fake
+def _(keys_values, streams, counts, bounds, masks):
+    return [_joined(stream, stream.dtype) for stream in streams] + [
+        stream.new_empty(stream.shape[:3], dtype=torch.float32) for stream in streams
+    ]
+
+
+@torch.library.custom_op("mapet::attend_on_cpu_backward", mutates_args=())
+def _attend_on_cpu_backward(
+    keys_values: Tensor,
+    streams: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    log_sums: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    counts: Sequence[int],
+    bounds: Sequence[int],
+    masks: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Gradients of keys and values, and of each stream."""
+    keys, values = keys_values.float().chunk(2, dim=1)
+    queries, outputs, gradients = ([part.float() for part in parts] for parts in (streams, outputs, gradients))
+    of_keys_values, of_queries = _joined(keys_values).zero_(), [_joined(q) for q in queries]
+    of_keys, of_values = of_keys_values.chunk(2, dim=1)
+    for stream, rows, seen, mask in _slices(counts, bounds, masks):
+        of_queries[stream][:, :, rows], some_keys, some_values = _flash_backward(
+            gradients[stream][:, :, rows],
+            queries[stream][:, :, rows],
+            keys[:, :, seen],
+            values[:, :, seen],
+            outputs[stream][:, :, rows],
+            log_sums[stream][:, :, rows],
+            0.0,
+            False,
+            attn_mask=mask,
+        )
+        of_keys[:, :, seen] += some_keys
+        of_values[:, :, seen] += some_values
+    return [of_keys_values.to(keys_values.dtype)] + [
+        gradient.to(stream.dtype) for gradient, stream in zip(of_queries, streams, strict=True)
+    ]
+
+
+@_attend_on_cpu_backward.register_fake
+def _(keys_values, streams, outputs, log_sums, gradients, counts, bounds, masks):
+    return [_joined(tensor, tensor.dtype) for tensor in (keys_values, *streams)]
+
+
+def _joined(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Unfilled (B, heads, rows, d) with the heads side by side in memory, so that joining them is free."""
     batch, heads, rows, d = like.shape
-    return torch.empty(batch, rows, heads, d).transpose(1, 2)
-
-
-def _additive(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+    return like.new_empty(batch, rows, heads, d, dtype=dtype).transpose(1, 2)

@@ -132,11 +132,11 @@ def load_weights(path: str | Path) -> Weights:
     return _READERS[described[0]](folder).check()
 
 
-def start_from(model: MaPeT, path: str | Path) -> None:
+def start_from(model: MaPeT, path: str | Path) -> dict[str, str]:
     """Copies weights into a fresh model, in place, as far as both have them, and says what stays fresh.
 
-    Positions are resampled to the model's grid. Raises DataError as `load_weights` does, UsageError if the encoders
-    differ in anything but the image size.
+    Positions are resampled to the model's grid. Returns the "file" that the weights were read from and its "sha256".
+    Raises DataError as `load_weights` does, UsageError if the encoders differ in anything but the image size.
     """
     found, shape = load_weights(path), model.shape
     for name in ("dim", "depth", "heads", "patch_size", "mlp_ratio"):
@@ -149,6 +149,7 @@ def start_from(model: MaPeT, path: str | Path) -> None:
     model.load_state_dict(taken, strict=False)
     fresh = ", ".join(name for name in known if name not in taken)
     say(f"Starting from {found.file}{f'; fresh are {fresh}' if fresh else ''}.")
+    return {"file": str(found.file), "sha256": found.sha256()}
 
 
 @contextmanager

@@ -86,7 +86,11 @@ def make_layout(
         rank = torch.arange(predicted)
         ordered = _band(auxiliary * (rank + 1), free + rank + 1, slices, device)
         content = [_everything(free, free), *(_moved(window, free) for window in ordered)]
-        read = _band(auxiliary * chosen, free + chosen, slices, device)
+        if ranks is None:
+            read = _band(auxiliary * chosen, free + chosen, slices, device)
+        else:  # over all keys, so that ranks drawn anew for every step have one shape, which torch.compile needs
+            every = slice(0, len(chosen))
+            read = [_window(every, auxiliary * chosen, free + chosen, 0, free + predicted, device)]
     return Layout(
         visible=visible,
         auxiliary=objective == "mapet",
@@ -112,14 +116,16 @@ def _everything(rows: int, keys: int) -> Window:
 def _band(starts: Tensor, stops: Tensor, slices: int, device: torch.device | str) -> list[Window]:
     """Windows in which row i sees the keys starts[i] to stops[i] - 1; starts and stops never decrease."""
     edges = torch.linspace(0, len(starts), min(slices, len(starts)) + 1).round().int().tolist()
-    windows = []
-    for low, high in pairwise(edges):
-        start, stop = starts[low:high, None], stops[low:high, None]
-        keys = slice(int(start[0]), int(stop[-1]))
-        key = torch.arange(keys.start, keys.stop)
-        mask = (key >= start) & (key < stop)
-        windows.append(Window(slice(low, high), keys, None if mask.all() else mask.to(device)))
-    return windows
+    return [
+        _window(slice(low, high), starts[low:high], stops[low:high], int(starts[low]), int(stops[high - 1]), device)
+        for low, high in pairwise(edges)
+    ]
+
+
+def _window(rows: slice, starts: Tensor, stops: Tensor, first: int, last: int, device: torch.device | str) -> Window:
+    key = torch.arange(first, last)
+    mask = (key >= starts[:, None]) & (key < stops[:, None])
+    return Window(rows, slice(first, last), None if mask.all() else mask.to(device))
 
 
 def _moved(window: Window, by: int) -> Window:

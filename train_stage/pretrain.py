@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..shared.console import progress, say, table
 from ..shared.devices import choose_device, choose_workers, refuse_many_processes
-from ..shared.errors import DataError, FingerprintMismatch, Interrupted, UsageError
+from ..shared.errors import Interrupted, UsageError
 from ..shared.files import written_whole
 from ..shared.loading import batches
 from ..shared.token_store import TokenStore
@@ -28,9 +27,8 @@ from .logbook import Logbook, StepMetrics
 from .loss import token_loss
 from .model import Layout, MaPeT, drop_path_keep
 from .objectives import step_layout
+from .resume import find_resumable, refuse_other_images, refuse_other_start
 from .settings import OptimizerSettings, Settings, resolve
-
-RESUME = ("auto", "never")
 
 
 def pretrain(
@@ -67,18 +65,20 @@ def pretrain(
     settings = resolve(recipe, [*overrides, *chosen])
     store, out = TokenStore(tokens), Path(out)
     check_grid(store, settings.model)
-    last = _find_resumable(out, resume, settings, store)
+    last = find_resumable(out, resume, settings, store)
     device = choose_device(device)
     data = join(images, store, settings.data.skip_missing)
     run = _Run(settings, data, store, out, device)
     start, pending = 0, []
     if last:
-        _refuse_other_images(last, data)
-        start, pending = load_checkpoint(last, run.model, run.optimizer), read_state(last)["pending"]
+        refuse_other_images(last, data)
+        refuse_other_start(last, init)
+        state = read_state(last)
+        start, pending, run.init = load_checkpoint(last, run.model, run.optimizer), state["pending"], state["init"]
         say(f"Going on from {last} (step {start} of {run.steps}).")
     elif init is not None:
-        start_from(run.model, init)
-    _write_record(out, settings, store, data)
+        run.init = start_from(run.model, init)
+    _write_record(run)
     logbook = Logbook(
         out,
         start,
@@ -98,6 +98,7 @@ class _Run:
 
     def __init__(self, settings: Settings, data: TokenisedImages, store: TokenStore, out: Path, device: str):
         self.settings, self.data, self.store, self.out, self.device = settings, data, store, out, device
+        self.init: dict[str, str] | None = None
         train, optimizer = settings.train, settings.optimizer
         self.steps_per_epoch = len(data) // train.batch_size
         if not self.steps_per_epoch:
@@ -146,6 +147,7 @@ class _Run:
             "codebook_fingerprint": self.store.fingerprint,
             "images": len(self.data),
             "keys_sha256": self.data.keys_sha256,
+            "init": self.init,
             "pending": pending,
         }
         path = save_checkpoint(self.out, step, self.model, self.optimizer, about)
@@ -163,64 +165,19 @@ def _adamw(model: MaPeT, settings: OptimizerSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps)
 
 
-def _find_resumable(out: Path, resume: str, settings: Settings, store: TokenStore) -> Path | None:
-    if resume not in RESUME:
-        raise UsageError(f"--resume {resume} is unknown; choose {' or '.join(RESUME)}.")
-    last = newest_checkpoint(out)
-    if last is None:
-        return None
-    if resume == "never":
-        raise UsageError(f"{out} already holds a run; choose another --out, or --resume auto to go on with it.")
-    before = read_state(last)
-    if before["codebook_fingerprint"] != store.fingerprint:
-        raise FingerprintMismatch(
-            f"{out} was trained on tokens of codebook {before['codebook_fingerprint'][:12]} and {store.path} holds "
-            f"tokens of {store.fingerprint[:12]}; give the same tokens or another --out."
-        )
-    changed = _differences(before["settings"], settings.to_json())
-    if changed:
-        raise UsageError(
-            f"{out} was begun with other settings ({'; '.join(changed)}); give the same ones or another --out."
-        )
-    return last
-
-
-def _refuse_other_images(last: Path, data: TokenisedImages) -> None:
-    before = read_state(last)
-    if before["keys_sha256"] != data.keys_sha256:
-        raise DataError(
-            f"{last} was trained on {before['images']} images and --images now gives {len(data)}, not the same ones; "
-            "give the same images or another --out."
-        )
-
-
-# These change how a run is executed or written down, never what is computed.
-_FREE_TO_CHANGE = {"data.workers", "train.log_every", "train.checkpoint_every", "train.keep_last"}
-_FREE_GROUP = "execution"
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [
-        f"{group}.{name} was {before.get(group, {}).get(name)} and is {value}"
-        for group, values in now.items()
-        if group != _FREE_GROUP
-        for name, value in values.items()
-        if before.get(group, {}).get(name) != value and f"{group}.{name}" not in _FREE_TO_CHANGE
-    ]
-
-
-def _write_record(out: Path, settings: Settings, store: TokenStore, data: TokenisedImages) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    with written_whole(out / "settings.yaml") as partial:
-        OmegaConf.save(OmegaConf.structured(settings), partial)
+def _write_record(run: _Run) -> None:
+    run.out.mkdir(parents=True, exist_ok=True)
+    with written_whole(run.out / "settings.yaml") as partial:
+        OmegaConf.save(OmegaConf.structured(run.settings), partial)
     record = {
         "command": sys.argv,
-        "images": len(data),
-        "tokens": str(store.path),
-        "codebook_fingerprint": store.fingerprint,
+        "images": len(run.data),
+        "tokens": str(run.store.path),
+        "codebook_fingerprint": run.store.fingerprint,
+        "init": run.init,
         "versions": {name: version(name) for name in ("torch", "timm", "numpy", "pillow")},
     }
-    with written_whole(out / "run.json") as partial:
+    with written_whole(run.out / "run.json") as partial:
         partial.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -241,6 +241,10 @@ def resolve(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> 
     except (OSError, ValueError, YAMLError) as error:
         raise UsageError(f"{where} cannot be read: {str(error).splitlines()[0]}.") from None
     settings.objective.complete(settings.model.complete().shape(k=2).patches)
+    _require(
+        not settings.execution.compile or settings.objective.visible_to is None,
+        "execution.compile needs a fixed number of rows; leave out objective.visible_to, or execution.compile.",
+    )
     return settings
 
 

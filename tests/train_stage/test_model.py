@@ -84,7 +84,7 @@ def test_the_published_loss_is_pytorchs_cross_entropy_of_all_logits(published, e
     assert abs(cross_entropy(logits.flatten(0, 1), targets.flatten()).item() / expected["loss"].item() - 1) < 1e-5
 
 
-@pytest.mark.parametrize("path", ["plain", "checkpointing", "compiled"])
+@pytest.mark.parametrize("path", ["plain", "checkpointing"])
 def test_bfloat16_autocast_stays_near_the_published_values_in_float32(published, expected, path: str):
     order, visible = expected["order"], int(expected["least_number"]) - 1
     layout = make_layout("mapet", 16, visible)

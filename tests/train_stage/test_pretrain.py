@@ -14,6 +14,7 @@ from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.checkpoint import newest_checkpoint
+from mapet.train_stage.interchange import export, import_weights
 from mapet.train_stage.pretrain import pretrain
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -102,6 +103,67 @@ def test_bfloat16_stays_near_float32(chain, undisturbed: Path, tmp_path: Path):
     assert losses(tmp_path) != losses(undisturbed)
 
 
+@pytest.mark.parametrize("objective", ["pim", "mim"])
+def test_the_baselines_learn_from_the_same_command(chain, undisturbed: Path, tmp_path: Path, objective: str):
+    run(chain, tmp_path, objective=objective)
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.1
+    assert losses(tmp_path) != losses(undisturbed)
+    changed = set((tmp_path / "settings.yaml").read_text().splitlines()) ^ set(
+        (undisturbed / "settings.yaml").read_text().splitlines()
+    )
+    assert changed == {"  name: mapet", f"  name: {objective}"}
+
+
+@pytest.mark.parametrize("execution", ["grad_checkpointing=true", "loss_chunk=5", "loss_chunk=null"])
+def test_how_a_step_is_executed_does_not_change_the_losses(chain, undisturbed: Path, tmp_path: Path, execution: str):
+    run(chain, tmp_path, f"execution.{execution}")
+    assert losses(tmp_path) == pytest.approx(losses(undisturbed), rel=1e-5)
+
+
+def test_a_run_may_go_on_under_another_execution(chain, undisturbed: Path, tmp_path: Path):
+    run(chain, tmp_path, "train.epochs=2")
+    with pytest.raises(UsageError, match=r"train\.epochs was 2"):
+        run(chain, tmp_path, "execution.loss_chunk=5")
+    before = (tmp_path / "metrics.jsonl").read_text()
+    run(chain, tmp_path, "train.epochs=2", "execution.loss_chunk=5")
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_starts_from_weights_of_another_size_and_codebook(chain, undisturbed: Path, tmp_path: Path, capsys):
+    start = load_file(newest_checkpoint(undisturbed) / "model.safetensors")
+    still = ["train.epochs=1", "optimizer.lr=1e-30", "optimizer.min_lr=0", "optimizer.warmup_lr=0"]
+    path = run(chain, tmp_path / "same", *still, init=undisturbed)
+    found = load_file(path / "model.safetensors")
+    assert all(torch.equal(found[name], start[name]) for name in start)
+    folder = import_weights(undisturbed, tmp_path / "larger", image_size=128)
+    capsys.readouterr()
+    resized = run(chain, tmp_path / "resized", *still, init=folder)
+    assert "Starting from" in capsys.readouterr().err
+    assert torch.equal(
+        load_file(resized / "model.safetensors")["blocks.1.mlp.fc2.weight"], start["blocks.1.mlp.fc2.weight"]
+    )
+    fresh = run(chain, tmp_path / "encoder", *still, init=export(undisturbed, tmp_path / "timm"))
+    assert "decoder.weight" in capsys.readouterr().err
+    assert not torch.equal(load_file(fresh / "model.safetensors")["decoder.weight"], start["decoder.weight"])
+    assert json.loads((tmp_path / "encoder" / "run.json").read_text())["init"]["file"].startswith(
+        str(tmp_path / "timm")
+    )
+
+
+def test_a_run_goes_on_from_its_checkpoint_and_not_from_init(chain, undisturbed: Path, tmp_path: Path):
+    first = run(chain, tmp_path / "run", init=undisturbed)
+    assert run(chain, tmp_path / "run", init=undisturbed) == run(chain, tmp_path / "run") == first
+    other = import_weights(first, tmp_path / "other")
+    with pytest.raises(UsageError, match="not from --init"):
+        run(chain, tmp_path / "run", init=other)
+
+
+def test_weights_of_another_encoder_are_no_start(chain, undisturbed: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="has depth 2 and the run's model 3"):
+        run(chain, tmp_path, "model.depth=3", init=undisturbed)
+    assert newest_checkpoint(tmp_path) is None
+
+
 COMMAND = "from mapet.cli import main; main()"
 
 
@@ -142,6 +204,16 @@ def test_a_killed_run_goes_on_bit_identically(chain, undisturbed: Path, tmp_path
     path = run(chain, tmp_path)
     assert same_checkpoint(newest_checkpoint(undisturbed), path)
     assert losses(tmp_path) == pytest.approx(losses(undisturbed), rel=0, abs=0)
+
+
+def test_what_is_drawn_for_each_step_is_drawn_again_after_a_stop(chain, tmp_path: Path):
+    drawn = ["objective.visible_to=40", "objective.visible_change=random", "objective.query_rows=7"]
+    drawn += ["objective.permutation=block", "train.checkpoint_every=3"]
+    process = start(chain, tmp_path / "stopped", *drawn)
+    wait_for_step(tmp_path / "stopped", 6, process)
+    process.kill()
+    process.wait()
+    assert same_checkpoint(run(chain, tmp_path / "stopped", *drawn), run(chain, tmp_path / "whole", *drawn))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -77,6 +77,11 @@ def test_a_setting_that_cannot_be_is_named(override: str, words: str):
     assert "\n" not in str(caught.value)
 
 
+def test_compiling_for_a_changing_number_of_rows_is_refused():
+    with pytest.raises(UsageError, match="fixed number of rows"):
+        resolve(overrides=["execution.compile=true", "objective.visible_to=98"])
+
+
 def test_an_unknown_recipe_lists_the_shipped_ones():
     with pytest.raises(UsageError, match="vit-base-16, vit-small-16, vit-tiny-16"):
         resolve("vit-giant")

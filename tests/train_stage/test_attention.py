@@ -1,0 +1,88 @@
+"""Attention in windows is softmax attention under a mask, forward and backward, on every path."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mapet.train_stage import attention
+from mapet.train_stage.attention import Window, attend
+from torch import Tensor
+
+HEADS, DIM = 2, 12
+
+
+def dense(streams: list[Tensor], keys_values: Tensor, windows: list[list[Window]]) -> list[Tensor]:
+    """Softmax attention written out, under one mask of all rows and keys a stream."""
+    keys, values = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in keys_values.chunk(2, dim=-1))
+    outputs = []
+    for rows, some in zip(streams, windows, strict=True):
+        seen = torch.zeros(rows.shape[1], keys.shape[2], dtype=torch.bool)
+        for window in some:
+            seen[window.rows, window.keys] = True if window.mask is None else window.mask
+        queries = rows.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        scores = queries @ keys.transpose(-2, -1) / (DIM // HEADS) ** 0.5
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        outputs.append((weights @ values).transpose(1, 2).flatten(2))
+    return outputs
+
+
+@st.composite
+def banded_rows(draw, keys: int) -> tuple[int, list[Window]]:
+    """(rows, windows) that cover them: each window a range of keys, with or without a mask."""
+    windows, top = [], 0
+    for _ in range(draw(st.integers(1, 3))):
+        rows, first = draw(st.integers(1, 4)), draw(st.integers(0, keys - 1))
+        last = draw(st.integers(first + 1, keys))
+        mask = None
+        if draw(st.booleans()):
+            mask = torch.tensor(
+                draw(st.lists(st.booleans(), min_size=rows * (last - first), max_size=rows * (last - first)))
+            )
+            mask = mask.view(rows, last - first)
+            mask[:, 0] = True  # a row that sees nothing has no softmax
+        windows.append(Window(slice(top, top + rows), slice(first, last), mask))
+        top += rows
+    return top, windows
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), keys=st.integers(1, 7), count=st.integers(1, 2))
+def test_windows_give_the_attention_of_their_dense_mask_and_its_gradients(data, keys: int, count: int):
+    torch.manual_seed(0)
+    drawn = [data.draw(banded_rows(keys)) for _ in range(count)]
+    windows = [windows for _, windows in drawn]
+    inputs = [torch.randn(2, rows, DIM, requires_grad=True) for rows, _ in drawn]
+    keys_values = torch.randn(2, keys, 2 * DIM, requires_grad=True)
+    found, expected = attend(inputs, keys_values, HEADS, windows), dense(inputs, keys_values, windows)
+    weights = [torch.randn_like(output) for output in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    for ours, theirs in zip(
+        *(
+            torch.autograd.grad(outputs, [*inputs, keys_values], weights, retain_graph=True)
+            for outputs in (found, expected)
+        ),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_path_of_other_devices_equals_that_of_the_cpu(monkeypatch, dtype: torch.dtype):
+    torch.manual_seed(0)
+    mask = torch.ones(4, 7, dtype=torch.bool).tril(2)
+    windows = [[Window(slice(0, 3), slice(0, 5)), Window(slice(3, 7), slice(1, 8), mask)]]
+    rows, keys_values = torch.randn(2, 7, DIM, dtype=dtype), torch.randn(2, 8, 2 * DIM, dtype=dtype)
+    on_cpu = attend([rows], keys_values, HEADS, windows)[0]
+    monkeypatch.setattr(attention, "_FUSED_BY_HAND", ())
+    elsewhere = attend([rows], keys_values, HEADS, windows)[0]
+    assert on_cpu.dtype == elsewhere.dtype == dtype
+    assert torch.allclose(on_cpu, elsewhere, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_the_output_is_laid_out_for_the_projection_without_a_copy():
+    everything = Window(slice(0, 5), slice(0, 5))
+    rows, keys_values = torch.randn(2, 5, DIM, requires_grad=True), torch.randn(2, 5, 2 * DIM)
+    (output,) = attend([rows], keys_values, HEADS, [[everything]])
+    assert output.is_contiguous()
+    assert output._base is not None

@@ -1,0 +1,65 @@
+"""The chunked loss is PyTorch's cross-entropy of a linear head, value and gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mapet.train_stage.loss import token_loss
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    rows=st.integers(1, 7),
+    codes=st.integers(1, 9),
+    chunk=st.none() | st.integers(1, 30),
+    scale=st.floats(0.1, 3),
+)
+def test_any_chunk_gives_the_loss_the_hits_and_the_gradients_of_all_logits_at_once(batch, rows, codes, chunk, scale):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(batch, rows, 5, requires_grad=True), nn.Linear(5, codes)
+    targets = torch.randint(codes, (batch, rows))
+    inputs = [hidden, head.weight, head.bias]
+    loss, hits = token_loss(hidden, head, targets, chunk)
+    logits = head(hidden)
+    expected = cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert torch.allclose(loss, expected, atol=1e-6)
+    assert hits == (logits.argmax(-1) == targets).sum()
+    ours, theirs = (torch.autograd.grad(value * scale, inputs) for value in (loss, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_no_more_logits_exist_than_a_chunk_has():
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            for tensor in result if isinstance(result, tuple) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    self.numbers = max(self.numbers, tensor.numel())
+            return result
+
+    hidden, head, targets = torch.randn(64, 5, requires_grad=True), nn.Linear(5, 100), torch.randint(100, (64,))
+    largest = {}
+    for chunk in (8, None):
+        with Largest() as seen:
+            token_loss(hidden, head, targets, chunk)[0].backward()
+        largest[chunk] = seen.numbers
+    assert largest == {8: 8 * 100, None: 64 * 100}
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_under_autocast_only_the_head_is_in_bfloat16(chunk: int | None):
+    torch.manual_seed(0)
+    hidden, head, targets = torch.randn(16, 8, requires_grad=True), nn.Linear(8, 20), torch.randint(20, (16,))
+    plain, _ = token_loss(hidden, head, targets, chunk)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = token_loss(hidden, head, targets, chunk)
+    loss.backward()
+    assert loss.dtype == head.weight.grad.dtype == hidden.grad.dtype == torch.float32
+    assert loss.item() == pytest.approx(plain.item(), rel=2e-2)
+    assert loss.item() != plain.item()

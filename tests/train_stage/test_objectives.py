@@ -1,0 +1,119 @@
+"""Layouts say the tables of the paper, and what a step draws depends on (seed, step) alone."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mapet.shared.errors import UsageError
+from mapet.train_stage.attention import Window
+from mapet.train_stage.loss import token_loss
+from mapet.train_stage.model import MaPeT, Shape
+from mapet.train_stage.objectives import make_layout, step_layout
+from mapet.train_stage.settings import ObjectiveSettings
+
+PATCHES, STEPS = 64, 100
+
+
+def seen(windows: tuple[Window, ...], keys: int) -> torch.Tensor:
+    """The windows as one dense mask (rows, keys)."""
+    mask = torch.zeros(windows[-1].rows.stop, keys, dtype=torch.bool)
+    for window in windows:
+        mask[window.rows, window.keys] = True if window.mask is None else window.mask
+    return mask
+
+
+@given(visible=st.integers(0, 8), predicted=st.integers(1, 9), slices=st.integers(1, 12))
+def test_every_row_of_mapet_knows_each_position_exactly_once(visible: int, predicted: int, slices: int):
+    layout = make_layout("mapet", visible + predicted, visible, slices=slices)
+    keys = 1 + visible + 2 * predicted
+    content, queries = seen(layout.content_windows, keys), seen(layout.read_windows, keys)
+    given_keys = slice(predicted, predicted + 1 + visible)
+    for rows in (content, queries):
+        auxiliary, patches = rows[:, :predicted], rows[:, predicted + 1 + visible :]
+        assert rows[:, given_keys].all()
+        assert (auxiliary ^ patches).all()
+    rank = torch.arange(predicted)
+    ordered = content[predicted + 1 + visible :]
+    assert torch.equal(ordered[:, predicted + 1 + visible :], rank[None] <= rank[:, None])
+    assert torch.equal(queries[:, predicted + 1 + visible :], rank[None] < rank[:, None])
+
+
+@given(visible=st.integers(0, 8), predicted=st.integers(1, 9), slices=st.integers(1, 12))
+def test_pim_is_mapet_without_auxiliary_rows(visible: int, predicted: int, slices: int):
+    permuted, both = (make_layout(name, visible + predicted, visible, slices=slices) for name in ("pim", "mapet"))
+    keys = 1 + visible + predicted
+    for name in ("content_windows", "read_windows"):
+        ours, theirs = seen(getattr(permuted, name), keys), seen(getattr(both, name), keys + predicted)
+        assert torch.equal(ours, theirs[-len(ours) :, predicted:])
+
+
+def drawn(step: int, seed: int = 0, **objective) -> tuple[int, list[int]]:
+    layout = step_layout(ObjectiveSettings(**objective).complete(PATCHES), PATCHES, seed, step, STEPS, "cpu")
+    return layout.visible, layout.ranks.tolist()
+
+
+def test_visible_is_a_value_a_schedule_or_a_range():
+    assert {drawn(step)[0] for step in range(STEPS)} == {16}
+    schedule = [drawn(step, visible=48, visible_to=8)[0] for step in range(STEPS)]
+    assert (schedule[0], schedule[-1]) == (48, 8)
+    assert (np.diff(schedule) <= 0).all()
+    drawings = [drawn(step, visible=10, visible_to=13, visible_change="random")[0] for step in range(STEPS)]
+    assert set(drawings) == {10, 11, 12, 13}
+    assert drawings == [drawn(step, visible=13, visible_to=10, visible_change="random")[0] for step in range(STEPS)]
+    assert drawings != [drawn(step, 1, visible=10, visible_to=13, visible_change="random")[0] for step in range(STEPS)]
+
+
+def test_query_rows_are_all_the_last_or_drawn():
+    assert drawn(0)[1] == list(range(48))
+    assert drawn(0, query_rows=5, query_choice="last")[1] == [43, 44, 45, 46, 47]
+    assert drawn(0, query_rows=50)[1] == list(range(48))
+    some = [drawn(step, query_rows=5)[1] for step in range(STEPS)]
+    assert some == [drawn(step, query_rows=5)[1] for step in range(STEPS)]
+    assert all(len(set(ranks)) == 5 and ranks == sorted(ranks) for ranks in some)
+    assert {rank for ranks in some for rank in ranks} == set(range(48))
+
+
+def test_the_loss_over_drawn_ranks_is_an_unbiased_estimate_of_the_whole():
+    """The mean over every single rank, each equally likely to be drawn, is the loss of all ranks."""
+    torch.manual_seed(0)
+    model = MaPeT(Shape(dim=12, depth=2, heads=2, patch_size=4, image_size=16, k=5))
+    images, order, tokens = torch.randn(2, 3, 16, 16), torch.stack([torch.randperm(16)] * 2), torch.randint(5, (2, 16))
+
+    def loss(ranks: tuple[int, ...] | None) -> float:
+        layout = make_layout("mapet", 16, 4, ranks)
+        targets = tokens.gather(1, order)[:, 4:][:, layout.ranks]
+        return token_loss(model.predict_rows(images, order, layout), model.decoder, targets)[0].item()
+
+    assert np.mean([loss((rank,)) for rank in range(12)]) == pytest.approx(loss(None), rel=1e-5)
+
+
+def test_masked_image_modelling_predicts_its_share_whatever_the_other_settings():
+    for objective in ({}, {"visible": 3, "query_rows": 2}):
+        visible, ranks = drawn(0, name="mim", **objective)
+        assert (visible, len(ranks)) == (64 - 26, 26)
+
+
+@settings(max_examples=20)
+@given(step=st.integers(0, STEPS - 1))
+def test_layouts_of_drawn_ranks_have_one_shape(step: int):
+    """So that torch.compile compiles once."""
+    objective = ObjectiveSettings(query_rows=5).complete(PATCHES)
+    one, other = (step_layout(objective, PATCHES, 0, s, STEPS, "cpu").read_windows for s in (0, step))
+    assert [(w.rows, w.keys, w.mask.shape) for w in one] == [(w.rows, w.keys, w.mask.shape) for w in other]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("mae", 16, 4), "mapet, pim, mim"),
+        (("mapet", 16, 16), "visible"),
+        (("mapet", 16, -1), "visible"),
+        (("mapet", 16, 4, ()), "ranks"),
+        (("mapet", 16, 4, (12,)), "ranks"),
+        (("mapet", 16, 4, (3, 3)), "ascending"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(arguments: tuple, words: str):
+    with pytest.raises(UsageError, match=words):
+        make_layout(*arguments)
