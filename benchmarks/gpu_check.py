@@ -1,0 +1,261 @@
+"""Every GPU check and figure of the project: one JSON line each, and a table at the end.
+
+python benchmarks/gpu_check.py [--size base] [--batch 64] [--pairs 10]
+
+It needs a CUDA device and nothing outside this repository. `--device cpu --size tiny --mode eager --batch 2
+--pairs 1` tries the script itself.
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from mapet.tokenize_stage.towers import TowerSettings, open_tower
+from mapet.train_stage.attention import Window, attend
+from mapet.train_stage.interchange import load_published
+from mapet.train_stage.loss import token_loss
+from mapet.train_stage.objectives import make_layout
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from steps import PATCHES, VISIBLE, Batch, count_flops, interleaved, peak_bytes, seconds, under
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+ORACLE = Path(__file__).parent.parent / "tests" / "train_stage" / "oracle"
+LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
+PEAK_BFLOAT16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+"""Dense bfloat16 FLOP/s from the makers' data sheets."""
+
+Row = tuple[str, Any, str]
+
+
+def main(
+    size: Annotated[list[str], typer.Option()] = ["tiny", "small", "base"],  # noqa: B006
+    mode: Annotated[list[str], typer.Option()] = ["eager", "compiled"],  # noqa: B006
+    batch: int = 64,
+    pairs: int = 10,
+    device: str = "cuda",
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("gpu_check.py measures a CUDA device and finds none; benchmarks/pretrain_step.py measures the CPU.")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    checks = [(equality, ()), (attention_kernels, (batch, pairs)), (tower, (batch, pairs))]
+    checks += [(steps, (one, mode, batch, pairs)) for one in size]
+    found = [
+        ("device", torch.cuda.get_device_name() if device == "cuda" else "cpu", ""),
+        ("torch", torch.__version__, ""),
+    ]
+    for check, arguments in checks:
+        try:
+            for row in check(device, *arguments):
+                print(json.dumps(dict(zip(("figure", "value", "remark"), row, strict=True))), flush=True)
+                found.append(row)
+        except Exception as error:  # one check that cannot run here must not hide the others
+            found.append((check.__name__, "failed", f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"))
+            print(json.dumps(found[-1]), flush=True)
+    table = Table("figure", "value", "remark", title="GPU check")
+    for row in found:
+        table.add_row(*map(str, row))
+    Console(width=160).print(table)
+    sys.exit(any("failed" in map(str, row) for row in found))
+
+
+def equality(device: str) -> Iterator[Row]:
+    """Loss and gradients of the published implementation, on every path of execution."""
+    expected = load_file(ORACLE / "pretrain_expected.safetensors", device=device)
+    order, visible = expected["order"], int(expected["least_number"]) - 1
+    layout, targets = make_layout("mapet", 16, visible, device=device), expected["tokens"].gather(1, order[:, visible:])
+    for precision, limit in LIMITS.items():
+        for path in ("plain", "chunked loss", "checkpointing", "compiled"):
+            model = load_published(ORACLE / "pretrain.pth.tar").to(device)
+            model.grad_checkpointing = path == "checkpointing"
+            for block in model.blocks if path == "compiled" else ():
+                block.compile()
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+                rows = model.predict_rows(expected["images"], order, layout)
+                loss, _ = token_loss(rows, model.decoder, targets, 7 if path == "chunked loss" else None)
+            loss.backward()
+            errors = [abs(loss.item() / expected["loss"].item() - 1)]
+            errors += [_error(p.grad, expected[f"grad.{name}"]) for name, p in model.named_parameters()]
+            verdict = "holds" if max(errors) < limit else "failed"
+            yield (
+                f"published loss and gradients, {precision}, {path}",
+                f"{max(errors):.1e}",
+                f"{verdict}: below {limit}",
+            )
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return ((found.float() - expected).abs().max() / expected.abs().max()).item()
+
+
+def steps(device: str, size: str, modes: list[str], images: int, pairs: int) -> Iterator[Row]:
+    """Step times against both references, MFU, peak memory and the attention kernels that ran."""
+    data = Batch(size, images, device)
+    flops = count_flops(data.ours())
+    relative = flops / count_flops(data.plain())
+    name = f"vit-{size}, batch {images}"
+    for precision in LIMITS:
+        for mode in modes:
+            ours = under(precision, data.ours(mode), device)
+            dense = interleaved(ours, under(precision, data.dense(mode), device), pairs, device)
+            plain = interleaved(ours, under(precision, data.plain(mode), device), pairs, device)
+            how = f"{name}, {precision}, {mode}"
+            yield f"{how}: ms a step", dense["our_ms"], _use(flops / dense["our_ms"] * 1e3, precision, device)
+            yield f"{how}: dense-mask reference / ours", dense["ratio"], f"{dense['their_ms']} ms"
+            against = round(1 / plain["ratio"] / relative, 3)
+            yield f"{how}: time for each FLOP / timm's ViT", against, f"FLOP ratio {relative:.3f}"
+    for what, options in {"": {}, ", checkpointing": {"checkpointing": True}, ", all logits": {"chunk": None}}.items():
+        step = data.ours(**options)
+        lowered = under("bfloat16", step, device)
+        lowered.parameters = step.parameters
+        yield f"{name}, bfloat16{what}: peak MB of a step", peak_bytes(lowered, device) >> 20, ""
+    yield f"{name}, bfloat16: attention kernels", ", ".join(_kernels(under("bfloat16", data.ours(), device))), ""
+
+
+def _use(achieved: float, precision: str, device: str) -> str:
+    known = [peak for name, peak in PEAK_BFLOAT16.items() if device == "cuda" and name in torch.cuda.get_device_name()]
+    share = f", MFU {achieved / known[0]:.1%}" if known and precision == "bfloat16" else ""
+    return f"{achieved / 1e12:.1f} TFLOP/s{share}"
+
+
+def _kernels(step) -> list[str]:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with torch.profiler.profile(activities=activities) as profile:
+        step().backward()
+    names = {event.key for event in profile.key_averages()}
+    return sorted({name[:60] for name in names if re.search(r"flash|fmha|efficient_attention|attend_on", name)})
+
+
+def attention_kernels(device: str, images: int, pairs: int, heads: int = 12, d: int = 64) -> Iterator[Row]:
+    """Forward and backward of one block's attention in bfloat16, each way to run the same pattern."""
+    dim, keys = heads * d, 1 + VISIBLE + 2 * (PATCHES - VISIBLE)
+    streams = [
+        torch.randn(images, rows, dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for rows in (keys, PATCHES - VISIBLE)
+    ]
+    keys_values = torch.randn(images, keys, 2 * dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+    ways = {f"windows, {slices} slices": _by_windows(slices, heads, device) for slices in (1, 2, 4)}
+    ways["one dense mask"] = _by_dense_mask(heads, device)
+    if device == "cuda":
+        ways |= {"FlexAttention": _by_flex(heads, device), "flash, sliding window": _by_sliding_window(heads, device)}
+    first = None
+    for name, way in ways.items():
+        try:
+            outputs = way(streams, keys_values)
+            first = first or [output.detach() for output in outputs]
+            error = max(_error(ours, theirs.float()) for ours, theirs in zip(outputs, first, strict=True))
+
+            def run(way=way) -> None:
+                sum(output.float().sum() for output in way(streams, keys_values)).backward()
+
+            run()
+            spent = statistics.median(seconds(run, device) for _ in range(pairs))
+        except Exception as error:
+            yield f"attention, {name}", "not run", f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        else:
+            yield f"attention, {name}: ms", round(1e3 * spent, 2), f"differs by {error:.1e}"
+
+
+def _by_windows(slices: int, heads: int, device: str):
+    layout = make_layout("mapet", PATCHES, VISIBLE, slices=slices, device=device)
+    windows = [layout.content_windows, layout.read_windows]
+    return lambda streams, keys_values: attend(streams, keys_values, heads, windows)
+
+
+def _by_dense_mask(heads: int, device: str):
+    seen = _seen(device)
+    windows = [[Window(slice(0, len(mask)), slice(0, mask.shape[1]), mask)] for mask in seen]
+    return lambda streams, keys_values: attend(streams, keys_values, heads, windows)
+
+
+def _seen(device: str) -> list[Tensor]:
+    """The whole pattern: bool masks of content and query rows over all keys."""
+    layout = make_layout("mapet", PATCHES, VISIBLE, slices=1, device=device)
+    keys = 1 + VISIBLE + 2 * (PATCHES - VISIBLE)
+    masks = []
+    for windows in (layout.content_windows, layout.read_windows):
+        mask = torch.zeros(windows[-1].rows.stop, keys, dtype=torch.bool, device=device)
+        for window in windows:
+            mask[window.rows, window.keys] = True if window.mask is None else window.mask
+        masks.append(mask)
+    return masks
+
+
+def _heads_first(rows: Tensor, heads: int) -> Tensor:
+    return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _by_flex(heads: int, device: str):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    masks = _seen(device)
+    blocks = [
+        create_block_mask(lambda b, h, row, key, m=m: m[row, key], None, None, *m.shape, device=device) for m in masks
+    ]
+    fused = torch.compile(flex_attention)
+
+    def run(streams: list[Tensor], keys_values: Tensor) -> list[Tensor]:
+        keys, values = (_heads_first(part, heads) for part in keys_values.chunk(2, dim=-1))
+        outputs = [
+            fused(_heads_first(rows, heads), keys, values, block_mask=block)
+            for rows, block in zip(streams, blocks, strict=True)
+        ]
+        return [output.transpose(1, 2).flatten(2) for output in outputs]
+
+    return run
+
+
+def _by_sliding_window(heads: int, device: str):
+    """Patches and queries see a window of N + 1 keys that slides by one key a row: flash attention needs no mask."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    predicted, free = PATCHES - VISIBLE, 1 + PATCHES
+
+    def slide(rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        images, count, seen = rows.shape[0], rows.shape[2], keys.shape[2]
+        starts = [torch.arange(images + 1, device=device, dtype=torch.int32) * each for each in (count, seen)]
+        packed = [part.transpose(1, 2).flatten(0, 1).contiguous() for part in (rows, keys, values)]
+        output = varlen_attn(*packed, *starts, count, seen, window_size=(free - 1, 0))
+        return output.unflatten(0, (images, count)).transpose(1, 2)
+
+    def run(streams: list[Tensor], keys_values: Tensor) -> list[Tensor]:
+        content, queries = (_heads_first(rows, heads) for rows in streams)
+        keys, values = (_heads_first(part, heads) for part in keys_values.chunk(2, dim=-1))
+        alone = scaled_dot_product_attention(content[:, :, :free], keys[:, :, :free], values[:, :, :free])
+        patches = slide(content[:, :, free:], keys[:, :, 1:], values[:, :, 1:])
+        last = free + predicted - 1
+        read = slide(queries, keys[:, :, :last], values[:, :, :last])
+        return [rows.transpose(1, 2).flatten(2) for rows in (torch.cat([alone, patches], dim=2), read)]
+
+    return run
+
+
+def tower(device: str, images: int, pairs: int) -> Iterator[Row]:
+    """Stage one: patch features of a ViT-B/16 tower (random weights), and what bfloat16 does to tokens."""
+    pixels = torch.randint(256, (images, 3, 224, 224), dtype=torch.uint8)
+    settings = {precision: TowerSettings("ViT-B-16", pretrained="none", precision=precision) for precision in LIMITS}
+    tokens, codebook = {}, None
+    for precision, chosen in settings.items():
+        torch.manual_seed(0)
+        opened = open_tower(chosen, device)
+        features = opened.features(pixels)
+        spent = statistics.median(seconds(lambda opened=opened: opened.features(pixels), device) for _ in range(pairs))
+        yield f"tower ViT-B-16, {precision}: images/s", round(images / spent, 1), ""
+        flat = features.reshape(-1, opened.dim).float().cpu()
+        codebook = flat[:256] if codebook is None else codebook
+        tokens[precision] = torch.cdist(flat, codebook).argmin(1)
+    differ = (tokens["float32"] != tokens["bfloat16"]).float().mean().item()
+    yield "tokens that bfloat16 changes (random weights)", f"{differ:.2%}", ""
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,173 @@
+"""Pre-training steps to be timed: ours, the dense-mask reference and a plain timm ViT, on one batch of random data."""
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from dense_reference import DenseMaPeT, build_masks
+from mapet.train_stage.loss import token_loss
+from mapet.train_stage.model import SIZES, MaPeT, Shape
+from mapet.train_stage.objectives import make_layout
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+K, VISIBLE, PATCHES = 8192, 49, 196
+CHUNK = 4096
+Step = Callable[[], Tensor]
+
+
+class Batch:
+    """A ViT/16 at 224 pixels and a batch of random data, in the form that each side takes."""
+
+    def __init__(self, size: str, images: int, device: str = "cpu", masks: bool = True):
+        torch.manual_seed(0)
+        self.size, self.device = size, device
+        dim, depth, self.heads = SIZES[size]
+        self.model = MaPeT(Shape(dim, depth, self.heads, patch_size=16, image_size=224, k=K)).train().to(device)
+        self.images = torch.randn(images, 3, 224, 224).to(device)
+        self.tokens = torch.randint(K, (images, PATCHES)).to(device)
+        order = torch.stack([torch.randperm(PATCHES) for _ in range(images)])
+        if masks:
+            built = zip(*(self.build_masks(one) for one in order), strict=True)
+            self.masks = tuple(torch.stack(part).to(device) for part in built)
+        self.order = order.to(device)
+        self.hidden = self.order[:, VISIBLE:].sort(1).values
+
+    def build_masks(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        return build_masks(order, VISIBLE, self.heads)
+
+    def ours(self, mode: str = "eager", chunk: int | None = CHUNK, checkpointing: bool = False) -> Step:
+        # Compiling is undone by building the model anew with the same weights.
+        model = MaPeT(self.model.shape).train().to(self.device)
+        model.load_state_dict(self.model.state_dict())
+        model.grad_checkpointing = checkpointing
+        if mode == "compiled":
+            for block in model.blocks:
+                block.compile()
+        layout = make_layout("mapet", PATCHES, VISIBLE, device=self.device)
+        targets = self.tokens.gather(1, self.order[:, VISIBLE:])
+
+        def step() -> Tensor:
+            return token_loss(model.predict_rows(self.images, self.order, layout), model.decoder, targets, chunk)[0]
+
+        step.parameters = list(model.parameters())
+        return step
+
+    def dense(self, mode: str = "eager") -> Step:
+        reference = DenseMaPeT(self.model)
+        forward = torch.compile(reference) if mode == "compiled" else reference
+        step = partial(forward, self.images, self.hidden, self.masks, self.tokens.gather(1, self.hidden))
+        step.parameters = list(reference.parameters())
+        return step
+
+    def plain(self, mode: str = "eager") -> Step:
+        """timm's ViT with an 8192-way head on the rows of as many patches as MaPeT predicts."""
+        model = timm.create_model(f"vit_{self.size}_patch16_224", num_classes=0, init_values=0.1, global_pool="")
+        model, head = model.to(self.device), nn.Linear(model.embed_dim, K).to(self.device)
+        index = 1 + self.hidden[:, :, None].expand(-1, -1, model.embed_dim)
+        targets = self.tokens.gather(1, self.hidden).flatten()
+
+        def forward(images: Tensor) -> Tensor:
+            logits = head(model(images).gather(1, index))
+            return cross_entropy(logits.float().flatten(0, 1), targets)
+
+        return partial(torch.compile(forward) if mode == "compiled" else forward, self.images)
+
+
+def under(precision: str, step: Step, device: str = "cpu") -> Step:
+    def run() -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+            return step()
+
+    return run
+
+
+def seconds(run: Callable, device: str = "cpu") -> float:
+    began = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def interleaved(ours: Step, theirs: Step, pairs: int, device: str = "cpu") -> dict:
+    """Times of forward and backward in turns; ratio is the median of theirs / ours, above 1 where ours is faster."""
+    for step in (ours, theirs):
+        for _ in range(2):
+            step().backward()
+    times = [
+        (seconds(lambda: ours().backward(), device), seconds(lambda: theirs().backward(), device)) for _ in range(pairs)
+    ]
+    return {
+        "ratio": round(statistics.median(b / a for a, b in times), 3),
+        "our_ms": round(1e3 * statistics.median(a for a, _ in times), 1),
+        "their_ms": round(1e3 * statistics.median(b for _, b in times), 1),
+        "pairs": pairs,
+    }
+
+
+def saved_bytes(step: Step) -> int:
+    """Bytes of the distinct storages that a forward pass keeps for backward, parameters aside."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = step()
+    del loss
+    return sum(kept.values())
+
+
+def peak_bytes(step: Step, device: str = "cpu") -> int:
+    """How much more memory than before a forward and backward pass holds at its peak (gradients included)."""
+    step().backward()
+    for parameter in step.parameters:
+        parameter.grad = None
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step().backward()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    before = _resident("VmRSS")
+    step().backward()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+@register_flop_formula(torch.ops.mapet.attend_on_cpu)
+def _attention_flops(keys_values, streams, counts, bounds, masks, out_shape=None, **_) -> int:
+    """What the counter's own formula of SDPA gives for each window: two products of rows x keys x d."""
+    images, doubled_heads, _, d = keys_values
+    edges = torch.tensor(bounds).view(-1, 4)
+    pairs = ((edges[:, 1] - edges[:, 0]) * (edges[:, 3] - edges[:, 2])).sum().item()
+    return 2 * 2 * pairs * d * images * doubled_heads // 2
+
+
+@register_flop_formula(torch.ops.mapet.attend_on_cpu_backward)
+def _attention_backward_flops(keys_values, streams, outputs, log_sums, gradients, counts, bounds, masks, **_) -> int:
+    """Five products, as the counter counts SDPA's backward pass (the scores are computed again)."""
+    return _attention_flops(keys_values, streams, counts, bounds, masks) * 5 // 2
+
+
+def count_flops(step: Step) -> int:
+    """Of forward and backward, as `torch.utils.flop_counter` counts them."""
+    with FlopCounterMode(display=False) as counter:
+        step().backward()
+    return counter.get_total_flops()
