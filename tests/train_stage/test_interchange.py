@@ -165,7 +165,7 @@ def test_positions_are_resampled_as_timm_does_on_loading(run: Path, tmp_path: Pa
     imported = load_weights(import_weights(run, tmp_path / "imported", image_size=96))
     assert torch.equal(imported.tensors["pos_embed"], theirs.pos_embed)
     order = torch.arange(144).expand(2, -1)
-    assert imported.mapet()(noise(96), order, 36).shape == (2, 108, imported.shape.k)
+    assert imported.mapet()(noise(96), order, make_layout("mapet", 144, 36)).shape == (2, 108, imported.shape.k)
 
 
 def test_the_size_that_it_has_changes_nothing(run: Path, tmp_path: Path):
