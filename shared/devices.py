@@ -1,6 +1,7 @@
 """Which device and how many processes to use when the user did not say."""
 
 import os
+import shutil
 
 from .errors import UsageError
 
@@ -27,3 +28,10 @@ def refuse_many_processes() -> None:
     """Several processes would each do all of the work; better one sentence than silent waste."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("torchrun with more than one process is not supported yet; start this command directly.")
+
+
+def refuse_missing_compiler() -> None:
+    """torch.compile builds with a compiler of the machine, on the CPU and (Triton's launchers) on CUDA."""
+    names = [os.environ.get("CXX"), os.environ.get("CC"), "g++", "c++", "clang++", "gcc", "clang", "cc"]
+    if not any(shutil.which(name) for name in names if name):
+        raise UsageError("execution.compile=true needs a C++ compiler (such as g++) on this machine; install one.")

@@ -15,7 +15,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 from ..shared.console import progress, say, table
-from ..shared.devices import choose_device, choose_workers, refuse_many_processes
+from ..shared.devices import choose_device, choose_workers, refuse_many_processes, refuse_missing_compiler
 from ..shared.errors import Interrupted, UsageError
 from ..shared.files import written_whole
 from ..shared.loading import batches
@@ -113,6 +113,7 @@ class _Run:
         self.model = MaPeT(settings.model.shape(store.k)).to(device).train()
         self.model.grad_checkpointing = settings.execution.grad_checkpointing
         if settings.execution.compile:
+            refuse_missing_compiler()
             for block in self.model.blocks:
                 block.compile()
         self.optimizer = _adamw(self.model, optimizer)

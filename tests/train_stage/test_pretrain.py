@@ -120,6 +120,14 @@ def test_how_a_step_is_executed_does_not_change_the_losses(chain, undisturbed: P
     assert losses(tmp_path) == pytest.approx(losses(undisturbed), rel=1e-5)
 
 
+def test_compiling_without_a_compiler_is_refused(chain, tmp_path: Path, monkeypatch):
+    for name in ("PATH", "CC", "CXX"):
+        monkeypatch.setenv(name, "")
+    with pytest.raises(UsageError, match="C\\+\\+ compiler"):
+        run(chain, tmp_path, "execution.compile=true")
+    assert newest_checkpoint(tmp_path) is None
+
+
 def test_a_run_may_go_on_under_another_execution(chain, undisturbed: Path, tmp_path: Path):
     run(chain, tmp_path, "train.epochs=2")
     with pytest.raises(UsageError, match=r"train\.epochs was 2"):
