@@ -14,6 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
+from mapet.shared.devices import keep_freed_memory
 from mapet.train_stage.attention import Window, attend
 from steps import PATCHES, Batch, count_flops, interleaved, peak_bytes, saved_bytes, under
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,11 +28,14 @@ def main(
     batch: int = 8,
     threads: int = 2,
     pairs: int = 5,
+    keep_memory: Annotated[bool, typer.Option(help="Both sides as our trainer runs: freed memory is kept.")] = False,
 ) -> None:
+    if keep_memory:
+        keep_freed_memory()
     torch.set_num_threads(threads)
     for one in size:
         data = Batch(one, batch)
-        about = {"model": f"vit-{one}-16", "batch": batch, "threads": threads}
+        about = {"model": f"vit-{one}-16", "batch": batch, "threads": threads, "keep_memory": keep_memory}
         if "masks" in part:
             say("cost of dense masks", about, masks(data))
         if "attention" in part:
