@@ -12,6 +12,8 @@ import torch
 from mapet.shared.devices import choose_device
 if sys.argv[1] == "chosen":
     choose_device("cpu")
+for _ in range(10):
+    torch.ones(10_000_000)
 begun = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     torch.ones(10_000_000)
