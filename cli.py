@@ -139,7 +139,9 @@ def pretrain(
         list[str] | None, typer.Option("--set", help="A setting, such as optimizer.lr=1e-3; repeat for more.")
     ] = None,
     objective: Annotated[str | None, typer.Option(help="mapet, pim or mim (default: the recipe's).")] = None,
-    init: Annotated[str | None, typer.Option(help="WEIGHTS to start a new run from.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Start a new run from a run, checkpoint, import, export or .pth.tar.")
+    ] = None,
     resume: Annotated[str, typer.Option(help="auto: go on with the run in --out, if there is one; never.")] = "auto",
     device: Device = "auto",
 ) -> None:

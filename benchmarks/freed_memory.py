@@ -18,7 +18,8 @@ import typer
 from mapet.shared.devices import keep_freed_memory
 from mapet.tokenize_stage.towers import TowerSettings, open_tower
 
-BATCHES, IMAGES = 8, 64
+NAME, SIZE = "timm:tf_efficientnet_lite0", 224
+BATCHES, IMAGES = 4, 64
 
 
 def main(pairs: int = 5, measure: str = typer.Option("", hidden=True)) -> None:
@@ -30,7 +31,7 @@ def main(pairs: int = 5, measure: str = typer.Option("", hidden=True)) -> None:
         for way, results in found.items():
             command = [sys.executable, __file__, "--measure", way]
             results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    figure = {"figure": "tower timm:resnet18, 224 px: freed memory kept / default, images/s", "pairs": pairs}
+    figure = {"figure": f"tower {NAME}, {SIZE} px: freed memory kept / default, images/s", "pairs": pairs}
     rates = zip(found["kept"], found["default"], strict=True)
     figure["ratio_median"] = round(statistics.median(a["images_per_s"] / b["images_per_s"] for a, b in rates), 2)
     for way, results in found.items():
@@ -41,8 +42,8 @@ def main(pairs: int = 5, measure: str = typer.Option("", hidden=True)) -> None:
 def one_process(keep: bool) -> dict[str, float]:
     if keep:
         keep_freed_memory()
-    tower = open_tower(TowerSettings("timm:resnet18", pretrained="none"))
-    pixels = torch.randint(256, (IMAGES, 3, 224, 224), dtype=torch.uint8)
+    tower = open_tower(TowerSettings(NAME, pretrained="none", image_size=SIZE))
+    pixels = torch.randint(256, (IMAGES, 3, SIZE, SIZE), dtype=torch.uint8)
     tower.features(pixels)
     before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     for _ in range(BATCHES):

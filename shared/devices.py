@@ -25,7 +25,7 @@ def keep_freed_memory() -> None:
     """Has glibc keep freed memory of up to 1 GiB a piece for the next tensor; elsewhere nothing happens.
 
     By default it gives large activations back after every layer, and the kernel clears their pages again for the next:
-    more than half of a convolutional tower's time on the CPU (benchmarks/freed_memory.py).
+    up to half of a convolutional tower's time on the CPU (benchmarks/freed_memory.py).
     """
     trim_threshold, mmap_threshold = -1, -3  # mallopt(3)
     try:

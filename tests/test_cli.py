@@ -238,7 +238,14 @@ def test_a_stopped_command_keeps_what_is_whole_and_says_how_to_go_on(chain, tmp_
     tars = write_drawings(images, 600, seed=11, per_tar=20)  # enough to be still at it when the signal comes
     options = ["--codebook", chain.codebook, "--out", tokens, "--batch-size", 1, "--workers", workers]
     command = [*COMMAND, "tokenize", "encode-shards", images, *options]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Background jobs of a script are born deaf to Ctrl-C; these tests may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     first = tokens / "shards" / f"{tars[0].stem}.json"
     deadline = time.monotonic() + 60
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:

@@ -128,7 +128,8 @@ def _about(found: Weights) -> dict[str, Any]:
 
 def _summary(found: Weights, out: Path) -> None:
     arrays = sorted(zarr.open_group(out, mode="r").arrays())
-    rows = [(name, f"{' x '.join(map(str, array.shape))}, {array.dtype}") for name, array in arrays]
+    types = {name: "str" if name == "keys" else array.dtype for name, array in arrays}
+    rows = [(name, f"{' x '.join(map(str, array.shape))}, {types[name]}") for name, array in arrays]
     table("Features", [("weights", f"{found.file} ({found.kind})"), *rows, ("to", str(out))])
 
 
