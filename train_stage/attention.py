@@ -97,7 +97,11 @@ def _slices(counts: Sequence[int], bounds: Sequence[int], masks: Sequence[Tensor
 
 
 # Operators of our own, because torch.compile would turn writes into slices into copies of the whole.
-@torch.library.custom_op("mapet::attend_on_cpu", mutates_args=())
+@torch.library.custom_op(
+    "mapet::attend_on_cpu",
+    mutates_args=(),
+    schema="(Tensor keys_values, Tensor[] streams, int[] counts, int[] bounds, Tensor?[] masks) -> Tensor[]",
+)
 def _attend_on_cpu(
     keys_values: Tensor,
     streams: Sequence[Tensor],
@@ -123,7 +127,12 @@ def _(keys_values, streams, counts, bounds, masks):
     ]
 
 
-@torch.library.custom_op("mapet::attend_on_cpu_backward", mutates_args=())
+@torch.library.custom_op(
+    "mapet::attend_on_cpu_backward",
+    mutates_args=(),
+    schema="(Tensor keys_values, Tensor[] streams, Tensor[] outputs, Tensor[] log_sums, Tensor[] gradients, "
+    "int[] counts, int[] bounds, Tensor?[] masks) -> Tensor[]",
+)
 def _attend_on_cpu_backward(
     keys_values: Tensor,
     streams: Sequence[Tensor],
