@@ -63,19 +63,20 @@ class DenseMaPeT(nn.Module):
 
 def _block(block: nn.Module, content: Tensor, queries: Tensor, mask: Tensor, query_mask: Tensor) -> tuple:
     normed, normed_queries = block.norm1(content), block.norm1(queries)
-    keys, values = (_split(part, block.attn.heads) for part in block.attn.kv(normed).chunk(2, dim=-1))
+    keys, values = (split_heads(part, block.attn.heads) for part in block.attn.kv(normed).chunk(2, dim=-1))
     content = content + _scale(block.ls1, _attention(block.attn, normed, keys, values, mask))
     queries = queries + _scale(block.ls1, _attention(block.attn, normed_queries, keys, values, query_mask))
     content = content + _scale(block.ls2, _mlp(block.mlp, block.norm2(content)))
     return content, queries + _scale(block.ls2, _mlp(block.mlp, block.norm2(queries)))
 
 
-def _split(rows: Tensor, heads: int) -> Tensor:
+def split_heads(rows: Tensor, heads: int) -> Tensor:
+    """(B, rows, heads * d) -> (B, heads, rows, d)."""
     return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _attention(attn: nn.Module, rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    queries = _split(attn.q(rows), attn.heads)
+    queries = split_heads(attn.q(rows), attn.heads)
     weights = (queries @ keys.transpose(-2, -1)) * queries.shape[-1] ** -0.5 + mask
     return attn.proj((weights.softmax(dim=-1) @ values).transpose(1, 2).flatten(2))
 

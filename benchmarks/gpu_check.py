@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from dense_reference import split_heads
 from mapet.tokenize_stage.towers import TowerSettings, open_tower
 from mapet.train_stage.attention import Window, attend
 from mapet.train_stage.interchange import load_published
@@ -190,10 +191,6 @@ def _seen(device: str) -> list[Tensor]:
     return masks
 
 
-def _heads_first(rows: Tensor, heads: int) -> Tensor:
-    return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
 def _by_flex(heads: int, device: str):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -204,9 +201,9 @@ def _by_flex(heads: int, device: str):
     fused = torch.compile(flex_attention)
 
     def run(streams: list[Tensor], keys_values: Tensor) -> list[Tensor]:
-        keys, values = (_heads_first(part, heads) for part in keys_values.chunk(2, dim=-1))
+        keys, values = (split_heads(part, heads) for part in keys_values.chunk(2, dim=-1))
         outputs = [
-            fused(_heads_first(rows, heads), keys, values, block_mask=block)
+            fused(split_heads(rows, heads), keys, values, block_mask=block)
             for rows, block in zip(streams, blocks, strict=True)
         ]
         return [output.transpose(1, 2).flatten(2) for output in outputs]
@@ -228,8 +225,8 @@ def _by_sliding_window(heads: int, device: str):
         return output.unflatten(0, (images, count)).transpose(1, 2)
 
     def run(streams: list[Tensor], keys_values: Tensor) -> list[Tensor]:
-        content, queries = (_heads_first(rows, heads) for rows in streams)
-        keys, values = (_heads_first(part, heads) for part in keys_values.chunk(2, dim=-1))
+        content, queries = (split_heads(rows, heads) for rows in streams)
+        keys, values = (split_heads(part, heads) for part in keys_values.chunk(2, dim=-1))
         alone = scaled_dot_product_attention(content[:, :, :free], keys[:, :, :free], values[:, :, :free])
         patches = slide(content[:, :, free:], keys[:, :, 1:], values[:, :, 1:])
         last = free + predicted - 1

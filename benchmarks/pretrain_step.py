@@ -14,6 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
+from dense_reference import split_heads
 from mapet.shared.devices import keep_freed_memory
 from mapet.train_stage.attention import Window, attend
 from steps import PATCHES, Batch, count_flops, interleaved, peak_bytes, saved_bytes, under
@@ -103,7 +104,7 @@ def attention(data: Batch, pairs: int) -> dict:
     everything = [[Window(slice(0, rows), slice(0, rows))]]
 
     def plain() -> torch.Tensor:
-        parts = [part.unflatten(-1, (data.heads, -1)).transpose(1, 2) for part in (queries, *keys_values.chunk(2, -1))]
+        parts = [split_heads(part, data.heads) for part in (queries, *keys_values.chunk(2, dim=-1))]
         return scaled_dot_product_attention(*parts).sum()
 
     times = interleaved(lambda: attend([queries], keys_values, data.heads, everything)[0].sum(), plain, 4 * pairs)

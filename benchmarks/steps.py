@@ -26,7 +26,7 @@ Step = Callable[[], Tensor]
 class Batch:
     """A ViT/16 at 224 pixels and a batch of random data, in the form that each side takes."""
 
-    def __init__(self, size: str, images: int, device: str = "cpu", masks: bool = True):
+    def __init__(self, size: str, images: int, device: str = "cpu"):
         torch.manual_seed(0)
         self.size, self.device = size, device
         dim, depth, self.heads = SIZES[size]
@@ -34,9 +34,8 @@ class Batch:
         self.images = torch.randn(images, 3, 224, 224).to(device)
         self.tokens = torch.randint(K, (images, PATCHES)).to(device)
         order = torch.stack([torch.randperm(PATCHES) for _ in range(images)])
-        if masks:
-            built = zip(*(self.build_masks(one) for one in order), strict=True)
-            self.masks = tuple(torch.stack(part).to(device) for part in built)
+        built = zip(*(self.build_masks(one) for one in order), strict=True)
+        self.masks = tuple(torch.stack(part).to(device) for part in built)
         self.order = order.to(device)
         self.hidden = self.order[:, VISIBLE:].sort(1).values
 

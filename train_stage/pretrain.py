@@ -71,9 +71,9 @@ def pretrain(
     run = _Run(settings, data, store, out, device)
     start, pending = 0, []
     if last:
-        refuse_other_images(last, data)
-        refuse_other_start(last, init)
         state = read_state(last)
+        refuse_other_images(last, state, data)
+        refuse_other_start(last, state["init"], init)
         start, pending, run.init = load_checkpoint(last, run.model, run.optimizer), state["pending"], state["init"]
         say(f"Going on from {last} (step {start} of {run.steps}).")
     elif init is not None:

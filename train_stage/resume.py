@@ -40,9 +40,8 @@ def find_resumable(out: Path, resume: str, settings: Settings, store: TokenStore
     return last
 
 
-def refuse_other_images(last: Path, data: TokenisedImages) -> None:
-    """Raises DataError unless `data` has the images that the run of this checkpoint was begun with."""
-    before = read_state(last)
+def refuse_other_images(last: Path, before: dict[str, Any], data: TokenisedImages) -> None:
+    """Raises DataError unless `data` has the images that the run of this checkpoint, in state `before`, began with."""
     if before["keys_sha256"] != data.keys_sha256:
         raise DataError(
             f"{last} was trained on {before['images']} images and --images now gives {len(data)}, not the same ones; "
@@ -65,9 +64,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def refuse_other_start(last: Path, init: str | Path | None) -> None:
-    """Raises UsageError if `init` is given and is not what the run of this checkpoint started from."""
-    before = read_state(last)["init"]
+def refuse_other_start(last: Path, before: dict[str, str] | None, init: str | Path | None) -> None:
+    """Raises UsageError if `init` is given and is not what the run of this checkpoint started from (`before`)."""
     if init is not None and (before is None or before["sha256"] != load_weights(init).sha256()):
         began = f"from {before['file']}" if before else "from fresh weights"
         raise UsageError(f"{last} belongs to a run that started {began}, not from --init {init}; choose another --out.")
