@@ -28,6 +28,7 @@ Workers = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 BatchSize = Annotated[int, typer.Option(help="Images per forward pass.", min=1)]
+OnError = Annotated[str, typer.Option(help="At what cannot be read: stop, or skip (it is counted and listed).")]
 Weights = Annotated[
     Path, typer.Argument(help="A run, a checkpoint, an imported or exported folder, or a published .pth.tar.")
 ]
@@ -93,16 +94,41 @@ def encode_shards(
     images: Images,
     codebook: Annotated[Path, typer.Option(help="Folder that build-codebook wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of the token store; whole shards in it are skipped.")],
-    crop: Annotated[str, typer.Option(help="Which view is encoded: center.")] = "center",
+    crop: Annotated[str, typer.Option(help="center (the tower's own preprocessing) or random-resized.")] = "center",
+    views: Annotated[int, typer.Option(help="Views stored of each image; more can be added later.")] = 1,
+    scale: Annotated[tuple[float, float], typer.Option(help="Of random-resized: share of the area.")] = (0.2, 1.0),
+    ratio: Annotated[tuple[float, float], typer.Option(help="Of random-resized: width to height.")] = (0.75, 4 / 3),
+    flip: Annotated[float, typer.Option(help="Of random-resized: probability of a mirrored view.")] = 0.5,
+    with_center: Annotated[bool, typer.Option("--with-center", help="View 0 is the centre view.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the views.")] = 0,
+    on_error: OnError = "stop",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say hours, bytes and rows; write nothing.")] = False,
     tower: Annotated[str | None, typer.Option(help="Where the codebook's tower is now, if it moved.")] = None,
-    batch_size: BatchSize = 64,
+    batch_size: Annotated[int, typer.Option(help="Views per forward pass.", min=1)] = 64,
     workers: Workers = None,
     device: Device = "auto",
 ) -> None:
-    """Write every image's visual tokens to shards."""
+    """Write every image's visual tokens to shards; again, to add images or views."""
     from .tokenize_stage.encode_shards import encode_shards
 
-    encode_shards(images, codebook, out, crop=crop, tower=tower, batch_size=batch_size, workers=workers, device=device)
+    encode_shards(
+        images,
+        codebook,
+        out,
+        crop=crop,
+        views=views,
+        scale=scale,
+        ratio=ratio,
+        flip=flip,
+        with_center=with_center,
+        seed=seed,
+        on_error=on_error,
+        dry_run=dry_run,
+        tower=tower,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+    )
 
 
 @tokenize.command()

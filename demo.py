@@ -13,8 +13,9 @@ from .shared.console import say
 from .shared.drawings import CLASSES, write_drawings
 from .shared.errors import DataError, UsageError
 from .shared.files import written_whole
-from .shared.images import ImageRecord, open_source, read_image
+from .shared.images import ImageRecord, read_image
 from .shared.randomness import generator
+from .shared.sources import read_records
 from .tokenize_stage.build_codebook import build_codebook
 from .tokenize_stage.encode_shards import encode_shards
 from .tokenize_stage.inspect import inspect, show
@@ -92,7 +93,7 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
             outcome = probe(out / "run", str(train), str(val), random_init=True, pixels=True)
     else:
         say("Your pictures have no labels (class folders, or .cls members), so there is nothing to probe.")
-    records = [record for shard in open_source(str(train)) for record in shard.records]
+    records = read_records(str(train))
     picture = draw_token_maps(records[:12], store, codebook, out / "tokens.png")
     say(_ON_IMAGENET.format(out=out, picture=picture))
     say(f"Done in {time.monotonic() - began:.0f} s.")
@@ -132,7 +133,7 @@ def _drawn_pictures(out: Path, seed: int) -> tuple[Path, Path, bool]:
 
 def _own_pictures(images: str | Path, out: Path, seed: int) -> tuple[Path, Path, bool]:
     """Copies at most as many pictures as the demo draws into tars, a fifth of them to validate on."""
-    records = [record for shard in open_source(images) for record in shard.records]
+    records = read_records(images)
     if len(records) < 20:
         raise DataError(f"{images} holds {len(records)} images; the demo needs at least 20.")
     chosen = sorted(records, key=lambda record: generator(seed, "demo", record.key).random())[

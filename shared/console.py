@@ -17,11 +17,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from .world import is_first_process
+
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 # Tables that go to a file or a pipe must not be folded to a guessed terminal's 80 columns.
-results = Console(width=None if sys.stdout.isatty() else 120)
-messages = Console(stderr=True)
+results = Console(width=None if sys.stdout.isatty() else 120, quiet=not is_first_process())
+# Under torchrun the first process speaks for all; errors are printed elsewhere, by every process.
+messages = Console(stderr=True, quiet=not is_first_process())
 
 Advance = Callable[..., None]
 

@@ -7,7 +7,7 @@ TOKENS/shards/NAME.zarr.zip  the rows
 """
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -58,6 +58,29 @@ class ShardRows:
 
 
 _STRINGS = ("keys", "paths")
+
+
+def empty_rows(views: int, grid: tuple[int, int]) -> ShardRows:
+    """No rows at all, of the right shapes."""
+    return ShardRows(
+        keys=np.empty(0, dtype=object),
+        tokens=np.empty((0, views, *grid), dtype=np.uint16),
+        crops=np.empty((0, views, 4), dtype=np.float64),
+        flips=np.empty((0, views), dtype=bool),
+        sizes=np.empty((0, 2), dtype=np.int32),
+        labels=np.empty(0, dtype=np.int64),
+        paths=np.empty(0, dtype=object),
+        offsets=np.empty(0, dtype=np.int64),
+        lengths=np.empty(0, dtype=np.int64),
+        crc32=np.empty(0, dtype=np.uint32),
+    )
+
+
+def concatenate_rows(parts: Sequence[ShardRows]) -> ShardRows:
+    """The rows of all parts, in their order."""
+    return ShardRows(
+        **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(ShardRows)}
+    )
 
 
 def write_shard(store: Path, name: str, rows: ShardRows, attributes: dict[str, Any]) -> None:
@@ -112,6 +135,25 @@ def _read_zarr(path: Path) -> ShardRows:
         group = zarr.open_group(archive, mode="r")
         columns = {field.name: group[field.name][:] for field in fields(ShardRows)}
     return ShardRows(**{k: v.astype(object) if k in _STRINGS else v for k, v in columns.items()})
+
+
+def read_shard(store: Path, entry: dict[str, Any]) -> ShardRows:
+    """The rows of the shard that `entry` describes; DataError if its file is missing, cut or changed."""
+    path = store / entry["file"]
+    problem = _damage(path, entry)
+    if problem:
+        raise DataError(f"{problem}; delete it and its .json and give the same encode-shards command again.")
+    return _read_zarr(path)
+
+
+def _damage(path: Path, entry: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+    if sha256_file(path) != entry["sha256"]:
+        return f"{path} was changed since it was written (its digest does not match)"
+    return None
 
 
 def write_manifest(store: Path, description: dict[str, Any], entries: list[dict[str, Any]]) -> None:
@@ -171,12 +213,23 @@ class TokenStore:
         shards, (rows, columns) = len(self.entries), self.grid
         return f"TokenStore({str(self.path)!r}: {len(self)} images, {shards} shards, K={self.k}, {rows}x{columns})"
 
+    @property
+    def view(self) -> dict[str, Any]:
+        """Which views are stored (`shared.views.ViewPolicy.to_json`)."""
+        return next(iter(self.entries.values()))["view"]
+
+    @property
+    def views(self) -> int:
+        """How many views of an image are stored."""
+        return self.view["views"]
+
+    def skipped(self) -> list[tuple[str, str, str]]:
+        """(shard, key, reason) of everything that was left out with --on-error skip."""
+        return [(name, key, reason) for name, entry in self.entries.items() for key, reason in entry.get("skipped", ())]
+
     def read_rows(self, name: str) -> ShardRows:
         """All rows of one shard, after its bytes were checked against the manifest."""
-        problem = self.damage(name)
-        if problem:
-            raise DataError(f"{problem}; delete it and its .json and give the same encode-shards command again.")
-        return _read_zarr(self.path / self.entries[name]["file"])
+        return read_shard(self.path, self.entries[name])
 
     def shards(self) -> Iterator[tuple[str, ShardRows]]:
         """(name, rows) of every shard, one in memory at a time."""
@@ -191,15 +244,3 @@ class TokenStore:
             if len(at):
                 return rows, int(at[0])
         raise DataError(f"{self.path} has no image with key {key!r}.")
-
-    def damage(self, name: str) -> str | None:
-        """What is wrong with a shard's file (missing, cut, changed), or None."""
-        entry = self.entries[name]
-        path = self.path / entry["file"]
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if sha256_file(path) != entry["sha256"]:
-            return f"{path} was changed since it was written (its digest does not match)"
-        return None

@@ -1,10 +1,14 @@
 """Views: the crop (box in upright source pixels, flip) that an image and its tokens share."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from .errors import UsageError
+from .randomness import generator
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -40,6 +44,93 @@ class Preprocess:
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
 
+CROPS = ("center", "random-resized")
+_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class ViewPolicy:
+    """Which views of an image are stored: a pure function of (seed, key, view number, image size).
+
+    "center" is one view, the tower's own preprocessing. "random-resized" is `views` crops as drawn by torchvision's
+    `RandomResizedCrop`: area `scale` of the image's, `ratio` width to height, mirrored with probability `flip`; with
+    `with_center` view 0 is the centre view.
+    """
+
+    crop: str = "center"
+    views: int = 1
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    flip: float = 0.5
+    with_center: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.crop not in CROPS:
+            raise UsageError(f"--crop {self.crop} is unknown; choose {' or '.join(CROPS)}.")
+        if self.views < 1:
+            raise UsageError(f"--views {self.views} must be at least 1.")
+        if self.crop == "center" and (self.views > 1 or self.with_center):
+            raise UsageError(
+                f"--views {self.views} with --crop center would store one view again and again; "
+                "add --crop random-resized (and --with-center to have view 0 centred)."
+            )
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise UsageError(f"--scale {low} {high} must be two shares of the area with 0 < low <= high <= 1.")
+        low, high = self.ratio
+        if not 0 < low <= high < math.inf:
+            raise UsageError(f"--ratio {low} {high} must be two positive numbers, the lower one first.")
+        if not 0 <= self.flip <= 1:
+            raise UsageError(f"--flip {self.flip} must be a probability from 0 to 1.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that decide which pixels are seen."""
+        if self.crop == "center":
+            return {"crop": self.crop, "views": self.views}
+        return {**asdict(self), "scale": list(self.scale), "ratio": list(self.ratio)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "ViewPolicy":
+        pairs = {name: tuple(fields[name]) for name in ("scale", "ratio") if name in fields}
+        return cls(**{**fields, **pairs})
+
+    def is_centre(self, view: int) -> bool:
+        """Whether this view is the tower's own preprocessing."""
+        return self.crop == "center" or (self.with_center and view == 0)
+
+    def draw(self, key: str, view: int, width: int, height: int) -> tuple["CropBox", bool]:
+        """Crop box and flip of a random-resized view of a `width` x `height` image."""
+        random = generator(self.seed, "view", view, key)
+        box = self._draw_box(random, width, height)
+        return box, bool(random.random() < self.flip)
+
+    def _draw_box(self, random: np.random.Generator, width: int, height: int) -> "CropBox":
+        low, high = (math.log(value) for value in self.ratio)
+        for _ in range(_ATTEMPTS):
+            area = width * height * random.uniform(*self.scale)
+            ratio = math.exp(random.uniform(low, high))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                top, left = random.integers(0, height - h + 1), random.integers(0, width - w + 1)
+                return CropBox(float(top), float(left), float(h), float(w))
+        # No box of that shape fits (a long, narrow image): the largest central one that `ratio` allows.
+        w = min(width, max(1, round(height * self.ratio[1])))
+        h = min(height, max(1, round(width / self.ratio[0])))
+        return CropBox(float((height - h) // 2), float((width - w) // 2), float(h), float(w))
+
+
+CENTER = ViewPolicy()
+
+
+def view_of_epoch(views: int, seed: int, epoch: int, key: str) -> int:
+    """Which of an image's stored views an epoch sees: each one once, in an order drawn by (seed, key), then again."""
+    if views == 1:
+        return 0
+    cycle, within = divmod(epoch, views)
+    return int(generator(seed, "views", cycle, key).permutation(views)[within])
+
+
 def _resized(preprocess: Preprocess, width: int, height: int) -> tuple[int, int]:
     """(width, height) after the resize, rounded as torchvision's `Resize` rounds."""
     size = preprocess.resize_size
@@ -72,6 +163,16 @@ def center_box(preprocess: Preprocess, width: int, height: int) -> CropBox:
     x, y = width / resized_width, height / resized_height
     size = preprocess.image_size
     return CropBox(top=top * y, left=left * x, height=size * y, width=size * x)
+
+
+def show_view(
+    image: Image.Image, policy: ViewPolicy, key: str, view: int, preprocess: Preprocess
+) -> tuple[Image.Image, CropBox, bool]:
+    """What the tower sees of one view, with its box and flip as they are stored."""
+    if policy.is_centre(view):
+        return center_view(image, preprocess), center_box(preprocess, *image.size), False
+    box, flip = policy.draw(key, view, *image.size)
+    return replay(image, box, flip, preprocess.image_size, preprocess.interpolation), box, flip
 
 
 def replay(image: Image.Image, box: CropBox, flip: bool, size: int, interpolation: str = "bicubic") -> Image.Image:

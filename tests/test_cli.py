@@ -224,11 +224,13 @@ def test_a_wrong_option_is_a_usage_error():
 
 
 def test_many_processes_are_refused_before_they_do_the_same_work_twice(chain, tmp_path: Path):
-    arguments = ["tokenize", "encode-shards", chain.images, "--codebook", chain.codebook, "--out", tmp_path / "tokens"]
-    result = mapet_command(*arguments, WORLD_SIZE="2", RANK="0")
-    assert result.returncode == 2
-    assert "torchrun" in result.stderr
-    assert not (tmp_path / "tokens").exists()
+    encode = ["tokenize", "encode-shards", chain.images, "--codebook", chain.codebook, "--out", tmp_path / "out"]
+    train = ["train", "pretrain", "--images", chain.images, "--tokens", chain.tokens, "--out", tmp_path / "out"]
+    for arguments in (encode, train):
+        result = mapet_command(*arguments, WORLD_SIZE="2", RANK="0")
+        assert result.returncode == 2
+        assert "torchrun" in result.stderr
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -17,7 +17,9 @@ from ..shared.console import progress, say, table, working
 from ..shared.devices import choose_device, choose_workers, refuse_many_processes
 from ..shared.errors import DataError, UsageError
 from ..shared.files import written_whole
-from ..shared.images import ImageRecord, keys_sha256, open_source
+from ..shared.images import ImageRecord, keys_sha256
+from ..shared.sources import read_records
+from ..shared.views import CENTER
 from .extract import extract
 from .sample import PatchSample, choose_images, draw_sample
 from .towers import Tower, TowerSettings, open_tower
@@ -93,7 +95,7 @@ def build_codebook(
     settings = TowerSettings(tower, pretrained, image_size, layer, final_norm, precision)
     kmeans = KMeansSettings(k, iterations, restarts, metric, seed)
     import_faiss()
-    records = [record for shard in open_source(images) for record in shard.records]
+    records = read_records(images)
     chosen = choose_images(records, max_images, seed)
     out = Path(out)
     request = {**asdict(settings), **asdict(kmeans), "patches": patches, "keys_sha256": keys_sha256(chosen)}
@@ -177,8 +179,8 @@ def _sample_features(
     ends = np.searchsorted(sample.image, needed, side="right")
     done = 0
     with progress("extracting features", len(needed)) as advance:
-        for batch in extract(tower, [records[index] for index in needed], batch_size, workers, metric):
-            for image in batch.features:
+        for batch in extract(tower, [records[index] for index in needed], CENTER, batch_size, workers, metric):
+            for image in batch.features[:, 0]:
                 picked = slice(starts[done], ends[done])
                 features[sample.row[picked]] = image[sample.patch[picked]]
                 done += 1

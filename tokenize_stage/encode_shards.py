@@ -1,24 +1,30 @@
 """encode-shards: every image of a source -> its tokens, in one shard of the token store per shard of the source."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..shared.codebook import TOKEN_FIELDS, Codebook, read_description
-from ..shared.console import Advance, progress, say, table
-from ..shared.devices import choose_device, choose_workers, refuse_many_processes
+from ..shared.codebook import Codebook, read_description
+from ..shared.console import progress, say, table
+from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError, FingerprintMismatch, UsageError
 from ..shared.files import sha256_file, write_sealed_json
-from ..shared.images import SourceShard, open_source
-from ..shared.token_store import NO_LABEL, ShardRows, TokenStore, entry_path, read_entry, write_manifest, write_shard
-from ..shared.views import center_box
-from .extract import extract
-from .towers import Tower, TowerSettings, open_tower
+from ..shared.sources import KeyLedger, SourceShard, open_source
+from ..shared.token_store import (
+    ShardRows,
+    TokenStore,
+    entry_path,
+    read_entry,
+    read_shard,
+    write_manifest,
+    write_shard,
+)
+from ..shared.views import ViewPolicy
+from ..shared.world import World, joined_world
+from .encoder import Encoder, open_same_tower
+from .estimate import estimate
 
-CROPS = ("center",)
+ON_ERROR = ("stop", "skip")
 
 
 def encode_shards(
@@ -27,152 +33,198 @@ def encode_shards(
     out: str | Path,
     *,
     crop: str = "center",
+    views: int = 1,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (0.75, 4 / 3),
+    flip: float = 0.5,
+    with_center: bool = False,
+    seed: int = 0,
+    on_error: str = "stop",
+    dry_run: bool = False,
     tower: str | None = None,
     batch_size: int = 64,
     workers: int | None = None,
     device: str = "auto",
-) -> TokenStore:
-    """Writes the tokens of every image to the token store `out`; shards that are whole are skipped.
+) -> TokenStore | None:
+    """Writes the tokens of every image to the token store `out`; what is whole there is kept.
+
+    Calling it again adds new source shards to a store and more views to its shards. Under torchrun the source's
+    shards are spread over the processes; the store is the same to the last byte.
 
     Args:
         images: as for `build_codebook`.
         codebook: folder that `build_codebook` wrote.
         out: folder of the token store.
-        crop: which view of an image is encoded; "center" is the tower's own preprocessing.
+        crop, views, scale, ratio, flip, with_center, seed: which views are stored (see `shared.views.ViewPolicy`).
+        on_error: "stop" at what cannot be read, or "skip" it; the store lists what was skipped, and why.
+        dry_run: measure some batches and say what encoding would take; nothing is written, None is returned.
         tower: where the codebook's tower is now, if it moved; it must have the same weights.
-        batch_size, workers, device: how to run.
+        batch_size: views for each forward pass of the tower.
+        workers, device: how to run.
 
     Raises:
-        FingerprintMismatch if `out` was begun with another codebook or the tower is not the codebook's; DataError for
-        images that cannot be read or a source that changed; UsageError for options that cannot be.
+        FingerprintMismatch if `out` was begun with another codebook or other views, or the tower is not the
+        codebook's; DataError for images that cannot be read or a source that changed; UsageError for options that
+        cannot be.
     """
-    refuse_many_processes()
-    if crop not in CROPS:
-        raise UsageError(f"--crop {crop} is unknown; choose {' or '.join(CROPS)}.")
-    shards = open_source(images)
-    book, out, view = Codebook.load(codebook), Path(out), {"crop": crop, "views": 1}
-    _refuse_foreign(out, book, codebook)
-    todo = [shard for shard in shards if not _is_whole(out, shard, book, view)]
-    if len(todo) < len(shards):
-        say(f"{len(shards) - len(todo)} of {len(shards)} shards are whole already.")
-    if todo:
-        opened = _open_same_tower(book, tower, choose_device(device))
-        if not (out / "codebook.json").exists():
-            digest = sha256_file(Path(codebook) / "centroids.safetensors")
-            write_sealed_json(out / "codebook.json", book.as_json(digest))
-        _encode_all(out, todo, book, opened, view, batch_size, workers)
-    entries = [read_entry(out, shard.name) for shard in shards]
-    known = {entry["name"] for entry in entries}
-    if todo or not (out / "manifest.json").exists():
-        old = TokenStore(out).manifest["shards"] if (out / "manifest.json").exists() else []
-        entries += [entry for entry in old if entry["name"] not in known]
-        write_manifest(out, read_description(out / "codebook.json"), sorted(entries, key=lambda entry: entry["name"]))
-    store = TokenStore(out)
-    _summary(store, len(todo))
-    return store
+    policy = ViewPolicy(crop, views, scale, ratio, flip, with_center, seed)
+    if on_error not in ON_ERROR:
+        raise UsageError(f"--on-error {on_error} is unknown; choose {' or '.join(ON_ERROR)}.")
+    skip, out = on_error == "skip", Path(out)
+    with joined_world() as world:
+        shards = open_source(images)
+        book = Codebook.load(codebook)
+        todo = world.from_first(lambda: _unfinished(out, shards, book, codebook, policy))
+        if len(todo) < len(shards):
+            say(f"{len(shards) - len(todo)} of {len(shards)} shards are whole already.")
+        ledger = _survey(shards, world, skip)
+        if todo:
+            opened = open_same_tower(book, tower, choose_device(device))
+            encoder = Encoder(book, opened, policy, skip, batch_size, choose_workers(workers, opened.device.type))
+            unfinished = [shards[place] for place in todo]
+            if dry_run:
+                world.from_first(lambda: estimate(encoder, unfinished, ledger, world.size))
+                return None
+            world.from_first(lambda: _begin(out, encoder, codebook))
+            _encode_all(out, encoder, world.mine(unfinished), ledger)
+            world.wait()
+        elif dry_run:
+            say(f"{out} holds all of it already; nothing is left to do.")
+            return None
+        world.from_first(lambda: _finish(out, shards, ledger, changed=bool(todo)))
+        store = TokenStore(out)
+        if world.is_first:
+            _summary(store, len(todo))
+        return store
 
 
-def _refuse_foreign(out: Path, book: Codebook, path: str | Path) -> None:
+def _unfinished(
+    out: Path, shards: Sequence[SourceShard], book: Codebook, codebook: str | Path, policy: ViewPolicy
+) -> list[int]:
+    """Places of the shards that are missing, damaged or short of views; refuses a store of something else."""
     embedded = out / "codebook.json"
     if embedded.exists():
         before = read_description(embedded)["fingerprint"]
         if before != book.fingerprint:
             raise FingerprintMismatch(
-                f"{out} was begun with codebook {before[:12]} and --codebook {path} is {book.fingerprint[:12]}; "
+                f"{out} was begun with codebook {before[:12]} and --codebook {codebook} is {book.fingerprint[:12]}; "
                 "choose another --out or the same codebook."
             )
     elif out.exists() and any(path.name != f".{embedded.name}.partial" for path in out.iterdir()):
         raise UsageError(f"{out} is not empty and no token store; choose another --out.")
+    view = policy.to_json()
+    return [place for place, shard in enumerate(shards) if _whole_views(out, shard, book, view) < policy.views]
 
 
-def _is_whole(out: Path, shard: SourceShard, book: Codebook, view: dict[str, Any]) -> bool:
+def _whole_views(out: Path, shard: SourceShard, book: Codebook, view: dict[str, Any]) -> int:
+    """How many views of a shard are stored and sound; refuses a shard that was encoded in another way."""
     if not entry_path(out, shard.name).exists():
-        return False
+        return 0
     entry = read_entry(out, shard.name)
     path = out / entry["file"]
     if not path.exists() or path.stat().st_size != entry["bytes"]:
-        return False
-    if entry["codebook_fingerprint"] != book.fingerprint or entry["view"] != view:
-        raise FingerprintMismatch(f"{path} was encoded with other settings ({entry['view']}); choose another --out.")
-    if entry["source"]["size"] != shard.size():
+        return 0
+    before = entry["view"]
+    if entry["codebook_fingerprint"] != book.fingerprint or {**before, "views": 0} != {**view, "views": 0}:
+        raise FingerprintMismatch(f"{path} was encoded with other settings ({before}); choose another --out.")
+    if before["views"] > view["views"]:
+        raise UsageError(f"{path} holds {before['views']} views already; give --views {before['views']} or more.")
+    size = shard.size()
+    if size is not None and entry["source"]["size"] != size:
         raise DataError(
-            f"{shard.root} has {shard.size()} bytes and had {entry['source']['size']} when {path} was encoded; "
+            f"{shard.root} has {size} bytes and had {entry['source']['size']} when {path} was encoded; "
             f"delete {path.name} and its .json to encode it again, or restore the source."
         )
-    return True
+    return before["views"]
 
 
-def _open_same_tower(book: Codebook, tower: str | None, device: str) -> Tower:
-    about = book.description
-    recorded = TowerSettings(**{name: about[name] for name in TowerSettings.__dataclass_fields__})
-    opened = open_tower(replace(recorded, tower=tower) if tower else recorded, device)
-    for name, value in opened.description().items():
-        if name in TOKEN_FIELDS and value != about[name]:
-            raise FingerprintMismatch(
-                f"--tower {opened.settings.tower} is not the tower of the codebook: its {name} is {value}, "
-                f"the codebook's {about[name]}."
-            )
-    return opened
+def _survey(shards: Sequence[SourceShard], world: World, skip: bool) -> KeyLedger:
+    """The keys of all local shards, from headers: a doubled key or a cut tar is found before any work is done."""
+    ledger = KeyLedger()
+    local = [shard for shard in shards if not shard.is_remote]
+    with progress("reading headers", len(local), "shards") as advance:
+        for shard in world.mine(local):
+            ledger.add(shard.name, (record.key for record in shard.index([] if skip else None)))
+            advance(world.size)
+    for other in world.from_all(ledger):
+        ledger.merge(other)
+    named = {shard.name: shard for shard in local}
+    world.from_first(lambda: ledger.refuse_doubles(lambda name: [record.key for record in named[name].index([])]))
+    return ledger
 
 
-def _encode_all(
-    out: Path,
-    shards: list[SourceShard],
-    book: Codebook,
-    tower: Tower,
-    view: dict[str, Any],
-    batch_size: int,
-    workers: int | None,
-) -> None:
-    processes = choose_workers(workers, tower.device.type)
-    with progress("encoding", sum(len(shard.records) for shard in shards)) as advance:
+def _begin(out: Path, encoder: Encoder, codebook: str | Path) -> None:
+    manifest = out / "manifest.json"
+    view = encoder.policy.to_json()
+    if manifest.exists() and any(entry["view"] != view for entry in TokenStore(out).entries.values()):
+        # Its shards are about to change; a store without a manifest says that it is unfinished.
+        manifest.unlink()
+    if not (out / "codebook.json").exists():
+        digest = sha256_file(Path(codebook) / "centroids.safetensors")
+        write_sealed_json(out / "codebook.json", encoder.book.as_json(digest))
+
+
+def _encode_all(out: Path, encoder: Encoder, shards: Sequence[SourceShard], ledger: KeyLedger) -> None:
+    with progress("encoding", sum(ledger.count(shard.name) for shard in shards)) as advance:
         for shard in shards:
-            digest = shard.sha256()
-            rows = _encode(shard, book, tower, batch_size, processes, advance)
-            source = {"kind": "tar" if shard.is_tar else "folder", "size": shard.size(), "sha256": digest}
-            attributes = {"codebook_fingerprint": book.fingerprint, "view": view, "source": source}
+            with shard.staged() as here:
+                source = {
+                    "kind": "tar" if here.is_tar else "folder",
+                    "size": here.size(),
+                    "sha256": here.sha256(),
+                }
+                rows, skipped = encoder.encode(here, advance, _stored_rows(out, here.name, encoder.policy))
+            attributes = {
+                "codebook_fingerprint": encoder.book.fingerprint,
+                "view": encoder.policy.to_json(),
+                "source": source,
+                "skipped": [list(pair) for pair in skipped],
+            }
             write_shard(out, shard.name, rows, attributes)
 
 
-def _encode(
-    shard: SourceShard, book: Codebook, tower: Tower, batch_size: int, workers: int, advance: Advance
-) -> ShardRows:
-    tokens, sizes, checksums = [], [], []
-    for batch in extract(tower, shard.records, batch_size, workers, book.description["metric"]):
-        count = len(batch.features)
-        found, _ = book.assign(batch.features.reshape(-1, tower.dim))
-        tokens.append(found.reshape(count, 1, *tower.grid))
-        sizes.append(batch.sizes)
-        checksums.append(batch.crc32)
-        advance(count)
-    heights_widths = np.concatenate(sizes)
-    boxes = [center_box(tower.preprocess, int(width), int(height)) for height, width in heights_widths]
-    records = shard.records
-    return ShardRows(
-        keys=np.array([record.key for record in records], dtype=object),
-        tokens=np.concatenate(tokens),
-        crops=np.array(boxes, dtype=np.float64)[:, None],
-        flips=np.zeros((len(records), 1), dtype=bool),
-        sizes=heights_widths,
-        labels=np.array([NO_LABEL if record.label is None else record.label for record in records], dtype=np.int64),
-        paths=np.array(
-            ["" if shard.is_tar else record.path.relative_to(shard.root).as_posix() for record in records], dtype=object
-        ),
-        offsets=np.array([record.offset for record in records], dtype=np.int64),
-        lengths=np.array([record.length for record in records], dtype=np.int64),
-        crc32=np.concatenate(checksums),
-    )
+def _stored_rows(out: Path, name: str, policy: ViewPolicy) -> ShardRows | None:
+    """The rows of a shard that has some of the views already; None where there are none that are sound."""
+    if not entry_path(out, name).exists():
+        return None
+    entry = read_entry(out, name)
+    if entry["view"]["views"] >= policy.views:
+        return None
+    try:
+        return read_shard(out, entry)
+    except DataError as error:
+        say(f"{error} All its views are encoded again.")
+        return None
+
+
+def _finish(out: Path, shards: Sequence[SourceShard], ledger: KeyLedger, *, changed: bool) -> None:
+    """Assembles the manifest, once no key stands in two shards."""
+    manifest = out / "manifest.json"
+    if manifest.exists() and not changed:
+        return
+    entries = {shard.name: read_entry(out, shard.name) for shard in shards}
+    if manifest.exists():
+        entries = TokenStore(out).entries | entries
+    for name, entry in entries.items():
+        if name not in ledger:
+            ledger.add(name, read_shard(out, entry).keys)
+    ledger.refuse_doubles(lambda name: read_shard(out, entries[name]).keys)
+    description = read_description(out / "codebook.json")
+    write_manifest(out, description, [entries[name] for name in sorted(entries)])
 
 
 def _summary(store: TokenStore, encoded: int) -> None:
     written = sum(entry["bytes"] for entry in store.entries.values())
-    table(
-        "Token store",
-        [
-            ("images", f"{len(store):,} in {len(store.entries)} shards ({encoded} encoded now)"),
-            ("tokens", f"{store.grid[0]}x{store.grid[1]} an image, K={store.k}"),
-            ("codebook", store.fingerprint),
-            ("size", f"{written:,} bytes ({written / max(len(store), 1):.0f} an image)"),
-            ("written to", str(store.path)),
-        ],
-    )
+    skipped = store.skipped()
+    rows = [
+        ("images", f"{len(store):,} in {len(store.entries)} shards ({encoded} encoded now)"),
+        ("views", f"{store.views} an image ({store.view['crop']})"),
+        ("tokens", f"{store.grid[0]}x{store.grid[1]} a view, K={store.k}"),
+        ("codebook", store.fingerprint),
+        ("size", f"{written:,} bytes ({written / max(len(store) * store.views, 1):.0f} a view)"),
+        ("written to", str(store.path)),
+    ]
+    if skipped:
+        name, key, reason = skipped[0]
+        rows.append(("skipped", f"{len(skipped)}, the first in {name}: {key or '(no key)'}: {reason}"))
+    table("Token store", rows)

@@ -9,7 +9,8 @@ from ..shared.codebook import Codebook, read_description
 from ..shared.console import progress, say, table
 from ..shared.errors import DataError, FingerprintMismatch, MapetError
 from ..shared.files import sha256_file
-from ..shared.images import ImageRecord, SourceShard, open_source, read_bytes
+from ..shared.images import ImageRecord, read_bytes
+from ..shared.sources import SourceShard, open_source
 from ..shared.token_store import ShardRows, TokenStore, read_entry
 
 
@@ -117,13 +118,14 @@ def _check_source(store: TokenStore, name: str, rows: ShardRows, source: SourceS
     if source is None:
         return [f"{name} has no source in --images"]
     problems = []
-    if source.sha256() != store.entries[name]["source"]["sha256"]:
-        problems.append(f"{source.root} ({name}) is not the one that was encoded (its digest differs)")
-    records = {record.key: record for record in source.records}
-    for key, crc32 in zip(rows.keys, rows.crc32, strict=True):
-        problem = _check_image(records.get(key), key, int(crc32))
-        if problem:
-            return [*problems, f"{name}: {problem}"]
+    with source.staged() as here:
+        if here.sha256() != store.entries[name]["source"]["sha256"]:
+            problems.append(f"{source.root} ({name}) is not the one that was encoded (its digest differs)")
+        records = {record.key: record for record in here.index([])}
+        for key, crc32 in zip(rows.keys, rows.crc32, strict=True):
+            problem = _check_image(records.get(key), key, int(crc32))
+            if problem:
+                return [*problems, f"{name}: {problem}"]
     return problems
 
 

@@ -14,10 +14,11 @@ from torchvision.transforms.functional import adjust_brightness, adjust_contrast
 
 from ..shared.console import say
 from ..shared.errors import DataError, UsageError
-from ..shared.images import ImageRecord, decode, keys_sha256, open_source, read_bytes
+from ..shared.images import ImageRecord, decode, keys_sha256, read_bytes
 from ..shared.randomness import generator
+from ..shared.sources import read_records
 from ..shared.token_store import TokenStore
-from ..shared.views import CropBox, replay, to_array
+from ..shared.views import CropBox, replay, to_array, view_of_epoch
 from .permutations import draw_permutation
 from .settings import ModelSettings, Settings
 
@@ -53,7 +54,7 @@ def join(images: str | Path | list[str | Path], store: TokenStore, skip_missing:
     row_of = {key: row for row, key in enumerate(keys)}
     if len(row_of) != len(keys):
         raise DataError(f"{store.path} holds {len(keys) - len(row_of)} keys twice; encode each image once.")
-    records = [record for shard in open_source(images) for record in shard.records]
+    records = read_records(images)
     missing = [record.key for record in records if record.key not in row_of]
     if missing:
         named = f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
@@ -97,7 +98,8 @@ class LoadSample:
     def __call__(self, place: tuple[int, int]) -> dict[str, np.ndarray]:
         """pixels uint8 (3, S, S); order (N,) int64; tokens (N,) int64 in that order; draws (depth, 2) float32."""
         epoch, index = place
-        record, view = self.images.records[index], epoch % self.images.tokens.shape[1]
+        record = self.images.records[index]
+        view = view_of_epoch(self.images.tokens.shape[1], self.settings.train.seed, epoch, record.key)
         tokens = self.images.tokens[index, view]
         random = self._random("permutation", epoch, record)
         order = draw_permutation(self.settings.objective, len(tokens), random)

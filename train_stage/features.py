@@ -15,8 +15,9 @@ from zarr.codecs import Crc32cCodec
 from ..shared.console import progress, table
 from ..shared.devices import choose_device, choose_workers
 from ..shared.files import refuse_existing, written_whole
-from ..shared.images import ImageRecord, open_source, read_image
+from ..shared.images import ImageRecord, read_image
 from ..shared.loading import batches
+from ..shared.sources import read_records
 from ..shared.token_store import NO_LABEL
 from ..shared.views import Preprocess, center_view, to_array
 from .interchange import load_weights
@@ -67,7 +68,7 @@ def features(
     refuse_existing(out := Path(out))
     device = choose_device(device)
     found = load_weights(weights).resized(image_size)
-    records = [record for shard in open_source(images) for record in shard.records]
+    records = read_records(images)
     model = found.vit().to(device)
     shown = normalised_views(records, found.preprocess, batch_size, choose_workers(workers, device), device)
     with written_whole(out) as partial, progress("extracting features", len(records)) as advance:

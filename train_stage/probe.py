@@ -12,7 +12,8 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, normalize, o
 from ..shared.console import progress, results
 from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError
-from ..shared.images import ImageRecord, open_source
+from ..shared.images import ImageRecord
+from ..shared.sources import read_records
 from ..shared.views import Preprocess
 from .features import embed, normalised_views
 from .interchange import load_weights
@@ -93,7 +94,7 @@ def _fresh(weights: Weights) -> Weights:
 
 
 def _labelled(source: str | Path | Sequence[str | Path]) -> list[ImageRecord]:
-    records = [record for shard in open_source(source) for record in shard.records]
+    records = read_records(source)
     unlabelled = sum(record.label is None for record in records)
     if unlabelled:
         raise DataError(

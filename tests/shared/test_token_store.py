@@ -169,7 +169,6 @@ def test_a_flipped_bit_in_a_shard_is_a_data_error_that_names_it(store: Path, sha
     data[int(share * len(data))] ^= 1
     path.write_bytes(data)
     opened = TokenStore(store)
-    assert opened.damage("shard-0") is None
     with pytest.raises(DataError, match=r"shard-1\.zarr\.zip was changed"):
         opened.read_rows("shard-1")
 

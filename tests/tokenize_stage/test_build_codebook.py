@@ -11,7 +11,8 @@ import pytest
 import torch
 from mapet.shared.codebook import Codebook, usage
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.images import open_source, read_image
+from mapet.shared.images import read_image
+from mapet.shared.sources import read_records
 from mapet.shared.views import center_view, to_array
 from mapet.tokenize_stage.build_codebook import KMeansSettings, build_codebook
 from mapet.tokenize_stage.sample import draw_sample
@@ -35,7 +36,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def features_of(chain, tower: str, batch_size: int) -> tuple[list[str], np.ndarray]:
     """All patch features of all images, in the source's order, in batches as the command makes them."""
     opened = open_tower(TowerSettings(tower))
-    records = [record for shard in open_source(chain.images) for record in shard.records]
+    records = read_records(chain.images)
     pixels = torch.stack(
         [torch.from_numpy(to_array(center_view(read_image(record)[0], opened.preprocess))) for record in records]
     )

@@ -18,7 +18,8 @@ import pytest
 import torch
 from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
-from mapet.shared.images import open_source, read_bytes, read_image
+from mapet.shared.images import read_bytes, read_image
+from mapet.shared.sources import open_source, read_records
 from mapet.shared.token_store import NO_LABEL, ShardRows, TokenStore
 from mapet.shared.views import Preprocess, center_box
 from mapet.tokenize_stage.build_codebook import build_codebook
@@ -60,7 +61,7 @@ def tokens_without_mapet(tower: str, codebook: Path, images: list, layer: int = 
 
 
 def test_tokens_are_those_of_open_clip_and_faiss(chain, tower: str):
-    records = [record for tar in open_source(chain.images) for record in tar.records]
+    records = read_records(chain.images)
     expected = tokens_without_mapet(tower, chain.codebook, [read_image(record)[0] for record in records])
     tokens = tokens_by_key(chain.tokens)
     assert len(tokens) == len(records) == 96
@@ -76,7 +77,7 @@ def test_tokens_of_photographs_are_those_of_open_clip_and_faiss(tmp_path: Path, 
     if not (data / "data/photos-000000.tar").is_file() or not (data / "clip/lit-effnet-lite0").is_dir():
         pytest.skip("the shared photographs and the tower lit-effnet-lite0 are not here")
     tower = f"local-dir:{data / 'clip/lit-effnet-lite0'}"
-    records = open_source(data / "data/photos-000000.tar")[0].records[:16]
+    records = open_source(data / "data/photos-000000.tar")[0].index()[:16]
     tar = write_tar(tmp_path / "photos.tar", [(f"{record.key}.jpg", read_bytes(record)) for record in records])
     build_codebook(tar, tmp_path / "book", tower=tower, layer=3, k=32, iterations=5, restarts=1, batch_size=16)
     encode_shards(tar, tmp_path / "book", tmp_path / "tokens", batch_size=16)
@@ -92,7 +93,7 @@ def test_rows_say_where_every_image_lies_and_what_was_seen(chain):
     for shard, (name, rows) in zip(open_source(chain.images), all_rows(chain.tokens), strict=True):
         assert name == shard.name
         data = shard.root.read_bytes()
-        for at, record in enumerate(shard.records):
+        for at, record in enumerate(shard.index()):
             image, encoded = read_image(record)
             start = rows.offsets[at]
             assert rows.keys[at] == record.key
@@ -108,7 +109,7 @@ def test_rows_say_where_every_image_lies_and_what_was_seen(chain):
 def test_cosine_tokens_are_of_the_largest_cosine(chain, tower: str, tmp_path: Path):
     book = build_codebook(chain.tars[0], tmp_path / "book", tower=tower, k=8, metric="cosine", iterations=5, restarts=1)
     encode_shards(chain.tars[0], tmp_path / "book", tmp_path / "tokens")
-    records = open_source(chain.tars[0])[0].records
+    records = open_source(chain.tars[0])[0].index()
     model, _, preprocess = open_clip.create_model_and_transforms(tower)
     with torch.no_grad():
         maps = model.eval().visual.forward_intermediates(
@@ -141,7 +142,7 @@ def test_worker_processes_and_time_do_not_change_a_byte(chain, tmp_path: Path):
 
 def test_tars_and_class_folders_of_the_same_files_give_the_same_tokens(chain, tmp_path: Path):
     for shard in open_source(chain.images):
-        for record in shard.records:
+        for record in shard.index():
             path = tmp_path / f"folder/class{record.label:02d}/{record.key}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(read_bytes(record))
@@ -159,7 +160,7 @@ def test_tars_and_class_folders_of_the_same_files_give_the_same_tokens(chain, tm
 
 
 def test_images_without_labels_say_so(chain, tmp_path: Path, write_tar):
-    record = open_source(chain.images)[0].records[0]
+    record = open_source(chain.images)[0].index()[0]
     tar = write_tar(tmp_path / "one.tar", [("a/b.jpg", read_bytes(record))])
     encode_shards(tar, chain.codebook, tmp_path / "tokens")
     (_, rows) = all_rows(tmp_path / "tokens")[0]
@@ -240,7 +241,7 @@ def test_the_same_weights_with_another_preprocessing_are_a_mismatch(chain, tower
 
 def test_a_source_that_changed_since_is_a_data_error_that_names_it(chain, source: Path, store: Path, write_tar):
     tar = source / chain.tars[1].name
-    write_tar(tar, [("new.jpg", read_bytes(open_source(chain.images)[1].records[0]))])
+    write_tar(tar, [("new.jpg", read_bytes(open_source(chain.images)[1].index()[0]))])
     with pytest.raises(DataError, match=rf"{tar.name} has \d+ bytes and had \d+ when"):
         encode_shards(source, chain.codebook, store)
     assert files_of(store) == files_of(chain.tokens)
@@ -263,7 +264,7 @@ def test_a_broken_image_stops_the_second_shard_and_a_repair_finishes_it(
     chain, source: Path, tmp_path: Path, workers: int
 ):
     victim, out = source / chain.tars[1].name, tmp_path / "tokens"
-    record = open_source(source)[1].records[20]
+    record = open_source(source)[1].index()[20]
     data = bytearray(victim.read_bytes())
     data[record.offset : record.offset + 50] = bytes(50)
     victim.write_bytes(data)

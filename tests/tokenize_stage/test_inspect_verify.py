@@ -10,7 +10,7 @@ import pytest
 from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
 from mapet.shared.files import write_sealed_json
-from mapet.shared.images import open_source
+from mapet.shared.sources import open_source
 from mapet.shared.token_store import ShardRows, TokenStore, read_entry, write_manifest, write_shard
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.inspect import inspect, show
@@ -63,7 +63,7 @@ def test_inspect_describes_a_codebook(chain):
 
 def test_inspect_shows_the_grid_of_a_key(chain):
     for shard, (_, rows) in zip(open_source(chain.images), TokenStore(chain.tokens).shards(), strict=True):
-        record = shard.records[5]
+        record = shard.index()[5]
         image = inspect(chain.tokens, key=record.key)["image"]
         assert (image["key"], image["label"]) == (record.key, record.label)
         assert (image["height"], image["width"]) == (64, 64)
@@ -74,14 +74,14 @@ def test_inspect_shows_the_grid_of_a_key(chain):
 
 
 def test_inspect_prints_json_that_comes_back(chain, capsys: pytest.CaptureFixture[str]):
-    key = open_source(chain.images)[0].records[0].key
+    key = open_source(chain.images)[0].index()[0].key
     for about in (inspect(chain.tokens, key=key), inspect(chain.codebook)):
         show(about, as_json=True)
         assert json.loads(capsys.readouterr().out) == about
 
 
 def test_inspect_prints_a_table_with_the_same_figures(chain, capsys: pytest.CaptureFixture[str]):
-    key = open_source(chain.images)[0].records[0].key
+    key = open_source(chain.images)[0].index()[0].key
     about = inspect(chain.tokens, key=key)
     show(about)
     out = capsys.readouterr().out
@@ -179,14 +179,14 @@ def test_verify_finds_damaged_centroids(chain, store: Path, tmp_path: Path):
 
 def test_verify_finds_a_changed_source_image_of_the_same_size(chain, store: Path, source: Path):
     tar = source / chain.tars[1].name
-    record = open_source(source)[1].records[3]
+    record = open_source(source)[1].index()[3]
     flip_bit(tar, record.offset + record.length - 30)
     expect_problem(store, rf"{tar.name} .*is not the one that was encoded", images=str(source))
     assert verify(store) == 96
 
 
 def test_verify_names_the_changed_image(chain, store: Path, source: Path, capsys: pytest.CaptureFixture[str]):
-    record = open_source(source)[1].records[3]
+    record = open_source(source)[1].index()[3]
     flip_bit(source / chain.tars[1].name, record.offset + record.length - 30)
     expect_problem(store, "2 problem", images=str(source))
     assert f"image '{record.key}' has other bytes" in capsys.readouterr().err.replace("\n", " ")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, FingerprintMismatch
-from mapet.shared.images import ImageRecord, open_source, read_image
+from mapet.shared.images import ImageRecord, read_image
+from mapet.shared.sources import read_records
 from mapet.shared.token_store import TokenStore
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.picture import code_colours, draw_token_maps
@@ -16,7 +17,7 @@ SIDE = 160
 
 
 def records_of(chain, count: int) -> list[ImageRecord]:
-    return list(open_source(chain.images)[0].records[:count])
+    return read_records(chain.images)[:count]
 
 
 def book_of(k: int, dim: int) -> Codebook:

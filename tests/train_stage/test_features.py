@@ -9,7 +9,7 @@ import torch
 import zarr
 from mapet.shared.errors import DataError, UsageError
 from mapet.shared.files import sha256_file
-from mapet.shared.images import open_source
+from mapet.shared.sources import read_records
 from mapet.train_stage.checkpoint import newest_checkpoint
 from mapet.train_stage.features import features
 from mapet.train_stage.interchange import export, import_weights
@@ -83,7 +83,7 @@ def test_the_group_says_what_made_it(run: Path, pictures: Path, tmp_path: Path):
 
 
 def test_rows_are_in_the_sources_order_whatever_the_batches(chain, run: Path, tmp_path: Path):
-    records = [record for shard in open_source(chain.images) for record in shard.records]
+    records = read_records(chain.images)
     odd = read(features(chain.images, run, tmp_path / "odd.zarr", batch_size=7))
     whole = read(features(chain.images, run, tmp_path / "whole.zarr", batch_size=96, workers=2))
     assert list(odd["keys"]) == list(whole["keys"]) == [record.key for record in records]
@@ -137,7 +137,7 @@ def test_what_lies_at_out_is_left_alone(run: Path, pictures: Path, tmp_path: Pat
 
 def test_an_image_that_cannot_be_read_leaves_nothing(chain, run: Path, tmp_path: Path):
     images = tmp_path / "images"
-    for record in [record for shard in open_source(chain.images) for record in shard.records][:40]:
+    for record in read_records(chain.images)[:40]:
         target = images / f"{record.key}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
         data = record.path.read_bytes()[record.offset : record.offset + record.length]

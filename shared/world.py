@@ -1,0 +1,103 @@
+"""The processes of one command under torchrun: which one this is, and the little they say to each other.
+
+Without torchrun there is one process and nothing is started.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from .errors import MapetError, UsageError
+
+T = TypeVar("T")
+# A process may wait while another one encodes or clusters for days; torchrun ends it if that one dies.
+_LONGEST_WAIT = timedelta(days=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """Process `rank` of `size`."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def mine(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's share: every `size`-th item, so that all shares are alike in length."""
+        return items[self.rank :: self.size]
+
+    def wait(self) -> None:
+        """Returns when all processes have come here."""
+        if self.size > 1:
+            import torch.distributed
+
+            torch.distributed.barrier()
+
+    def from_all(self, value: T) -> list[T]:
+        """The values of all processes by rank, in every process (they must be picklable)."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed
+
+        given: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(given, value)
+        return given
+
+    def from_first(self, compute: Callable[[], T]) -> T:
+        """What `compute()` gives in the first process, in all processes (it must be picklable).
+
+        If it raises a MapetError there, the first process raises it and the others end quietly with its exit code.
+        """
+        if self.size == 1:
+            return compute()
+        import torch.distributed
+
+        given: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                given[0] = compute()
+            except MapetError as error:
+                given[1] = error
+        torch.distributed.broadcast_object_list(given)
+        value, error = given
+        if error is None:
+            return value
+        if self.is_first:
+            raise error
+        raise SystemExit(error.exit_code)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks: the only one, or torchrun's first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def joined_world() -> Iterator[World]:
+    """The world that torchrun started this process in; a world of one if it did not.
+
+    Raises UsageError if several processes were announced, but not in torchrun's way.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise UsageError(
+            f"WORLD_SIZE is {size}, but not by torchrun; start several processes with torchrun --no-python."
+        )
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.distributed.init_process_group("gloo", timeout=_LONGEST_WAIT)
+    try:
+        yield World(torch.distributed.get_rank(), size)
+    finally:
+        torch.distributed.destroy_process_group()
