@@ -1,6 +1,7 @@
 """The codebook: K centroids of patch features, and everything needed to compute the same token again."""
 
 import hashlib
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -82,7 +83,12 @@ class Codebook:
         faiss = import_faiss()
         index = faiss.IndexFlatL2(self.centroids.shape[1])
         index.add(self.centroids)
-        return faiss.index_cpu_to_all_gpus(index) if faiss_gpus() else index
+        if not faiss_gpus():
+            return index
+        if "LOCAL_RANK" in os.environ:  # under torchrun each process has a GPU of its own
+            gpu = int(os.environ["LOCAL_RANK"]) % faiss_gpus()
+            return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu, index)
+        return faiss.index_cpu_to_all_gpus(index)
 
     def assign(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Nearest centroid of each feature, by FAISS's exact search.

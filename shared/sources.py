@@ -128,8 +128,8 @@ def open_source(images: str | Path | Sequence[str | Path]) -> list[SourceShard]:
     return shards
 
 
-def read_records(images: str | Path | Sequence[str | Path]) -> list[ImageRecord]:
-    """The records of all images of a local source.
+def read_records(images: str | Path | Sequence[str | Path], skipped: Skipped | None = None) -> list[ImageRecord]:
+    """The records of all images of a local source; `skipped` as in `SourceShard.index`.
 
     Raises DataError as `open_source` and `SourceShard.index` do, and for a key that stands in two shards; UsageError
     for remote tars, which are read only shard by shard.
@@ -139,7 +139,7 @@ def read_records(images: str | Path | Sequence[str | Path]) -> list[ImageRecord]
     if remote:
         raise UsageError(f"{remote.root} is remote; this command needs local files, download them first.")
     keys = KeyLedger()
-    found = {name: shard.index() for name, shard in shards.items()}
+    found = {name: shard.index(skipped) for name, shard in shards.items()}
     for name, records in found.items():
         keys.add(name, (record.key for record in records))
     keys.refuse_doubles(lambda name: [record.key for record in found[name]])

@@ -54,23 +54,33 @@ class World:
 
         If it raises a MapetError there, the first process raises it and the others end quietly with its exit code.
         """
-        if self.size == 1:
-            return compute()
-        import torch.distributed
+        outcomes = self.from_all(_outcome(compute) if self.is_first else (None, None))
+        self._raise_in_one([error for _, error in outcomes])
+        return outcomes[0][0]
 
-        given: list[Any] = [None, None]
-        if self.is_first:
-            try:
-                given[0] = compute()
-            except MapetError as error:
-                given[1] = error
-        torch.distributed.broadcast_object_list(given)
-        value, error = given
-        if error is None:
-            return value
-        if self.is_first:
-            raise error
-        raise SystemExit(error.exit_code)
+    def together(self, compute: Callable[[], T]) -> T:
+        """`compute()` of each process, once it succeeded in all.
+
+        If it raises a MapetError in some, the lowest of them raises it and the others end quietly with its exit code.
+        """
+        value, error = _outcome(compute)
+        self._raise_in_one(self.from_all(error))
+        return value
+
+    def _raise_in_one(self, errors: list[MapetError | None]) -> None:
+        failed = next((rank for rank, error in enumerate(errors) if error), None)
+        if failed is None:
+            return
+        if failed == self.rank:
+            raise errors[failed]
+        raise SystemExit(errors[failed].exit_code)
+
+
+def _outcome(compute: Callable[[], T]) -> tuple[T | None, MapetError | None]:
+    try:
+        return compute(), None
+    except MapetError as error:
+        return None, error
 
 
 def is_first_process() -> bool:

@@ -72,14 +72,13 @@ def encode_shards(
         raise UsageError(f"--on-error {on_error} is unknown; choose {' or '.join(ON_ERROR)}.")
     skip, out = on_error == "skip", Path(out)
     with joined_world() as world:
-        shards = open_source(images)
-        book = Codebook.load(codebook)
+        shards, book = world.together(lambda: (open_source(images), Codebook.load(codebook)))
         todo = world.from_first(lambda: _unfinished(out, shards, book, codebook, policy))
         if len(todo) < len(shards):
             say(f"{len(shards) - len(todo)} of {len(shards)} shards are whole already.")
         ledger = _survey(shards, world, skip)
         if todo:
-            opened = open_same_tower(book, tower, choose_device(device))
+            opened = world.together(lambda: open_same_tower(book, tower, choose_device(device)))
             encoder = Encoder(book, opened, policy, skip, batch_size, choose_workers(workers, opened.device.type))
             unfinished = [shards[place] for place in todo]
             if dry_run:

@@ -46,7 +46,8 @@ class TokenisedImages:
 def join(images: str | Path | list[str | Path], store: TokenStore, skip_missing: bool = False) -> TokenisedImages:
     """Finds each image's tokens by its key.
 
-    Raises DataError naming the images that have no tokens, unless `skip_missing`; then they are counted and left out.
+    Images that encode-shards was told to skip are counted and left out. Raises DataError naming others that have no
+    tokens, unless `skip_missing`; then they are counted and left out, too.
     Tokens whose image is not in `images` are not an error (training on some of the shards), but they are counted.
     """
     columns = [(rows.keys, rows.tokens, rows.crops, rows.flips, rows.crc32) for _, rows in store.shards()]
@@ -54,7 +55,11 @@ def join(images: str | Path | list[str | Path], store: TokenStore, skip_missing:
     row_of = {key: row for row, key in enumerate(keys)}
     if len(row_of) != len(keys):
         raise DataError(f"{store.path} holds {len(keys) - len(row_of)} keys twice; encode each image once.")
-    records = read_records(images)
+    skipped = {key for _, key, _ in store.skipped()}
+    records = read_records(images, [] if skipped else None)
+    if skipped:
+        say(f"{len(store.skipped())} images were skipped when {store.path} was encoded; they are left out.")
+        records = [record for record in records if record.key in row_of or record.key not in skipped]
     missing = [record.key for record in records if record.key not in row_of]
     if missing:
         named = f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"

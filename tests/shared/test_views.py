@@ -5,9 +5,21 @@ import open_clip
 import pytest
 import timm
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mapet.shared.views import CropBox, Preprocess, center_box, center_view, replay, to_array
+from mapet.shared.errors import UsageError
+from mapet.shared.views import (
+    CropBox,
+    Preprocess,
+    ViewPolicy,
+    center_box,
+    center_view,
+    replay,
+    show_view,
+    to_array,
+    view_of_epoch,
+)
 from mapet.tokenize_stage.towers import TowerSettings, open_tower
 from PIL import Image
 
@@ -178,3 +190,110 @@ def test_to_array_is_channels_first():
     assert (array.shape, array.dtype) == ((3, 3, 5), np.uint8)
     assert array[:, 2, 4].tolist() == list(image.getpixel((4, 2)))
     assert array.flags.c_contiguous
+
+
+# Which views are stored
+
+
+POLICIES = st.builds(
+    lambda low, high, ratio, flip, seed: ViewPolicy(
+        "random-resized", 6, (min(low, high), max(low, high)), (1 / ratio, ratio), flip, seed=seed
+    ),
+    st.floats(0.05, 1),
+    st.floats(0.05, 1),
+    st.floats(1, 3),
+    st.floats(0, 1),
+    st.integers(0, 99),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(policy=POLICIES, key=st.text(), view=st.integers(0, 5), width=st.integers(1, 600), height=st.integers(1, 600))
+def test_a_drawn_box_lies_in_the_image_and_has_the_shape_asked_for(
+    policy: ViewPolicy, key: str, view: int, width: int, height: int
+):
+    box, flip = policy.draw(key, view, width, height)
+    assert (box, flip) == policy.draw(key, view, width, height)
+    assert min(box.top, box.left) >= 0
+    assert min(box.height, box.width) >= 1
+    assert box.top + box.height <= height
+    assert box.left + box.width <= width
+    if min(width, height) >= 40 and 1 / 2 < width / height < 2 and policy.scale[1] < 0.4:
+        # There is room for any such box, so that only rounding to whole pixels is between it and the request.
+        rounding = 1 + 2 / min(box.height, box.width)
+        assert policy.scale[0] / rounding <= box.height * box.width / (width * height) <= policy.scale[1] * rounding
+        assert policy.ratio[0] / rounding <= box.width / box.height <= policy.ratio[1] * rounding
+
+
+def test_boxes_and_flips_are_spread_as_torchvision_draws_them():
+    policy = ViewPolicy("random-resized", 4000, (0.2, 1.0), (0.75, 4 / 3), 0.3)
+    drawn = [policy.draw("a key", view, 300, 200) for view in range(policy.views)]
+    ours = np.array([box for box, _ in drawn])
+    image = torch.zeros(1, 200, 300)
+    torch.manual_seed(0)
+    theirs = np.array(
+        [torchvision.transforms.RandomResizedCrop.get_params(image, [0.2, 1.0], [0.75, 4 / 3]) for _ in range(4000)]
+    )
+    shares = np.linspace(0.05, 0.95, 19)
+    for column, side in enumerate((200, 300, 200, 300)):  # top, left, height, width
+        assert np.allclose(
+            np.quantile(ours[:, column], shares), np.quantile(theirs[:, column], shares), atol=0.03 * side
+        )
+    assert np.mean([flip for _, flip in drawn]) == pytest.approx(0.3, abs=0.03)
+
+
+def test_views_differ_between_numbers_keys_and_seeds_and_do_not_depend_on_how_many_there_are():
+    policy = ViewPolicy("random-resized", 4)
+    boxes = {policy.draw(key, view, 99, 77) for key in ("a", "b") for view in range(4)}
+    assert len(boxes) == 8
+    assert ViewPolicy("random-resized", 4, seed=1).draw("a", 0, 99, 77) not in boxes
+    assert ViewPolicy("random-resized", 9, with_center=True).draw("a", 3, 99, 77) == policy.draw("a", 3, 99, 77)
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 1), (1, 500), (400, 20), (1, 1)])
+def test_an_image_too_narrow_for_any_box_gives_its_centre(width: int, height: int):
+    policy = ViewPolicy("random-resized", 2, (0.9, 1.0), (1.0, 1.0))
+    box, _ = policy.draw("k", 0, width, height)
+    side = min(width, height)
+    assert (box.height, box.width) == (side, side)
+    assert (box.top, box.left) == ((height - side) // 2, (width - side) // 2)
+
+
+def test_show_view_is_the_stored_box_replayed_and_the_centre_is_the_towers_own():
+    preprocess, image = preprocess_of(), smooth(3, 90, 60)
+    policy = ViewPolicy("random-resized", 3, flip=1.0, with_center=True)
+    centre, box, flip = show_view(image, policy, "k", 0, preprocess)
+    assert np.array_equal(to_array(centre), to_array(center_view(image, preprocess)))
+    assert (box, flip) == (center_box(preprocess, 90, 60), False)
+    shown, box, flip = show_view(image, policy, "k", 2, preprocess)
+    assert flip
+    assert np.array_equal(to_array(shown), to_array(replay(image, box, True, 32)))
+    assert np.array_equal(to_array(shown)[:, :, ::-1], to_array(replay(image, box, False, 32)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 5), st.text(), st.integers(0, 4))
+def test_each_view_is_used_once_before_any_is_used_again(views: int, seed: int, key: str, cycle: int):
+    seen = [view_of_epoch(views, seed, epoch, key) for epoch in range(cycle * views, (cycle + 1) * views)]
+    assert sorted(seen) == list(range(views))
+
+
+@pytest.mark.parametrize(
+    ("fields", "option"),
+    [
+        ({"crop": "corner"}, "--crop corner"),
+        ({"views": 0}, "--views 0"),
+        ({"views": 2}, "--views 2 with --crop center"),
+        ({"with_center": True}, "--crop center"),
+        ({"scale": (0.0, 1.0)}, r"--scale 0\.0"),
+        ({"scale": (0.5, 0.4)}, "--scale"),
+        ({"scale": (0.5, 1.4)}, "--scale"),
+        ({"ratio": (2.0, 1.0)}, "--ratio"),
+        ({"ratio": (0.0, 1.0)}, "--ratio"),
+        ({"flip": 1.5}, r"--flip 1\.5"),
+        ({"scale": (float("nan"), 1.0)}, "--scale"),
+    ],
+)
+def test_impossible_views_are_usage_errors_that_name_the_option(fields: dict, option: str):
+    with pytest.raises(UsageError, match=option):
+        ViewPolicy(**fields)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -20,10 +22,12 @@ from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
 from mapet.shared.images import read_bytes, read_image
 from mapet.shared.sources import open_source, read_records
-from mapet.shared.token_store import NO_LABEL, ShardRows, TokenStore
-from mapet.shared.views import Preprocess, center_box
+from mapet.shared.token_store import NO_LABEL, ShardRows, TokenStore, read_entry, write_shard
+from mapet.shared.views import Preprocess, ViewPolicy, center_box
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
+from mapet.tokenize_stage.towers import TowerSettings, open_tower
+from PIL import Image
 
 
 def files_of(store: Path) -> dict[str, bytes]:
@@ -290,6 +294,150 @@ def test_what_was_killed_before_the_first_shard_goes_on(chain, tmp_path: Path):
     (out / ".codebook.json.partial").write_text('{"form')
     encode_shards(chain.images, chain.codebook, out, batch_size=16)
     assert files_of(out) == files_of(chain.tokens)
+
+
+# Several views
+
+
+RANDOM = {"crop": "random-resized", "scale": (0.3, 1.0), "flip": 0.5, "seed": 4}
+
+
+@pytest.fixture(scope="module")
+def four(chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the chain's images with four views, the first one centred."""
+    out = tmp_path_factory.mktemp("views") / "four"
+    encode_shards(chain.images, chain.codebook, out, batch_size=16, views=4, with_center=True, **RANDOM)
+    return out
+
+
+def test_every_view_holds_the_tokens_of_its_own_crop(chain, tower: str, four: Path):
+    """Each stored box and flip, cut out of the source by hand, gives the stored tokens."""
+    policy = ViewPolicy.from_json(TokenStore(four).view)
+    book, opened = Codebook.load(chain.codebook), open_tower(TowerSettings(tower))
+    flips = 0
+    for shard, (_, rows) in zip(open_source(chain.images), all_rows(four), strict=True):
+        for at, record in list(enumerate(shard.index()))[::8]:
+            image, _ = read_image(record)
+            for view in range(1, 4):
+                box, flip = policy.draw(record.key, view, *image.size)
+                assert (tuple(rows.crops[at, view]), bool(rows.flips[at, view])) == (tuple(box), flip)
+                corners = (box.left, box.top, box.left + box.width, box.top + box.height)
+                crop = image.resize((64, 64), Image.Resampling.BICUBIC, box=corners)
+                crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
+                pixels = torch.from_numpy(np.asarray(crop).transpose(2, 0, 1).copy())
+                found, _ = book.assign(opened.features(pixels[None])[0].numpy())
+                assert np.array_equal(found.reshape(8, 8), rows.tokens[at, view])
+                flips += flip
+    assert 0 < flips < 36
+
+
+def test_view_0_can_be_the_centre_view(chain, four: Path):
+    for (_, rows), (_, centre) in zip(all_rows(four), all_rows(chain.tokens), strict=True):
+        for name in ("tokens", "crops", "flips"):
+            assert np.array_equal(getattr(rows, name)[:, :1], getattr(centre, name))
+        assert all(len({tokens.tobytes() for tokens in views}) > 1 for views in rows.tokens)
+
+
+def test_views_added_later_give_the_same_bytes_and_keep_what_was_there(chain, four: Path, tmp_path: Path):
+    out = tmp_path / "tokens"
+    encode_shards(chain.images, chain.codebook, out, batch_size=16, views=1, with_center=True, **RANDOM)
+    # A token that the tower would not give shows whether the old views are kept or computed again.
+    name, rows = all_rows(out)[1]
+    entry = read_entry(out, name)
+    rows.tokens[3, 0, 0, 0] = (rows.tokens[3, 0, 0, 0] + 1) % book_size(chain)
+    write_shard(out, name, rows, {key: entry[key] for key in ("codebook_fingerprint", "view", "source", "skipped")})
+    encode_shards(chain.images, chain.codebook, out, batch_size=16, views=4, with_center=True, **RANDOM)
+    first, second = dict(all_rows(four))[name], dict(all_rows(out))[name]
+    assert np.argwhere(first.tokens != second.tokens).tolist() == [[3, 0, 0, 0]]
+    names = [path for path, data in files_of(out).items() if data != files_of(four)[path]]
+    assert sorted(names) == sorted(["manifest.json", f"shards/{name}.json", f"shards/{name}.zarr.zip"])
+    assert files_of(out).keys() == files_of(four).keys()
+
+
+def book_size(chain) -> int:
+    return TokenStore(chain.tokens).k
+
+
+def test_a_store_whose_views_were_half_added_says_so_and_goes_on(chain, four: Path, source: Path, tmp_path: Path):
+    out = tmp_path / "tokens"
+    arguments = {"batch_size": 16, "with_center": True, **RANDOM}
+    encode_shards(source, chain.codebook, out, views=2, **arguments)
+    tar = sorted(source.glob("*.tar"))[1]
+    whole = tar.read_bytes()
+    damaged = bytearray(whole)
+    start = open_source(tar)[0].index()[3].offset
+    damaged[start : start + 100] = bytes(100)
+    tar.write_bytes(damaged)
+    with pytest.raises(DataError, match=tar.name):
+        encode_shards(source, chain.codebook, out, views=4, **arguments)
+    with pytest.raises(DataError, match="did not finish; give the same encode-shards command again"):
+        TokenStore(out)
+    tar.write_bytes(whole)
+    encode_shards(source, chain.codebook, out, views=4, **arguments)
+    assert files_of(out) == files_of(four)
+
+
+def test_other_or_fewer_views_than_a_store_has_are_refused(chain, four: Path):
+    before = files_of(four)
+    with pytest.raises(UsageError, match="holds 4 views already"):
+        encode_shards(chain.images, chain.codebook, four, views=3, with_center=True, **RANDOM)
+    for other in ({"seed": 5}, {"flip": 0.1}, {"scale": (0.2, 1.0)}):
+        with pytest.raises(FingerprintMismatch, match="encoded with other settings"):
+            encode_shards(chain.images, chain.codebook, four, views=4, with_center=True, **{**RANDOM, **other})
+    with pytest.raises(FingerprintMismatch, match="encoded with other settings"):
+        encode_shards(chain.images, chain.codebook, four)
+    assert files_of(four) == before
+
+
+def test_a_dry_run_says_hours_bytes_and_rows_and_writes_nothing(chain, tmp_path: Path, capsys):
+    out = tmp_path / "tokens"
+    assert encode_shards(chain.images, chain.codebook, out, views=2, crop="random-resized", dry_run=True) is None
+    assert not out.exists()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "96 images x 2 views in 3 shards" in printed
+    encode_shards(chain.images, chain.codebook, out, views=2, crop="random-resized", batch_size=8)
+    stated = int(re.search(r"bytes │ ([\d,]+)", printed).group(1).replace(",", ""))
+    written = sum(entry["bytes"] for entry in TokenStore(out).entries.values())
+    assert stated == pytest.approx(written, rel=0.5)
+
+
+# Many processes
+
+
+def mapet_under_torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--no-python"]
+    command = [sys.executable, "-c", "from mapet.cli import main; main()", *map(str, arguments)]
+    port = ["--master-port", str(free_port())]
+    return subprocess.run([*launch, *port, *command], capture_output=True, text=True, timeout=120)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_write_the_same_bytes_as_one(chain, tmp_path: Path):
+    out = tmp_path / "tokens"
+    options = ["--codebook", chain.codebook, "--out", out, "--batch-size", 16, "--device", "cpu"]
+    result = mapet_under_torchrun(2, "tokenize", "encode-shards", chain.images, *options)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Token store") == 1
+    assert files_of(out) == files_of(chain.tokens)
+    # One process goes on with what two have begun.
+    for victim in ("manifest.json", "shards/train-000001.json"):
+        (out / victim).unlink(missing_ok=True)
+    encode_shards(chain.images, chain.codebook, out, batch_size=16)
+    assert files_of(out) == files_of(chain.tokens)
+
+
+def test_an_error_in_a_many_process_run_is_one_sentence(chain, tmp_path: Path, tower: str):
+    options = ["--codebook", tmp_path / "nowhere", "--out", tmp_path / "tokens"]
+    result = mapet_under_torchrun(2, "tokenize", "encode-shards", chain.images, *options)
+    assert result.returncode != 0
+    assert result.stderr.count("mapet: ") == 1
+    assert "nowhere does not exist" in result.stderr
+    assert not (tmp_path / "tokens").exists()
 
 
 def wait_for(path: Path, process: subprocess.Popen, seconds: float) -> None:

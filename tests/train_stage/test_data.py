@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, UsageError
+from mapet.shared.sources import read_records
 from mapet.shared.token_store import TokenStore
+from mapet.shared.views import view_of_epoch
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.towers import TowerSettings, open_tower
 from mapet.train_stage.data import LoadSample, batch_places, check_grid, join
@@ -35,6 +37,45 @@ def test_a_samples_pixels_give_its_tokens_when_encoded_again(chain, tower):
     found, _ = book.assign(frozen.features(pixels).reshape(-1, frozen.dim).numpy())
     for sample, tokens in zip(samples, found.reshape(len(samples), -1), strict=True):
         assert np.array_equal(tokens[sample["order"]], sample["tokens"])
+
+
+def test_every_epoch_sees_the_pixels_and_the_tokens_of_one_stored_view(chain, tower, tmp_path: Path):
+    """Crop and flip are shared for every view: what the student sees, encoded again, gives its tokens."""
+    out = tmp_path / "tokens"
+    store = encode_shards(chain.images, chain.codebook, out, batch_size=16, crop="random-resized", views=4)
+    load = LoadSample(join(chain.images, store), resolve("vit-tiny-16", GRID))
+    book, frozen = Codebook.load(chain.codebook), open_tower(TowerSettings(tower))
+    indices = range(0, 96, 12)
+    flips = set()
+    for index in indices:
+        samples = [load((epoch, index)) for epoch in range(8)]
+        pixels = torch.stack([torch.from_numpy(sample["pixels"]) for sample in samples])
+        found, _ = book.assign(frozen.features(pixels).reshape(-1, frozen.dim).numpy())
+        for sample, tokens in zip(samples, found.reshape(8, -1), strict=True):
+            assert np.array_equal(tokens[sample["order"]], sample["tokens"])
+        seen = [sample["pixels"].tobytes() for sample in samples]
+        assert len(set(seen[:4])) == 4
+        assert set(seen[4:]) == set(seen[:4])
+        flips |= set(load.images.flips[index].tolist())
+    assert flips == {False, True}
+    orders = {
+        tuple(view_of_epoch(4, 0, epoch, load.images.records[index].key) for epoch in range(4)) for index in indices
+    }
+    assert len(orders) > 1
+
+
+def test_images_that_were_skipped_when_encoded_are_left_out(chain, tmp_path: Path):
+    tar = tmp_path / "some.tar"
+    shutil.copy(chain.tars[0], tar)
+    records = read_records(tar)
+    with open(tar, "r+b") as file:
+        file.seek(records[3].offset)
+        file.write(bytes(100))
+    store = encode_shards(tar, chain.codebook, tmp_path / "tokens", batch_size=16, on_error="skip")
+    assert [key for _, key, _ in store.skipped()] == [records[3].key]
+    assert {record.key for record in join(tar, store).records} == {record.key for record in records} - {records[3].key}
+    with pytest.raises(DataError, match="32 of 63 images have no tokens"):
+        join([tar, chain.tars[1]], store)
 
 
 def test_samples_are_a_pure_function_of_seed_epoch_and_key(chain, tmp_path: Path):
