@@ -1,8 +1,9 @@
 """Batches from worker processes, with errors that arrive as one sentence and not as a worker's traceback."""
 
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,11 +32,8 @@ def _signals_wait() -> Iterator[None]:
 
 
 class _Guarded(Dataset):
-    def __init__(self, size: int, load: Callable[[Any], Any]):
-        self.size, self.load = size, load
-
-    def __len__(self) -> int:
-        return self.size
+    def __init__(self, load: Callable[[Any], Any]):
+        self.load = load
 
     def __getitem__(self, index: Any) -> Any:
         try:
@@ -44,24 +42,35 @@ class _Guarded(Dataset):
             return error
 
 
+def _keep_quiet_once_the_reader_is_gone(worker: int) -> None:
+    """A stopped command closes the connection over which a worker hands out tensors; that is no news."""
+
+    def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not issubclass(kind, ConnectionError):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = report
+
+
 def _collate(samples: list[Any]) -> Any:
     return next((sample for sample in samples if isinstance(sample, MapetError)), None) or default_collate(samples)
 
 
 def batches(
-    load: Callable[[Any], dict], indices: Iterable[list[Any]], size: int, workers: int, pin_memory: bool = False
+    load: Callable[[Any], dict], indices: Iterable[Sequence[Any]], workers: int, pin_memory: bool = False
 ) -> Iterator[dict]:
     """Yields the collated `load(index)` for each list in `indices`, in order, loaded by `workers` processes.
 
     Raises the MapetError that `load` raised, whichever process it happened in.
     """
     loader = DataLoader(
-        _Guarded(size, load),
+        _Guarded(load),
         batch_sampler=indices,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_keep_quiet_once_the_reader_is_gone,
     )
     with _signals_wait():
         loaded = iter(loader)

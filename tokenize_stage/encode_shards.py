@@ -165,21 +165,14 @@ def _begin(out: Path, encoder: Encoder, codebook: str | Path) -> None:
 
 def _encode_all(out: Path, encoder: Encoder, shards: Sequence[SourceShard], ledger: KeyLedger) -> None:
     with progress("encoding", sum(ledger.count(shard.name) for shard in shards)) as advance:
-        for shard in shards:
-            with shard.staged() as here:
-                source = {
-                    "kind": "tar" if here.is_tar else "folder",
-                    "size": here.size(),
-                    "sha256": here.sha256(),
-                }
-                rows, skipped = encoder.encode(here, advance, _stored_rows(out, here.name, encoder.policy))
+        for shard in encoder.encode(shards, lambda name: _stored_rows(out, name, encoder.policy), advance):
             attributes = {
                 "codebook_fingerprint": encoder.book.fingerprint,
                 "view": encoder.policy.to_json(),
-                "source": source,
-                "skipped": [list(pair) for pair in skipped],
+                "source": shard.source,
+                "skipped": [list(pair) for pair in shard.skipped],
             }
-            write_shard(out, shard.name, rows, attributes)
+            write_shard(out, shard.name, shard.rows, attributes)
 
 
 def _stored_rows(out: Path, name: str, policy: ViewPolicy) -> ShardRows | None:

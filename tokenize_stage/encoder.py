@@ -1,18 +1,20 @@
 """A tower, a codebook and a view policy together: images in, rows of the token store out."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from ..shared.codebook import TOKEN_FIELDS, Codebook
 from ..shared.console import Advance
 from ..shared.errors import DataError, FingerprintMismatch
-from ..shared.images import ImageRecord
 from ..shared.sources import Skipped, SourceShard
 from ..shared.token_store import NO_LABEL, ShardRows, concatenate_rows, empty_rows
 from ..shared.views import ViewPolicy
-from .extract import ExtractedBatch, extract
+from .extract import ExtractedBatch, Request, extract_groups, group_requests
 from .towers import Tower, TowerSettings, open_tower
 
 
@@ -41,57 +43,102 @@ class Encoder:
     batch_size: int
     workers: int
 
-    def batches(
-        self, records: Sequence[ImageRecord], first_view: int = 0
-    ) -> Iterator[tuple[ExtractedBatch, np.ndarray]]:
-        """Yields (batch, tokens (B, V, H, W) uint16) of the records, in order, from view `first_view` on."""
+    def batches(self, groups: Iterable[Sequence[Request]]) -> Iterator[tuple[ExtractedBatch, np.ndarray]]:
+        """Yields (batch, tokens (B, V, H, W) uint16) of one group of images after the other."""
         metric = self.book.description["metric"]
-        for batch in extract(
-            self.tower,
-            records,
-            self.policy,
-            self.batch_size,
-            self.workers,
-            metric,
-            skip=self.skip,
-            first_view=first_view,
+        for batch in extract_groups(
+            self.tower, groups, self.policy, self.batch_size, self.workers, metric, skip=self.skip
         ):
             tokens, _ = self.book.assign(batch.features.reshape(-1, self.tower.dim))
             yield batch, tokens.reshape(*batch.flips.shape, *self.tower.grid)
 
     def encode(
-        self, shard: SourceShard, advance: Advance, before: ShardRows | None = None
-    ) -> tuple[ShardRows, Skipped]:
-        """The rows of a (local) shard in its order, and what was skipped. Views that `before` holds are kept."""
-        skipped: Skipped = []
-        records = shard.index(skipped if self.skip else None)
-        first_view = before.flips.shape[1] if before else 0
-        parts = [empty_rows(self.policy.views - first_view, self.tower.grid)]
-        for batch, tokens in self.batches(records, first_view):
-            skipped += batch.skipped
-            parts.append(self.rows(shard, batch, tokens))
-            advance(len(batch.records) + len(batch.skipped))
-        rows = concatenate_rows(parts)
-        return (_add_views(shard, before, rows) if before else rows), skipped
+        self, shards: Iterable[SourceShard], stored: Callable[[str], ShardRows | None], advance: Advance
+    ) -> Iterator["EncodedShard"]:
+        """Yields one shard after the other; the images of the next are decoded while the tower still sees this one.
 
-    @staticmethod
-    def rows(shard: SourceShard, batch: ExtractedBatch, tokens: np.ndarray) -> ShardRows:
-        """A batch and its tokens as rows of the store."""
-        records = batch.records
-        paths = ["" if shard.is_tar else record.path.relative_to(shard.root).as_posix() for record in records]
-        labels = [NO_LABEL if record.label is None else record.label for record in records]
-        return ShardRows(
-            keys=np.array([record.key for record in records], dtype=object),
-            tokens=tokens,
-            crops=batch.crops,
-            flips=batch.flips,
-            sizes=batch.sizes,
-            labels=np.array(labels, dtype=np.int64),
-            paths=np.array(paths, dtype=object),
-            offsets=np.array([record.offset for record in records], dtype=np.int64),
-            lengths=np.array([record.length for record in records], dtype=np.int64),
-            crc32=batch.crc32,
-        )
+        `stored(name)` gives the rows of a shard that has some of the views; only the others are computed.
+        """
+        opened: deque[_OpenShard] = deque()
+
+        def groups() -> Iterator[Sequence[Request]]:
+            for shard in shards:
+                one = _OpenShard(self, shard, stored(shard.name))
+                opened.append(one)
+                yield from group_requests(one.requests, self.policy, self.batch_size)
+
+        try:
+            for batch, tokens in self.batches(groups()):
+                while not opened[0].requests or opened[0].is_whole():
+                    yield opened.popleft().close()
+                opened[0].add(batch, tokens)
+                advance(len(batch.records) + len(batch.skipped))
+            while opened:
+                yield opened.popleft().close()
+        finally:
+            for one in opened:
+                one.abandon()
+
+
+@dataclass(frozen=True)
+class EncodedShard:
+    """A shard's rows in its order, what was skipped, and what the source was."""
+
+    name: str
+    rows: ShardRows
+    skipped: Skipped
+    source: dict[str, Any]
+
+
+class _OpenShard:
+    """A shard between the staging of its source and the last of its batches."""
+
+    def __init__(self, encoder: Encoder, shard: SourceShard, before: ShardRows | None):
+        self._files = ExitStack()
+        self.shard, self._before, self._skipped = self._files.enter_context(shard.staged()), before, []
+        first_view = before.flips.shape[1] if before else 0
+        records = self.shard.index(self._skipped if encoder.skip else None)
+        self.requests = [Request(record, first_view) for record in records]
+        self._parts = [empty_rows(encoder.policy.views - first_view, encoder.tower.grid)]
+        self._seen = 0
+
+    def add(self, batch: ExtractedBatch, tokens: np.ndarray) -> None:
+        self._parts.append(as_rows(self.shard, batch, tokens))
+        self._skipped += batch.skipped
+        self._seen += len(batch.records) + len(batch.skipped)
+
+    def is_whole(self) -> bool:
+        return self._seen == len(self.requests)
+
+    def close(self) -> EncodedShard:
+        with self._files:
+            shard = self.shard
+            source = {"kind": "tar" if shard.is_tar else "folder", "size": shard.size(), "sha256": shard.sha256()}
+        rows = concatenate_rows(self._parts)
+        rows = _add_views(shard, self._before, rows) if self._before else rows
+        return EncodedShard(shard.name, rows, self._skipped, source)
+
+    def abandon(self) -> None:
+        self._files.close()
+
+
+def as_rows(shard: SourceShard, batch: ExtractedBatch, tokens: np.ndarray) -> ShardRows:
+    """A batch of images of a shard, and their tokens, as rows of the store."""
+    records = batch.records
+    paths = ["" if shard.is_tar else record.path.relative_to(shard.root).as_posix() for record in records]
+    labels = [NO_LABEL if record.label is None else record.label for record in records]
+    return ShardRows(
+        keys=np.array([record.key for record in records], dtype=object),
+        tokens=tokens,
+        crops=batch.crops,
+        flips=batch.flips,
+        sizes=batch.sizes,
+        labels=np.array(labels, dtype=np.int64),
+        paths=np.array(paths, dtype=object),
+        offsets=np.array([record.offset for record in records], dtype=np.int64),
+        lengths=np.array([record.length for record in records], dtype=np.int64),
+        crc32=batch.crc32,
+    )
 
 
 def _add_views(shard: SourceShard, before: ShardRows, new: ShardRows) -> ShardRows:

@@ -1,7 +1,8 @@
 """Images on their way through a tower: decoded in workers, cropped to their views, turned into patch features."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,39 +37,42 @@ class ExtractedBatch:
 
 
 @dataclass(frozen=True)
+class Request:
+    """An image of which views `first_view` and above are wanted."""
+
+    record: ImageRecord
+    first_view: int = 0
+
+
+@dataclass(frozen=True)
 class _LoadViews:
-    records: Sequence[ImageRecord]
     policy: ViewPolicy
-    numbers: range
     preprocess: Preprocess
     skip: bool
 
-    def __call__(self, index: int) -> dict:
-        record, size = self.records[index], self.preprocess.image_size
+    def __call__(self, wanted: Request) -> dict:
+        record, numbers = wanted.record, range(wanted.first_view, self.policy.views)
         try:
             image, data = read_image(record)
         except DataError as error:
             if not self.skip:
                 raise
-            count = len(self.numbers)
-            blank = np.zeros((count, 3, size, size), dtype=np.uint8)
             # Where the file lies on this machine must not enter what is stored.
             problem = str(error).replace(str(record.path), record.path.name)
-            return self._sample(index, problem, blank, np.zeros((count, 4)), np.zeros(count, bool), (0, 0), 0)
+            size = self.preprocess.image_size
+            blank = np.zeros((len(numbers), 3, size, size), dtype=np.uint8)
+            return self._sample(problem, blank, np.zeros((len(numbers), 4)), np.zeros(len(numbers), bool), (0, 0), 0)
         shown, boxes, flips = zip(
-            *(show_view(image, self.policy, record.key, view, self.preprocess) for view in self.numbers), strict=True
+            *(show_view(image, self.policy, record.key, view, self.preprocess) for view in numbers), strict=True
         )
         pixels = np.stack([to_array(view) for view in shown])
-        return self._sample(
-            index, "", pixels, np.array(boxes), np.array(flips), (image.height, image.width), zlib.crc32(data)
-        )
+        return self._sample("", pixels, np.array(boxes), np.array(flips), (image.height, image.width), zlib.crc32(data))
 
     @staticmethod
     def _sample(
-        index: int, problem: str, pixels: np.ndarray, crops: np.ndarray, flips: np.ndarray, size: tuple, crc32: int
+        problem: str, pixels: np.ndarray, crops: np.ndarray, flips: np.ndarray, size: tuple[int, int], crc32: int
     ) -> dict:
         return {
-            "index": index,
             "problem": problem,
             "pixels": pixels,
             "crops": crops,
@@ -87,30 +91,57 @@ def extract(
     metric: str,
     *,
     skip: bool = False,
-    first_view: int = 0,
 ) -> Iterator[ExtractedBatch]:
-    """Yields the patch features of `records`, in order: views `first_view` and above of the policy's.
+    """Yields the patch features of all views of `records`, in order; see `extract_groups`."""
+    groups = group_requests([Request(record) for record in records], policy, batch_size)
+    return extract_groups(tower, groups, policy, batch_size, workers, metric, skip=skip)
 
-    The tower sees `batch_size` views at a time. With metric "cosine" features have length one. Raises DataError for
-    an image that cannot be read, unless `skip`.
+
+def group_requests(requests: Sequence[Request], policy: ViewPolicy, batch_size: int) -> Iterator[Sequence[Request]]:
+    """Splits requests for equally many views so that a group has about `batch_size` views."""
+    views = policy.views - requests[0].first_view if requests else 1
+    images = max(1, batch_size // views)
+    for start in range(0, len(requests), images):
+        yield requests[start : start + images]
+
+
+def extract_groups(
+    tower: Tower,
+    groups: Iterable[Sequence[Request]],
+    policy: ViewPolicy,
+    batch_size: int,
+    workers: int,
+    metric: str,
+    *,
+    skip: bool = False,
+) -> Iterator[ExtractedBatch]:
+    """Yields the patch features of one group of images after the other.
+
+    `groups` is drawn from a little ahead, so that `workers` processes decode while the tower computes; the tower sees
+    `batch_size` views at a time. With metric "cosine" features have length one. Raises DataError for an image that
+    cannot be read, unless `skip`.
     """
-    numbers = range(first_view, policy.views)
-    loaded = batches(
-        _LoadViews(records, policy, numbers, tower.preprocess, skip),
-        _consecutive(len(records), max(1, batch_size // len(numbers))),
-        len(records),
-        workers,
-    )
-    for batch in loaded:
-        sound = torch.tensor([not problem for problem in batch["problem"]])
+    asked: deque[Sequence[Request]] = deque()
+
+    def remembered() -> Iterator[Sequence[Request]]:
+        for group in groups:
+            asked.append(group)
+            yield group
+
+    for batch in batches(_LoadViews(policy, tower.preprocess, skip), remembered(), workers):
+        records = [wanted.record for wanted in asked.popleft()]
+        problems = batch["problem"]
+        sound = torch.tensor([not problem for problem in problems])
         features = _features(tower, batch["pixels"][sound], batch_size)
         if metric == "cosine":
             features = normalize(features, dim=-1)
-        places = zip(batch["index"].tolist(), batch["problem"], strict=True)
-        skipped = [(records[index].key, problem) for index, problem in places if problem]
-        arrays = {name: _to_numpy(batch[name][sound]) for name in ("crops", "flips", "sizes", "crc32")}
-        kept = [records[index] for index in batch["index"][sound].tolist()]
-        yield ExtractedBatch(kept, _to_numpy(features), skipped=skipped, **arrays)
+        pairs = list(zip(records, problems, strict=True))
+        yield ExtractedBatch(
+            records=[record for record, problem in pairs if not problem],
+            features=_to_numpy(features),
+            skipped=[(record.key, problem) for record, problem in pairs if problem],
+            **{name: _to_numpy(batch[name][sound]) for name in ("crops", "flips", "sizes", "crc32")},
+        )
 
 
 def _features(tower: Tower, pixels: Tensor, batch_size: int) -> Tensor:
@@ -133,7 +164,3 @@ def _features(tower: Tower, pixels: Tensor, batch_size: int) -> Tensor:
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.cpu().contiguous().numpy()
-
-
-def _consecutive(count: int, batch_size: int) -> list[range]:
-    return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]

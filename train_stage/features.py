@@ -153,7 +153,7 @@ def normalised_views(
     mean, std = (torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (preprocess.mean, preprocess.std))
     count = len(records)
     indices = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    for batch in batches(_CenterViews(records, preprocess), indices, count, workers):
+    for batch in batches(_CenterViews(records, preprocess), indices, workers):
         yield batch["pixels"].to(device).float().div_(255).sub_(mean).div_(std)
 
 

@@ -203,7 +203,6 @@ def _train(run: _Run, start: int, logbook: Logbook) -> Path:
     loader = batches(
         LoadSample(run.data, run.settings),
         places,
-        len(run.data),
         choose_workers(run.settings.data.workers, run.device),
         pin_memory=run.device == "cuda",
     )
