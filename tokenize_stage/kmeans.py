@@ -1,0 +1,313 @@
+"""k-means over an fp16 sample, in memory or out of core: FAISS's clustering, one iteration at a time."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ..shared.codebook import MAX_K, faiss_gpus, import_faiss
+from ..shared.console import progress, say
+from ..shared.errors import DataError, UsageError
+from ..shared.files import written_whole
+from .memory import as_text
+
+METRICS = ("l2", "cosine")
+INITS = ("random", "k-means++")
+# What FAISS adds to the seed for each of its own restarts (`nredo`).
+_SEED_STEP = 15486557
+# k-means++ costs rows x K x dim, one row after another: it looks at so many rows a centroid, whatever the memory.
+SEEDING_ROWS_PER_CENTROID = 64
+# FAISS adds the objective up in float32: beyond this many rows it drifts (by 9 % at 30 million), too much to choose by.
+_MOST_ROWS_OF_A_FLOAT_SUM = 1 << 22
+_SAVE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class KMeansSettings:
+    """How centroids are trained. Defaults are the paper's."""
+
+    k: int = 8192
+    iterations: int = 20
+    restarts: int = 5
+    metric: str = "l2"
+    seed: int = 0
+    init: str = "random"
+
+    def __post_init__(self):
+        if not 2 <= self.k <= MAX_K:
+            raise UsageError(f"--k {self.k} must lie between 2 and {MAX_K} (tokens are stored as uint16).")
+        if self.iterations < 1 or self.restarts < 1:
+            raise UsageError("--iterations and --restarts must be at least 1.")
+        if self.metric not in METRICS:
+            raise UsageError(f"--metric {self.metric} is unknown; choose {' or '.join(METRICS)}.")
+        if self.init not in INITS:
+            raise UsageError(f"--init {self.init} is unknown; choose {' or '.join(INITS)}.")
+
+    def check_faiss(self) -> None:
+        """UsageError if the installed FAISS cannot do what is asked for."""
+        faiss = import_faiss()
+        if self.init == "k-means++" and not hasattr(faiss, "ClusteringInitialization"):
+            raise UsageError(f"--init k-means++ needs a newer FAISS than {faiss.__version__}; use --init random.")
+
+
+@dataclass
+class KMeansRun:
+    """What k-means has done: `history[restart][iteration]` holds objective, imbalance and empty clusters split.
+
+    `centroids` (K, dim) float32 are those of the best restart so far, `best` its number. The objective is FAISS's: the
+    sum over all rows of squared distances, or with metric "cosine" of similarities, to six digits.
+    """
+
+    history: list[list[dict[str, float]]] = field(default_factory=list)
+    centroids: np.ndarray | None = None
+    best: int | None = None
+    best_objective: float | None = None
+    current: np.ndarray | None = None
+
+    def statistics(self) -> dict[str, Any]:
+        """The history as JSON fields, one list an iteration for each restart."""
+        columns = ("objective", "imbalance", "empty_clusters_split")
+        return {name: [[step[name] for step in run] for run in self.history] for name in columns} | {
+            "best_restart": self.best
+        }
+
+
+def train_kmeans(
+    rows: np.ndarray,
+    settings: KMeansSettings,
+    *,
+    memory: int,
+    state: Path | None = None,
+    about: str = "",
+    save_seconds: float = _SAVE_SECONDS,
+) -> KMeansRun:
+    """Trains centroids on `rows` (n, dim) float16, which may be a memory-mapped file.
+
+    What `faiss.Kmeans` gives on the same rows in float32. They are held so where that fits in `memory` bytes of
+    anonymous memory, and decoded block by block where it does not. For metric "cosine" they must have length one.
+
+    With `state`, a file, progress is kept there every `save_seconds`, and a later call with the same rows (named by
+    `about`) and settings goes on from it to the same result. The caller removes the file.
+
+    Raises DataError for fewer distinct rows than K or too little memory.
+    """
+    settings.check_faiss()
+    refuse_few_distinct(rows, settings.k)
+    steps = _Steps(rows, settings, memory)
+    saved = _SavedState(state, settings, rows.shape, about, save_seconds)
+    run = saved.load()
+    done = settings.iterations * max(0, len(run.history) - 1) + (len(run.history[-1]) if run.history else 0)
+    with progress(f"k-means {steps.where}", settings.iterations * settings.restarts, "iterations", done) as advance:
+        for restart in range(max(0, len(run.history) - 1), settings.restarts):
+            for finished in _restart(run, restart, steps, settings):
+                last = run.history[restart][-1]
+                advance(finished, f"restart {restart + 1}/{settings.restarts}, objective {last['objective']:.5g}")
+                saved.keep(run)
+    saved.keep(run, always=True)
+    return run
+
+
+def _restart(run: KMeansRun, restart: int, steps: "_Steps", settings: KMeansSettings) -> Iterator[int]:
+    """Goes on with one restart to its end; yields how many iterations were finished each time."""
+    if restart == len(run.history):
+        run.history.append([])
+        run.current = steps.first_centroids(restart)
+    past = run.history[restart]
+    while run.current is not None:
+        before = run.current
+        run.current, statistics = steps.iterate(before)
+        past.append(statistics)
+        converged = np.array_equal(before, run.current)
+        # Another iteration would only repeat this one.
+        left = 0 if converged else settings.iterations - len(past)
+        if left == 0:
+            _judge(run, restart, steps.objective(run.current, past[-1]["objective"]), settings)
+        yield 1 + (settings.iterations - len(past) if converged else 0)
+
+
+def _judge(run: KMeansRun, restart: int, objective: float, settings: KMeansSettings) -> None:
+    lower = settings.metric == "l2"
+    if run.best_objective is None or (objective < run.best_objective if lower else objective > run.best_objective):
+        run.centroids, run.best, run.best_objective = run.current, restart, objective
+    run.current = None
+
+
+class _Steps:
+    """FAISS's clustering of these rows, in memory or out of core."""
+
+    def __init__(self, rows: np.ndarray, settings: KMeansSettings, memory: int):
+        self.faiss = import_faiss()
+        self.rows, self.settings = rows, settings
+        count, dim = rows.shape
+        self.block = block_rows(dim)
+        fixed = fixed_bytes(count, dim, settings.k)
+        needed = fixed + self.block * dim * 4
+        if needed > memory:
+            raise DataError(
+                f"--memory {as_text(memory)} is too little: k-means of {count} patches x {dim} features and "
+                f"K={settings.k} needs {as_text(needed)} even out of core; give more, or use fewer --patches."
+            )
+        self.in_memory = fixed + rows.size * 4 <= memory
+        self.floats = _as_floats(rows, self.block) if self.in_memory else None
+        self.index = self.faiss.IndexFlatL2(dim) if settings.metric == "l2" else self.faiss.IndexFlatIP(dim)
+        if faiss_gpus():
+            self.index = self.faiss.index_cpu_to_all_gpus(self.index)
+        self.memory = memory
+
+    @property
+    def where(self) -> str:
+        device = f"{faiss_gpus()} GPU(s)" if faiss_gpus() else "the CPU"
+        return f"on {device}, {'in memory' if self.in_memory else 'out of core'}"
+
+    def first_centroids(self, restart: int) -> np.ndarray:
+        """(K, dim) float32 rows, chosen as FAISS chooses them for this restart."""
+        # A negative seed means the clock to FAISS, and a larger one does not fit.
+        seed = (self.settings.seed + restart * _SEED_STEP) % (1 << 31) + 1
+        centroids = self._random_rows(seed) if self.settings.init == "random" else self._spread_rows(seed)
+        return self._unit(centroids)
+
+    def _random_rows(self, seed: int) -> np.ndarray:
+        order = np.empty(len(self.rows), dtype=np.int32)
+        self.faiss.rand_perm(self.faiss.swig_ptr(order), len(order), seed)
+        return self.rows[order[: self.settings.k]].astype(np.float32)
+
+    def _spread_rows(self, seed: int) -> np.ndarray:
+        k, dim = self.settings.k, self.rows.shape[1]
+        # Rows are in random order, so that the first ones are a fair sample.
+        some = self.rows[: SEEDING_ROWS_PER_CENTROID * k]
+        if self.floats is None and some.size * 4 + fixed_bytes(len(self.rows), dim, k) > self.memory:
+            raise DataError(
+                f"--memory {as_text(self.memory)} is too little for --init k-means++, which holds {len(some)} patches x "
+                f"{dim} features ({as_text(some.size * 4)}); give more, or use --init random."
+            )
+        floats = np.ascontiguousarray(some, dtype=np.float32) if self.floats is None else self.floats[: len(some)]
+        chosen = self.faiss.ClusteringInitialization(dim, k)
+        chosen.method = self.faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
+        chosen.seed = seed
+        centroids = np.empty((k, dim), dtype=np.float32)
+        chosen.init_centroids(len(floats), self.faiss.swig_ptr(floats), self.faiss.swig_ptr(centroids))
+        return centroids
+
+    def iterate(self, centroids: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+        """One iteration from these centroids: the next ones (K, dim) float32, and what FAISS says about it."""
+        faiss, (count, dim) = self.faiss, self.rows.shape
+        clustering = faiss.Clustering(dim, self.settings.k)
+        clustering.niter = 1
+        # FAISS would otherwise subsample without a word at 256 points a centroid, and warn below 39.
+        clustering.max_points_per_centroid = math.ceil(count / self.settings.k) + 1
+        clustering.min_points_per_centroid = 1
+        clustering.decode_block_size = self.block
+        if hasattr(clustering, "check_input_data_for_NaNs"):
+            clustering.check_input_data_for_NaNs = False  # they were finite when they were written
+        faiss.copy_array_to_vector(centroids.ravel(), clustering.centroids)
+        if self.floats is not None:
+            clustering.train(self.floats, self.index)
+        else:
+            codec = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16)
+            clustering.train_encoded(self.rows.view(np.uint8), codec, self.index)
+        step = clustering.iteration_stats.at(0)
+        statistics = {
+            # In blocks and at once the last digits of a float32 sum differ.
+            "objective": float(f"{step.obj:.6g}"),
+            "imbalance": float(f"{step.imbalance_factor:.6g}"),
+            "empty_clusters_split": int(step.nsplit),
+        }
+        return self._unit(faiss.vector_float_to_array(clustering.centroids).reshape(-1, dim)), statistics
+
+    def objective(self, centroids: np.ndarray, reported: float) -> float:
+        """What restarts are compared by: FAISS's sum, or for very many rows one that does not drift."""
+        if self.settings.restarts == 1 or len(self.rows) <= _MOST_ROWS_OF_A_FLOAT_SUM:
+            return reported
+        self.index.reset()
+        self.index.add(centroids)
+        blocks = (self.index.search(block, 1)[0] for block in float_blocks(self.rows, self.block))
+        return float(sum(distances.sum(dtype=np.float64) for distances in blocks))
+
+    def _unit(self, centroids: np.ndarray) -> np.ndarray:
+        """Spherical k-means normalises here, not inside FAISS, which would do so twice an iteration."""
+        if self.settings.metric == "cosine":
+            self.faiss.normalize_L2(centroids)
+        return centroids
+
+
+def block_rows(dim: int) -> int:
+    """Rows that are decoded at a time, up to 64 MiB of them; FAISS compares 4,096 at once."""
+    return int(np.clip((1 << 24) // dim // 4096, 1, 8)) * 4096
+
+
+def fixed_bytes(count: int, dim: int, k: int) -> int:
+    """Anonymous memory of k-means besides the rows: FAISS's order, assignments and distances; copies of centroids."""
+    return 16 * count + 6 * 4 * k * dim
+
+
+def float_blocks(rows: np.ndarray, block: int) -> Iterator[np.ndarray]:
+    """`rows` in float32, `block` at a time."""
+    for start in range(0, len(rows), block):
+        yield np.asarray(rows[start : start + block], dtype=np.float32)
+
+
+def _as_floats(rows: np.ndarray, block: int) -> np.ndarray:
+    floats = np.empty(rows.shape, dtype=np.float32)
+    for start in range(0, len(rows), block):
+        floats[start : start + block] = rows[start : start + block]
+    return floats
+
+
+def refuse_few_distinct(rows: np.ndarray, k: int) -> None:
+    """DataError if `rows` (n, dim) holds fewer than `k` different rows. Stops reading at the k-th."""
+    seen = set()
+    for start in range(0, len(rows), 4096):
+        # Adding zero makes the two zeros one.
+        for row in rows[start : start + 4096] + np.float16(0):
+            seen.add(hashlib.blake2b(row.tobytes(), digest_size=16).digest())
+        if len(seen) >= k:
+            return
+    raise DataError(
+        f"--k {k} is more than the {len(seen)} distinct features among the {len(rows)} patches of the sample; "
+        "use a smaller --k or more images."
+    )
+
+
+class _SavedState:
+    """The run in one file, replaced whole: a killed process leaves the last state or the one before."""
+
+    def __init__(self, path: Path | None, settings: KMeansSettings, shape: tuple[int, ...], about: str, every: float):
+        self.path, self.every = path, every
+        self.identity = {**asdict(settings), "shape": list(shape), "about": about}
+        self.saved = time.monotonic()
+
+    def load(self) -> KMeansRun:
+        if self.path is None or not self.path.exists():
+            return KMeansRun()
+        try:
+            with safe_open(self.path, "numpy") as file:
+                about = json.loads((file.metadata() or {}).get("run", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError):
+            about, tensors = {}, {}
+        if about.pop("identity", None) != self.identity:
+            say(f"{self.path} is of another k-means; starting over.")
+            return KMeansRun()
+        run = KMeansRun(**about, centroids=tensors.get("centroids"), current=tensors.get("current"))
+        say(f"k-means goes on after {sum(len(past) for past in run.history)} iterations.")
+        return run
+
+    def keep(self, run: KMeansRun, always: bool = False) -> None:
+        began = time.monotonic()
+        if self.path is None or not (always or began - self.saved >= self.every):
+            return
+        tensors = {name: getattr(run, name) for name in ("centroids", "current") if getattr(run, name) is not None}
+        about = {"history": run.history, "best": run.best, "best_objective": run.best_objective}
+        with written_whole(self.path) as partial:
+            save_file(tensors, partial, metadata={"run": json.dumps({**about, "identity": self.identity})})
+        self.saved = time.monotonic()
+        # Large codebooks on slow disks: at most a twentieth of the time goes into saving.
+        self.every = max(self.every, 20 * (self.saved - began)) if self.every else 0.0
