@@ -5,56 +5,56 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..shared.images import ImageRecord
 from ..shared.randomness import generator
 
 
 @dataclass(frozen=True)
 class PatchSample:
-    """A uniform sample without replacement over all patches of all images, as parallel arrays sorted by image.
+    """A uniform sample without replacement over all patches of all images.
 
-    `image` (n,) and `patch` (n,) name the patch, `row` (n,) is its place in the sample's random order: rows below
-    `train` are for training, the others are held out.
+    Every patch has a random number, its draw, from (seed, key); the sample is the patches whose draws are at most
+    `most`, in the order of their draws. Those up to `most_train` are for training, the others are held out. So each
+    image's share is known without the others: nothing depends on the order of images, batch size, workers or
+    processes, and a smaller sample is the beginning of a larger one.
     """
 
-    image: np.ndarray
-    patch: np.ndarray
-    row: np.ndarray
-    train: int
+    seed: int
+    patches_per_image: int
+    most_train: int
+    most: int
 
-    def __len__(self) -> int:
-        return len(self.row)
+    def of_image(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """The image's sampled patches (m,) int64 and their draws (m,) uint64."""
+        draws = _draws(self.seed, key, self.patches_per_image)
+        patches = np.flatnonzero(draws <= np.uint64(self.most))
+        return patches, draws[patches]
 
 
-def choose_images(records: Sequence[ImageRecord], max_images: int | None, seed: int) -> list[ImageRecord]:
-    """All images, or a seeded uniform subset of `max_images` in the source's order."""
-    if max_images is None or max_images >= len(records):
-        return list(records)
-    draws = np.array([generator(seed, "image sample", record.key).random() for record in records])
-    return [records[index] for index in np.sort(np.argsort(draws, kind="stable")[:max_images])]
+def choose_images(keys: Sequence[str], max_images: int | None, seed: int) -> list[str]:
+    """All keys, or a seeded uniform subset of `max_images` in the source's order."""
+    if max_images is None or max_images >= len(keys):
+        return list(keys)
+    draws = np.array([generator(seed, "image sample", key).random() for key in keys])
+    return [keys[index] for index in np.sort(np.argsort(draws, kind="stable")[:max_images])]
 
 
 def draw_sample(keys: Sequence[str], patches_per_image: int, train: int, held_out: int, seed: int) -> PatchSample:
-    """Draws `train + held_out` of the `len(keys) * patches_per_image` patches.
+    """Draws `train + held_out` of the `len(keys) * patches_per_image` patches, or all if there are fewer.
 
-    Each patch gets a random number from (seed, key) and the smallest win, so the sample does not depend on the order
-    of images, batch size, workers or processes. Memory: 16 bytes a sampled patch, and one block of images.
+    Memory: 8 bytes a sampled patch, and one block of images.
     """
-    wanted = train + held_out
+    wanted = min(train + held_out, len(keys) * patches_per_image)
     draws = np.empty(0, dtype=np.uint64)
-    places = np.empty(0, dtype=np.int64)
     block = max(1, (1 << 20) // patches_per_image)
     for start in range(0, len(keys), block):
-        some = keys[start : start + block]
-        new = [generator(seed, "patch sample", key).bit_generator.random_raw(patches_per_image) for key in some]
+        new = [_draws(seed, key, patches_per_image) for key in keys[start : start + block]]
         draws = np.concatenate([draws, *new])
-        first = start * patches_per_image
-        places = np.concatenate([places, np.arange(first, first + len(some) * patches_per_image)])
         if len(draws) > wanted:
-            smallest = np.argpartition(draws, wanted - 1)[:wanted]
-            draws, places = draws[smallest], places[smallest]
-    row = np.empty(len(draws), dtype=np.int64)
-    row[np.argsort(draws, kind="stable")] = np.arange(len(draws))
-    by_image = np.argsort(places, kind="stable")
-    image, patch = np.divmod(places[by_image], patches_per_image)
-    return PatchSample(image, patch, row[by_image], train)
+            draws.partition(wanted - 1)
+            draws = draws[:wanted].copy()
+    draws.sort()
+    return PatchSample(seed, patches_per_image, int(draws[min(train, wanted) - 1]), int(draws[wanted - 1]))
+
+
+def _draws(seed: int, key: str, count: int) -> np.ndarray:
+    return generator(seed, "patch sample", key).bit_generator.random_raw(count)
