@@ -59,7 +59,15 @@ def build_codebook(
     restarts: Annotated[int, typer.Option(help="Of k-means; the best one is kept.")] = 5,
     metric: Annotated[str, typer.Option(help="l2, or cosine (unit features, spherical k-means).")] = "l2",
     seed: Annotated[int, typer.Option(help="Of the sample and of k-means.")] = 0,
+    init: Annotated[str, typer.Option(help="First centroids: random, or k-means++.")] = "random",
     max_images: Annotated[int | None, typer.Option(help="Use a seeded subset of this many images.", min=1)] = None,
+    on_error: OnError = "stop",
+    features_cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the sampled features, for another K.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="For the sample and k-means, such as 8GB (default: 3/4 of what is free).")
+    ] = None,
     batch_size: BatchSize = 64,
     workers: Workers = None,
     device: Device = "auto",
@@ -82,7 +90,11 @@ def build_codebook(
         restarts=restarts,
         metric=metric,
         seed=seed,
+        init=init,
         max_images=max_images,
+        on_error=on_error,
+        features_cache=features_cache,
+        memory=memory,
         batch_size=batch_size,
         workers=workers,
         device=device,

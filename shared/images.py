@@ -38,9 +38,9 @@ class ImageRecord:
     label: int | None
 
 
-def keys_sha256(records: Iterable[ImageRecord]) -> str:
+def keys_sha256(keys: Iterable[str]) -> str:
     """Digest of a set of images by their keys, whatever their order."""
-    return hashlib.sha256("\n".join(sorted(record.key for record in records)).encode()).hexdigest()
+    return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
 
 
 @lru_cache(maxsize=32)

@@ -1,52 +1,37 @@
 """build-codebook: patch features of a frozen tower -> a uniform sample -> FAISS k-means -> a codebook artifact."""
 
+import gc
 import json
-import math
 import os
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..shared.codebook import MAX_K, Codebook, faiss_gpus, import_faiss, usage
-from ..shared.console import progress, say, table, working
-from ..shared.devices import choose_device, choose_workers, refuse_many_processes
+from ..shared.codebook import TOKEN_FIELDS, Codebook, faiss_gpus, import_faiss, usage
+from ..shared.console import say, table
+from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError, UsageError
-from ..shared.files import written_whole
-from ..shared.images import ImageRecord, keys_sha256
-from ..shared.sources import read_records
-from ..shared.views import CENTER
-from .extract import extract
+from ..shared.files import canonical_json, written_whole
+from ..shared.images import keys_sha256
+from ..shared.sources import Skipped, open_source
+from ..shared.world import World, joined_world
+from .encode_shards import ON_ERROR
+from .feature_cache import FeatureCache
+from .kmeans import KMeansRun, KMeansSettings, block_rows, float_blocks, refuse_little_memory, train_kmeans
+from .memory import memory_budget
 from .sample import PatchSample, choose_images, draw_sample
+from .sample_features import Sampler, Survey, survey
 from .towers import Tower, TowerSettings, open_tower
 
-METRICS = ("l2", "cosine")
 PATCHES_PER_CENTROID = 512
 _MOST_HELD_OUT = 65_536
 _HELD_OUT_SHARE = 0.05
-
-
-@dataclass(frozen=True)
-class KMeansSettings:
-    """How centroids are trained. Defaults are the paper's."""
-
-    k: int = 8192
-    iterations: int = 20
-    restarts: int = 5
-    metric: str = "l2"
-    seed: int = 0
-
-    def __post_init__(self):
-        if not 2 <= self.k <= MAX_K:
-            raise UsageError(f"--k {self.k} must lie between 2 and {MAX_K} (tokens are stored as uint16).")
-        if self.iterations < 1 or self.restarts < 1:
-            raise UsageError("--iterations and --restarts must be at least 1.")
-        if self.metric not in METRICS:
-            raise UsageError(f"--metric {self.metric} is unknown; choose {' or '.join(METRICS)}.")
 
 
 def build_codebook(
@@ -65,12 +50,19 @@ def build_codebook(
     restarts: int = 5,
     metric: str = "l2",
     seed: int = 0,
+    init: str = "random",
     max_images: int | None = None,
+    on_error: str = "stop",
+    features_cache: str | Path | None = None,
+    memory: str | None = None,
     batch_size: int = 64,
     workers: int | None = None,
     device: str = "auto",
 ) -> Codebook:
     """Trains a k-CLIP codebook (arXiv 2306.07346, section 3) and writes it to the folder `out`.
+
+    Under torchrun the source's shards are spread over the processes, and the first one trains; the codebook is the
+    same to the last byte. The same call goes on where a stopped one was, with any number of processes.
 
     Args:
         images: a tar, a folder, a brace pattern of tars, or a list of tars (see `shared.images.open_source`).
@@ -85,42 +77,46 @@ def build_codebook(
         k: number of centroids, at most 65,536.
         patches: how many patch features to sample; None is 512 a centroid, or all there are if fewer.
         iterations, restarts, metric, seed: of k-means; metric "cosine" means unit features and spherical k-means.
+        init: first centroids: "random" patches, or "k-means++".
         max_images: use only a seeded subset of this many images.
+        on_error: "stop" at what cannot be read, or "skip" it; the codebook lists what was skipped, and why.
+        features_cache: folder that keeps the sampled features, so that another K needs no second extraction.
+        memory: what the sample and k-means may take, such as "8GB"; None is three quarters of what is free. Features
+            that do not fit stay on disk.
         batch_size, workers, device: how to run; no influence on which patches are sampled.
 
     Raises:
-        UsageError for settings that cannot be, DataError for images, weights or a sample that do not suffice.
+        UsageError for settings that cannot be, DataError for images, weights, memory or a sample that do not suffice,
+        or a features cache of something else.
     """
-    refuse_many_processes()
     settings = TowerSettings(tower, pretrained, image_size, layer, final_norm, precision)
-    kmeans = KMeansSettings(k, iterations, restarts, metric, seed)
-    import_faiss()
-    records = read_records(images)
-    chosen = choose_images(records, max_images, seed)
-    out = Path(out)
-    request = {**asdict(settings), **asdict(kmeans), "patches": patches, "keys_sha256": keys_sha256(chosen)}
-    if out.exists():
-        return _already_built(out, request)
-
-    device = choose_device(device)
-    opened = open_tower(settings, device)
-    say(
-        f"{tower}: {opened.grid[0]}x{opened.grid[1]} patches, {opened.dim} features, on {device}; {len(chosen)} images."
-    )
-    sample = _plan_sample(opened, chosen, patches, kmeans)
-    clock = _Clock()
-    features = _sample_features(opened, chosen, sample, batch_size, choose_workers(workers, device), metric)
-    clock.lap("extract")
-    train, held_out = features[: sample.train], features[sample.train :]
-    centroids, objective = _train_kmeans(train, kmeans)
-    clock.lap("k-means")
-    codebook = _describe(opened, kmeans, request, chosen, sample, centroids, objective, train, held_out)
-    clock.lap("statistics")
-    with written_whole(out) as partial:
-        codebook.save(partial)
-        (partial / "timings.json").write_text(json.dumps(clock.laps, indent=1) + "\n")
-    _summary(codebook, out)
-    return codebook
+    kmeans = KMeansSettings(k, iterations, restarts, metric, seed, init)
+    kmeans.check_faiss()
+    if on_error not in ON_ERROR:
+        raise UsageError(f"--on-error {on_error} is unknown; choose {' or '.join(ON_ERROR)}.")
+    memory_budget(memory)
+    skip, out, clock = on_error == "skip", Path(out), _Clock()
+    with joined_world() as world:
+        shards = open_source(images)
+        found = survey(shards, world, skip)
+        chosen = choose_images(found.all_keys(), max_images, seed)
+        request = {**asdict(settings), **asdict(kmeans), "patches": patches, "keys_sha256": keys_sha256(chosen)}
+        if world.from_first(lambda: _already_built(out, request)):
+            return Codebook.load(out)
+        opened = open_tower(settings, choose_device(device))
+        height, width = opened.grid
+        say(f"{tower}: {height}x{width} patches, {opened.dim} features, on {opened.device}; {len(chosen)} images.")
+        folder = Path(features_cache) if features_cache else _work_folder(out) / "features"
+        cache = FeatureCache(folder, opened.dim, mine=not features_cache)
+        plan = world.from_first(lambda: _plan(opened, found, chosen, patches, request, memory, cache))
+        some = None if len(chosen) == len(found.all_keys()) else frozenset(chosen)
+        processes = choose_workers(workers, opened.device.type)
+        sampler = Sampler(opened, plan.extracted, some, metric, skip, batch_size, processes)
+        sampler.fill(cache, shards, found, world)
+        clock.lap("extract")
+        opened = sampler = None  # the tower's memory is for k-means now
+        world.from_first(lambda: _train(out, plan, kmeans, cache, found, skip, memory, world, clock))
+        return Codebook.load(out)
 
 
 class _Clock:
@@ -134,9 +130,15 @@ class _Clock:
         self._last = now
 
 
-def _already_built(out: Path, request: dict[str, Any]) -> Codebook:
-    codebook = Codebook.load(out)
-    before = codebook.description["request"]
+def _work_folder(out: Path) -> Path:
+    """What is kept until the codebook is whole, so that the same command can go on."""
+    return out.with_name(f".{out.name}.work")
+
+
+def _already_built(out: Path, request: dict[str, Any]) -> bool:
+    if not out.exists():
+        return False
+    before = {"init": "random"} | Codebook.load(out).description["request"]
     changed = [name for name, value in request.items() if before.get(name) != value]
     if changed:
         raise UsageError(
@@ -144,142 +146,167 @@ def _already_built(out: Path, request: dict[str, Any]) -> Codebook:
             "choose another --out or delete it."
         )
     say(f"{out} already holds this codebook; nothing to do.")
-    return codebook
+    shutil.rmtree(_work_folder(out), ignore_errors=True)
+    return True
 
 
-def _plan_sample(
-    tower: Tower, records: Sequence[ImageRecord], patches: int | None, kmeans: KMeansSettings
-) -> PatchSample:
-    per_image = tower.grid[0] * tower.grid[1]
-    total = len(records) * per_image
+@dataclass(frozen=True)
+class _Plan:
+    """The sample of this codebook, the perhaps larger one that is extracted, and what the codebook's JSON says of it.
+
+    `identity` is what the features depend on.
+    """
+
+    sample: PatchSample
+    extracted: PatchSample
+    images: int
+    tower: dict[str, Any]
+    identity: dict[str, Any]
+    request: dict[str, Any]
+
+
+def _plan(
+    tower: Tower,
+    found: Survey,
+    chosen: Sequence[str],
+    patches: int | None,
+    request: dict[str, Any],
+    memory: str | None,
+    cache: FeatureCache,
+) -> _Plan:
+    """Draws the sample and prepares the folder of its features, if there is enough of everything."""
+    k, seed, per_image = request["k"], request["seed"], tower.grid[0] * tower.grid[1]
+    total = len(chosen) * per_image
     held_out = min(_MOST_HELD_OUT, int(total * _HELD_OUT_SHARE))
-    train = min(patches or PATCHES_PER_CENTROID * kmeans.k, total - held_out)
-    if kmeans.k > train:
+    train = min(patches or PATCHES_PER_CENTROID * k, total - held_out)
+    if k > train:
         raise DataError(
-            f"--k {kmeans.k} is larger than the sample: {len(records)} images x {per_image} patches, less {held_out} "
+            f"--k {k} is larger than the sample: {len(chosen)} images x {per_image} patches, less {held_out} "
             f"held out, capped by --patches, leave {train} patches; use a smaller --k or more images or patches."
         )
-    needed = (train + held_out) * tower.dim * 4
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > free:
-        raise DataError(
-            f"The sample does not fit in memory: ({train} + {held_out} held out) patches x {tower.dim} x 4 bytes "
-            f"= {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; use a smaller --patches."
-        )
-    return draw_sample([record.key for record in records], per_image, train, held_out, kmeans.seed)
+    refuse_little_memory(train, tower.dim, k, memory_budget(memory))
+    sample = draw_sample(chosen, per_image, train, held_out, seed)
+    about = {**tower.description(), "metric": request["metric"]}
+    identity = {name: about[name] for name in TOKEN_FIELDS} | {"seed": seed, "keys_sha256": request["keys_sha256"]}
+    most = cache.begin(identity, found.shards_sha256(), sample.most, train + held_out)
+    return _Plan(sample, replace(sample, most=most), len(chosen), tower.description(), identity, request)
 
 
-def _sample_features(
-    tower: Tower, records: Sequence[ImageRecord], sample: PatchSample, batch_size: int, workers: int, metric: str
-) -> np.ndarray:
-    """The sampled features (train + held out, dim) float32, in the sample's order. Unsampled images are not decoded."""
-    features = np.empty((len(sample), tower.dim), dtype=np.float32)
-    needed = np.unique(sample.image)
-    starts = np.searchsorted(sample.image, needed, side="left")
-    ends = np.searchsorted(sample.image, needed, side="right")
-    done = 0
-    with progress("extracting features", len(needed)) as advance:
-        for batch in extract(tower, [records[index] for index in needed], CENTER, batch_size, workers, metric):
-            for image in batch.features[:, 0]:
-                picked = slice(starts[done], ends[done])
-                features[sample.row[picked]] = image[sample.patch[picked]]
-                done += 1
-            advance(len(batch.features))
-    return features
+def _train(
+    out: Path,
+    plan: _Plan,
+    kmeans: KMeansSettings,
+    cache: FeatureCache,
+    found: Survey,
+    skip: bool,
+    memory: str | None,
+    world: World,
+    clock: _Clock,
+) -> None:
+    """From the features to the codebook's folder, in the first process."""
+    unreadable = cache.skipped()
+    if unreadable and not skip:
+        key, reason = unreadable[0]
+        raise DataError(f"{cache.path} was filled with --on-error skip and lacks image {key!r} ({reason}).")
+    rows = cache.features(plan.sample.most)
+    train = cache.features(plan.sample.most_train)
+    if len(train) < kmeans.k:
+        raise DataError(f"--k {kmeans.k} is more than the {len(train)} patches that could be read; use a smaller --k.")
+    gc.collect()  # the tower goes, and with it what memory it had
+    _use_all_cores(world)
+    work = _work_folder(out)
+    work.mkdir(parents=True, exist_ok=True)
+    of_what = canonical_json({**plan.identity, "most": plan.sample.most_train})
+    state = work / "kmeans.safetensors"
+    run = train_kmeans(train, kmeans, memory=memory_budget(memory), state=state, about=of_what)
+    clock.lap("k-means")
+    skipped = [*found.skipped, *unreadable]
+    codebook = _describe(plan, kmeans, run, train, rows[len(train) :], skipped, len(unreadable))
+    clock.lap("statistics")
+    with written_whole(out) as partial:
+        codebook.save(partial)
+        (partial / "timings.json").write_text(json.dumps(clock.laps, indent=1) + "\n")
+    shutil.rmtree(work)
+    _summary(codebook, out)
 
 
-def _train_kmeans(features: np.ndarray, settings: KMeansSettings) -> tuple[np.ndarray, list[list[float]]]:
-    """FAISS k-means: centroids (K, dim) float32 and the objective of each iteration of each restart up to the best one.
-
-    FAISS keeps the statistics until the restart that won, which is the last of the list.
-    """
-    faiss = import_faiss()
-    gpu = faiss_gpus() > 0
-    where = f"{faiss_gpus()} GPU(s)" if gpu else "the CPU (no GPU, or the CPU build of FAISS)"
-    kmeans = faiss.Kmeans(
-        features.shape[1],
-        settings.k,
-        niter=settings.iterations,
-        nredo=settings.restarts,
-        seed=settings.seed,
-        spherical=settings.metric == "cosine",
-        gpu=gpu,
-        # FAISS would otherwise subsample without a word at 256 points a centroid.
-        max_points_per_centroid=math.ceil(len(features) / settings.k) + 1,
-        min_points_per_centroid=1,
-    )
-    with working(f"k-means on {where}: K={settings.k}, {len(features)} patches, {settings.restarts} restarts"):
-        kmeans.train(features)
-    objective = [float(step["obj"]) for step in kmeans.iteration_stats]
-    runs = [objective[at : at + settings.iterations] for at in range(0, len(objective), settings.iterations)]
-    return np.ascontiguousarray(kmeans.centroids, dtype=np.float32), runs
+def _use_all_cores(world: World) -> None:
+    """torchrun gives each of its processes one thread; now that the others wait, the first one may have all."""
+    if world.size > 1 and hasattr(os, "sched_getaffinity"):
+        import_faiss().omp_set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def _describe(
-    tower: Tower,
+    plan: _Plan,
     kmeans: KMeansSettings,
-    request: dict[str, Any],
-    records: Sequence[ImageRecord],
-    sample: PatchSample,
-    centroids: np.ndarray,
-    objective: list[list[float]],
+    run: KMeansRun,
     train: np.ndarray,
     held_out: np.ndarray,
+    skipped: Skipped,
+    unreadable: int,
 ) -> Codebook:
-    draft = Codebook(centroids, np.zeros(kmeans.k, dtype=np.int64), {})
-    tokens, train_distances = draft.assign(train)
-    counts = np.bincount(tokens, minlength=kmeans.k)
-    held_out_tokens, distances = draft.assign(held_out)
+    draft = Codebook(run.centroids, np.zeros(kmeans.k, dtype=np.int64), {})
+    counts, distance = _assign(draft, train)
+    held_out_counts, held_out_distance = _assign(draft, held_out)
     description = {
-        **tower.description(),
+        **plan.tower,
         **asdict(kmeans),
         "faiss_device": "gpu" if faiss_gpus() else "cpu",
-        "objective": objective,
+        **run.statistics(),
         "sample": {
-            "images": len(records),
-            "patches": sample.train,
+            "images": plan.images - unreadable,
+            "patches": len(train),
             "held_out": len(held_out),
-            "keys_sha256": request["keys_sha256"],
+            "keys_sha256": plan.request["keys_sha256"],
             "drawn": "uniform over all patches, without replacement: the smallest draws by (seed, key)",
+            "stored_as": "float16",
+            "skipped": [list(pair) for pair in skipped],
         },
-        "training": {**usage(counts), "mean_squared_distance": float(train_distances.mean())},
-        "held_out": {
-            **usage(np.bincount(held_out_tokens, minlength=kmeans.k)),
-            "mean_squared_distance": float(distances.mean()) if len(distances) else None,
-        },
-        "request": request,
+        "training": {**usage(counts), "imbalance": _imbalance(counts), "mean_squared_distance": distance},
+        "held_out": {**usage(held_out_counts), "mean_squared_distance": held_out_distance},
+        "request": plan.request,
         "versions": {name: version(name) for name in ("torch", "open_clip_torch", "timm", "numpy", "pillow")}
         | {"faiss": import_faiss().__version__},
     }
-    return Codebook(centroids, counts.astype(np.int64), description)
+    return Codebook(run.centroids, counts, description)
+
+
+def _assign(codebook: Codebook, rows: np.ndarray) -> tuple[np.ndarray, float | None]:
+    """How many of `rows` each code wins (K,) int64, and their mean squared distance; block by block."""
+    counts, total = np.zeros(codebook.k, dtype=np.int64), 0.0
+    for block in float_blocks(rows, block_rows(rows.shape[1])):
+        tokens, distances = codebook.assign(block)
+        counts += np.bincount(tokens, minlength=codebook.k)
+        total += distances.sum(dtype=np.float64)
+    return counts, float(total / len(rows)) if len(rows) else None
+
+
+def _imbalance(counts: np.ndarray) -> float:
+    """FAISS's imbalance factor: 1 if all codes are used equally often, K if one has all."""
+    return float(len(counts) * (counts.astype(np.float64) ** 2).sum() / counts.sum() ** 2)
 
 
 def _summary(codebook: Codebook, out: Path) -> None:
     about = codebook.description
-    best = (
-        min(about["objective"], key=lambda run: run[-1])
-        if about["metric"] == "l2"
-        else max(about["objective"], key=lambda run: run[-1])
-    )
-    opened, training, held_out = about["preprocess"], about["training"], about["held_out"]
-    table(
-        "Codebook",
-        [
-            (
-                "tower",
-                f"{about['tower']} (layer {about['layer']}, {opened['image_size']} px, {about['precision']})",
-            ),
-            ("images seen", f"{about['sample']['images']:,}"),
-            ("patches sampled", f"{about['sample']['patches']:,} (+ {about['sample']['held_out']:,} held out)"),
-            (
-                "k-means",
-                f"K={about['k']}, {about['metric']}, {about['restarts']} restarts, on {about['faiss_device'].upper()}",
-            ),
-            ("objective per iteration", " ".join(f"{value:.4g}" for value in best)),
-            ("codes used / dead", f"{training['used']} / {training['dead']}"),
-            ("perplexity, training", f"{training['perplexity']:.1f} of {about['k']}"),
-            ("perplexity, held out", f"{held_out['perplexity']:.1f} of {about['k']} ({held_out['used']} codes used)"),
-            ("fingerprint", codebook.fingerprint),
-            ("written to", str(out)),
-        ],
-    )
+    opened, training, held_out, best = (about[n] for n in ("preprocess", "training", "held_out", "best_restart"))
+    how = f"K={about['k']}, {about['metric']}, {about['restarts']} restarts, on {about['faiss_device'].upper()}"
+    split = sum(sum(run) for run in about["empty_clusters_split"])
+    sample = about["sample"]
+    rows = [
+        ("tower", f"{about['tower']} (layer {about['layer']}, {opened['image_size']} px, {about['precision']})"),
+        ("images seen", f"{sample['images']:,}"),
+        ("patches sampled", f"{sample['patches']:,} (+ {sample['held_out']:,} held out)"),
+        ("k-means", how),
+        ("objective per iteration", " ".join(f"{value:.4g}" for value in about["objective"][best])),
+        ("empty clusters split", f"{split} in all restarts, {about['empty_clusters_split'][best][-1]} at the end"),
+        ("codes used / dead", f"{training['used']} / {training['dead']}"),
+        ("imbalance", f"{training['imbalance']:.3g} (1 is even)"),
+        ("perplexity, training", f"{training['perplexity']:.1f} of {about['k']}"),
+        ("perplexity, held out", f"{held_out['perplexity']:.1f} of {about['k']} ({held_out['used']} codes used)"),
+        ("fingerprint", codebook.fingerprint),
+        ("written to", str(out)),
+    ]
+    if sample["skipped"]:
+        key, reason = sample["skipped"][0]
+        rows.append(("skipped", f"{len(sample['skipped'])}, the first is {key or '(no key)'}: {reason}"))
+    table("Codebook", rows)

@@ -148,14 +148,8 @@ class _Steps:
         self.rows, self.settings = rows, settings
         count, dim = rows.shape
         self.block = block_rows(dim)
-        fixed = fixed_bytes(count, dim, settings.k)
-        needed = fixed + self.block * dim * 4
-        if needed > memory:
-            raise DataError(
-                f"--memory {as_text(memory)} is too little: k-means of {count} patches x {dim} features and "
-                f"K={settings.k} needs {as_text(needed)} even out of core; give more, or use fewer --patches."
-            )
-        self.in_memory = fixed + rows.size * 4 <= memory
+        refuse_little_memory(count, dim, settings.k, memory)
+        self.in_memory = fixed_bytes(count, dim, settings.k) + rows.size * 4 <= memory
         self.floats = _as_floats(rows, self.block) if self.in_memory else None
         self.index = self.faiss.IndexFlatL2(dim) if settings.metric == "l2" else self.faiss.IndexFlatIP(dim)
         if faiss_gpus():
@@ -185,8 +179,8 @@ class _Steps:
         some = self.rows[: SEEDING_ROWS_PER_CENTROID * k]
         if self.floats is None and some.size * 4 + fixed_bytes(len(self.rows), dim, k) > self.memory:
             raise DataError(
-                f"--memory {as_text(self.memory)} is too little for --init k-means++, which holds {len(some)} patches x "
-                f"{dim} features ({as_text(some.size * 4)}); give more, or use --init random."
+                f"--memory {as_text(self.memory)} is too little for --init k-means++, which holds {len(some)} patches "
+                f"x {dim} features ({as_text(some.size * 4)}); give more, or use --init random."
             )
         floats = np.ascontiguousarray(some, dtype=np.float32) if self.floats is None else self.floats[: len(some)]
         chosen = self.faiss.ClusteringInitialization(dim, k)
@@ -246,6 +240,21 @@ def block_rows(dim: int) -> int:
 def fixed_bytes(count: int, dim: int, k: int) -> int:
     """Anonymous memory of k-means besides the rows: FAISS's order, assignments and distances; copies of centroids."""
     return 16 * count + 6 * 4 * k * dim
+
+
+def least_bytes(count: int, dim: int, k: int) -> int:
+    """What k-means needs out of core."""
+    return fixed_bytes(count, dim, k) + block_rows(dim) * dim * 4
+
+
+def refuse_little_memory(count: int, dim: int, k: int, memory: int) -> None:
+    """DataError if not even k-means out of core of `count` rows fits in `memory` bytes."""
+    needed = least_bytes(count, dim, k)
+    if needed > memory:
+        raise DataError(
+            f"--memory {as_text(memory)} is too little: k-means of {count} patches x {dim} features and K={k} needs "
+            f"{as_text(needed)} even out of core; give more, or use fewer --patches."
+        )
 
 
 def float_blocks(rows: np.ndarray, block: int) -> Iterator[np.ndarray]:

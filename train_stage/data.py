@@ -40,7 +40,7 @@ class TokenisedImages:
     @cached_property
     def keys_sha256(self) -> str:
         """Which images these are; computed once, as every checkpoint states it."""
-        return keys_sha256(self.records)
+        return keys_sha256(record.key for record in self.records)
 
 
 def join(images: str | Path | list[str | Path], store: TokenStore, skip_missing: bool = False) -> TokenisedImages:

@@ -1,6 +1,5 @@
 """k-means is FAISS's own, in memory and out of core, and goes on after a kill to the same bytes."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import faiss
 import numpy as np
 import pytest
 from mapet.shared.errors import DataError, UsageError
-from mapet.tokenize_stage.kmeans import KMeansSettings, block_rows, fixed_bytes, refuse_few_distinct, train_kmeans
+from mapet.tokenize_stage.kmeans import KMeansSettings, fixed_bytes, least_bytes, refuse_few_distinct, train_kmeans
 
 SETTINGS = KMeansSettings(k=40, iterations=6, restarts=3, seed=5)
 PLENTY = 1 << 30
@@ -46,7 +45,7 @@ def bare(rows: np.ndarray, settings: KMeansSettings, **more) -> faiss.Kmeans:
 
 def too_little(rows: np.ndarray, k: int) -> int:
     """The least memory that k-means accepts, which does not hold these rows in float32."""
-    least = fixed_bytes(*rows.shape, k) + block_rows(rows.shape[1]) * rows.shape[1] * 4
+    least = least_bytes(*rows.shape, k)
     assert least < fixed_bytes(*rows.shape, k) + rows.size * 4
     return least
 
@@ -134,17 +133,21 @@ def test_stopped_anywhere_it_goes_on_to_the_same_result(tmp_path: Path, monkeypa
 
 
 CHILD = """
-import sys, numpy as np
+import sys
+from pathlib import Path
+import numpy as np
 from mapet.tokenize_stage.kmeans import KMeansSettings, train_kmeans
+
 rows = np.memmap(sys.argv[1], dtype=np.float16, mode="r").reshape(-1, 24)
-train_kmeans(rows, KMeansSettings(k=300, iterations=200, restarts=2), memory=1 << 30, state=sys.argv[2] and __import__("pathlib").Path(sys.argv[2]), save_seconds=0)
+settings = KMeansSettings(k=300, iterations=200, restarts=2)
+train_kmeans(rows, settings, memory=1 << 30, state=Path(sys.argv[2]), save_seconds=0)
 """
 
 
 def test_a_kill_leaves_a_state_to_go_on_from(tmp_path: Path):
     settings = KMeansSettings(k=300, iterations=200, restarts=2)
     rows, state = on_disk(sample(20_000), tmp_path / "rows"), tmp_path / "state"
-    child = subprocess.Popen([sys.executable, "-c", CHILD, tmp_path / "rows", state], env={**os.environ})
+    child = subprocess.Popen([sys.executable, "-c", CHILD, tmp_path / "rows", state])
     until = time.monotonic() + 60
     while not state.exists() and time.monotonic() < until and child.poll() is None:
         time.sleep(0.01)

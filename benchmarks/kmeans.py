@@ -1,0 +1,205 @@
+"""k-means against bare faiss.Kmeans, and its memory out of core. Prints one JSON line a figure.
+
+python benchmarks/kmeans.py time                  # in memory and out of core / bare faiss.Kmeans, wall time
+python benchmarks/kmeans.py memory --folder DIR   # 20 M x 64 under --memory 1GB against in memory (2.6 GB of disk)
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import faiss
+import numpy as np
+import typer
+from mapet.tokenize_stage.kmeans import (
+    KMeansSettings,
+    block_rows,
+    fixed_bytes,
+    float_blocks,
+    least_bytes,
+    train_kmeans,
+)
+from mapet.tokenize_stage.memory import memory_budget
+
+app = typer.Typer(pretty_exceptions_enable=False)
+_BLOCK = 1 << 18
+
+
+def write_rows(path: Path, count: int, dim: int) -> None:
+    """Overlapping clusters in fp16, in random order."""
+    random = np.random.default_rng(0)
+    centers = random.standard_normal((4096, dim), dtype=np.float32)
+    with open(path, "wb") as file:
+        for start in range(0, count, _BLOCK):
+            some = min(_BLOCK, count - start)
+            rows = centers[random.integers(0, len(centers), some)]
+            rows += 0.7 * random.standard_normal((some, dim), dtype=np.float32)
+            file.write(rows.astype(np.float16).tobytes())
+
+
+def open_rows(path: Path, dim: int) -> np.ndarray:
+    return np.memmap(path, dtype=np.float16, mode="r").reshape(-1, dim)
+
+
+def seconds(step: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+@app.command("time")
+def compare_time(
+    count: int = 1 << 18,
+    dim: int = 256,
+    k: int = 512,
+    iterations: int = 10,
+    restarts: int = 1,
+    pairs: int = 5,
+    threads: int = 2,
+) -> None:
+    """Ours / faiss.Kmeans on the same array, interleaved; ours starts from the fp16 rows, FAISS from float32 ones."""
+    faiss.omp_set_num_threads(threads)
+    settings = KMeansSettings(k=k, iterations=iterations, restarts=restarts)
+    least = least_bytes(count, dim, k)
+    if least >= fixed_bytes(count, dim, k) + 4 * count * dim:
+        sys.exit("The sample is smaller than one block; give a larger --count.")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows")
+        write_rows(path, count, dim)
+        rows = open_rows(path, dim)
+        floats = rows.astype(np.float32)
+
+        def bare() -> faiss.Kmeans:
+            most = math.ceil(count / k) + 1
+            kmeans = faiss.Kmeans(
+                dim,
+                k,
+                niter=iterations,
+                nredo=restarts,
+                seed=0,
+                max_points_per_centroid=most,
+                min_points_per_centroid=1,
+            )
+            kmeans.train(floats)
+            return kmeans
+
+        ours = {
+            "in memory": lambda: train_kmeans(rows, settings, memory=1 << 40, state=Path(folder, "state")),
+            "out of core": lambda: train_kmeans(rows, settings, memory=least, state=Path(folder, "state")),
+        }
+        reference = bare()
+        for name, step in ours.items():
+            run = step()
+            times = []
+            for _ in range(pairs):
+                Path(folder, "state").unlink()  # it says that all is done
+                times.append((seconds(step), seconds(bare)))
+            figure = {
+                "figure": f"k-means {name} / bare faiss.Kmeans, wall time",
+                "ratio_median": round(statistics.median(a / b for a, b in times), 3),
+                "ours_seconds": round(statistics.median(a for a, _ in times), 3),
+                "faiss_seconds": round(statistics.median(b for _, b in times), 3),
+                "same_centroids": bool(np.array_equal(run.centroids, reference.centroids)),
+                "objective_ratio": round(run.best_objective / float(reference.obj[-1]), 6),
+            }
+            about = {"count": count, "dim": dim, "k": k, "iterations": iterations, "restarts": restarts}
+            say({**figure, "target": "at most 1.05 in memory", **about, "threads": threads, "pairs": pairs})
+        say({"figure": "decoding one fp16 row", **decode_cost(rows)})
+
+
+def decode_cost(rows: np.ndarray) -> dict:
+    """ns a row: in blocks, as for the search, and one by one, as for the sums."""
+    dim = rows.shape[1]
+    codec = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16)
+    codes = rows[: block_rows(dim)].view(np.uint8)
+    times = [seconds(lambda: codec.sa_decode(codes)) for _ in range(10)]
+    one = [seconds(lambda: [codec.sa_decode(codes[:1]) for _ in range(1000)]) for _ in range(3)]
+    return {
+        "dim": dim,
+        "in_blocks_ns": round(1e9 * statistics.median(times) / len(codes)),
+        "one_by_one_ns_from_python": round(1e6 * statistics.median(one)),
+    }
+
+
+@app.command("memory")
+def compare_memory(
+    count: int = 20_000_000,
+    dim: int = 64,
+    k: int = 1024,
+    iterations: int = 10,
+    memory: str = "1GB",
+    threads: int = 2,
+    folder: Annotated[Path | None, typer.Option(help="Where the sample is written for a while.")] = None,
+) -> None:
+    """Peak anonymous memory and exact objective, out of core and in memory, each in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        path = Path(scratch, "rows")
+        write_rows(path, count, dim)
+        found = {}
+        for name, budget in (("out of core", memory), ("in memory", "1TB")):
+            options = [path, dim, k, iterations, budget, threads]
+            child = subprocess.run(
+                [sys.executable, __file__, "child", *map(str, options)], check=True, stdout=subprocess.PIPE, text=True
+            )
+            found[name] = json.loads(child.stdout)
+    about = {"count": count, "dim": dim, "k": k, "iterations": iterations, "memory": memory, "threads": threads}
+    ratio = found["out of core"]["objective"] / found["in memory"]["objective"]
+    figure = {"figure": "k-means out of core / in memory", "objective_ratio": round(ratio, 6), **found}
+    say({**figure, "target": "under 1500 MB of anonymous memory out of core, objective within 1 %", **about})
+
+
+@app.command("child", hidden=True)
+def child(path: Path, dim: int, k: int, iterations: int, memory: str, threads: int) -> None:
+    faiss.omp_set_num_threads(threads)
+    rows, settings = open_rows(path, dim), KMeansSettings(k=k, iterations=iterations, restarts=1)
+    with peak_of_anonymous_memory() as peak:
+        began = time.perf_counter()
+        run = train_kmeans(rows, settings, memory=memory_budget(memory))
+        took = time.perf_counter() - began
+    index = faiss.IndexFlatL2(dim)
+    index.add(run.centroids)
+    sums = (index.search(block, 1)[0].sum(dtype=np.float64) for block in float_blocks(rows, block_rows(dim)))
+    # FAISS's own figure is a float32 sum, which drifts over so many rows.
+    exact = float(sum(sums))
+    say({"peak_anonymous_mb": round(max(peak) / 1e6), "objective": exact, "seconds": round(took, 1)})
+
+
+@contextmanager
+def peak_of_anonymous_memory() -> Iterator[list[int]]:
+    """Bytes of RssAnon of this process, read twenty times a second."""
+    seen, stop = [anonymous_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.05):
+            seen.append(anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        watcher.join()
+        seen.append(anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+def say(figure: dict) -> None:
+    print(json.dumps(figure), flush=True)
+
+
+if __name__ == "__main__":
+    app()
