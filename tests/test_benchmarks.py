@@ -25,6 +25,28 @@ def test_the_step_and_its_dense_mask_reference_have_the_same_loss():
     assert 0 < figure["bytes_ratio"] < 1
 
 
+def test_kmeans_and_bare_faiss_find_the_same_centroids():
+    options = "time --count 40000 --dim 64 --k 32 --iterations 3 --pairs 1 --threads 1"
+    result = benchmark("kmeans.py", *options.split())
+    assert result.returncode == 0, result.stderr
+    inside, outside, decoding = map(json.loads, result.stdout.splitlines())
+    for figure in (inside, outside):
+        assert figure["objective_ratio"] == pytest.approx(1, rel=1e-5)
+        assert figure["same_centroids"]
+    assert decoding["in_blocks_ns"] > 0
+
+
+def test_kmeans_out_of_core_holds_less_memory_and_finds_the_same(tmp_path: Path):
+    options = "memory --count 300000 --k 32 --iterations 2 --memory 60MB --threads 1 --folder"
+    result = benchmark("kmeans.py", *options.split(), str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    figure = json.loads(result.stdout)
+    assert figure["objective_ratio"] == pytest.approx(1, rel=1e-5)
+    # The rows in float32 are 77 MB.
+    assert figure["in memory"]["peak_anonymous_mb"] - figure["out of core"]["peak_anonymous_mb"] > 50
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says something else where there is a GPU")
 def test_the_gpu_check_is_refused_in_one_sentence_without_a_gpu():
     result = benchmark("gpu_check.py")
