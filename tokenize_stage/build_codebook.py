@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..shared.codebook import TOKEN_FIELDS, Codebook, faiss_gpus, import_faiss, usage
-from ..shared.console import say, table
+from ..shared.console import say, table, working
 from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError, UsageError
 from ..shared.files import canonical_json, written_whole
@@ -108,7 +108,7 @@ def build_codebook(
         say(f"{tower}: {height}x{width} patches, {opened.dim} features, on {opened.device}; {len(chosen)} images.")
         folder = Path(features_cache) if features_cache else _work_folder(out) / "features"
         cache = FeatureCache(folder, opened.dim, mine=not features_cache)
-        plan = world.from_first(lambda: _plan(opened, found, chosen, patches, request, memory, cache))
+        plan = world.from_first(lambda: _plan(opened, found, chosen, patches, kmeans, request, memory, cache))
         some = None if len(chosen) == len(found.all_keys()) else frozenset(chosen)
         processes = choose_workers(workers, opened.device.type)
         sampler = Sampler(opened, plan.extracted, some, metric, skip, batch_size, processes)
@@ -170,12 +170,13 @@ def _plan(
     found: Survey,
     chosen: Sequence[str],
     patches: int | None,
+    kmeans: KMeansSettings,
     request: dict[str, Any],
     memory: str | None,
     cache: FeatureCache,
 ) -> _Plan:
     """Draws the sample and prepares the folder of its features, if there is enough of everything."""
-    k, seed, per_image = request["k"], request["seed"], tower.grid[0] * tower.grid[1]
+    k, per_image = kmeans.k, tower.grid[0] * tower.grid[1]
     total = len(chosen) * per_image
     held_out = min(_MOST_HELD_OUT, int(total * _HELD_OUT_SHARE))
     train = min(patches or PATCHES_PER_CENTROID * k, total - held_out)
@@ -184,10 +185,14 @@ def _plan(
             f"--k {k} is larger than the sample: {len(chosen)} images x {per_image} patches, less {held_out} "
             f"held out, capped by --patches, leave {train} patches; use a smaller --k or more images or patches."
         )
-    refuse_little_memory(train, tower.dim, k, memory_budget(memory))
-    sample = draw_sample(chosen, per_image, train, held_out, seed)
-    about = {**tower.description(), "metric": request["metric"]}
-    identity = {name: about[name] for name in TOKEN_FIELDS} | {"seed": seed, "keys_sha256": request["keys_sha256"]}
+    refuse_little_memory(train, tower.dim, kmeans, memory_budget(memory))
+    with working("drawing the sample"):
+        sample = draw_sample(chosen, per_image, train, held_out, kmeans.seed)
+    about = {**tower.description(), "metric": kmeans.metric}
+    identity = {name: about[name] for name in TOKEN_FIELDS} | {
+        "seed": kmeans.seed,
+        "keys_sha256": request["keys_sha256"],
+    }
     most = cache.begin(identity, found.shards_sha256(), sample.most, train + held_out)
     return _Plan(sample, replace(sample, most=most), len(chosen), tower.description(), identity, request)
 

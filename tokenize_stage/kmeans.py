@@ -148,13 +148,12 @@ class _Steps:
         self.rows, self.settings = rows, settings
         count, dim = rows.shape
         self.block = block_rows(dim)
-        refuse_little_memory(count, dim, settings.k, memory)
+        refuse_little_memory(count, dim, settings, memory)
         self.in_memory = fixed_bytes(count, dim, settings.k) + rows.size * 4 <= memory
         self.floats = _as_floats(rows, self.block) if self.in_memory else None
         self.index = self.faiss.IndexFlatL2(dim) if settings.metric == "l2" else self.faiss.IndexFlatIP(dim)
         if faiss_gpus():
             self.index = self.faiss.index_cpu_to_all_gpus(self.index)
-        self.memory = memory
 
     @property
     def where(self) -> str:
@@ -177,11 +176,6 @@ class _Steps:
         k, dim = self.settings.k, self.rows.shape[1]
         # Rows are in random order, so that the first ones are a fair sample.
         some = self.rows[: SEEDING_ROWS_PER_CENTROID * k]
-        if self.floats is None and some.size * 4 + fixed_bytes(len(self.rows), dim, k) > self.memory:
-            raise DataError(
-                f"--memory {as_text(self.memory)} is too little for --init k-means++, which holds {len(some)} patches "
-                f"x {dim} features ({as_text(some.size * 4)}); give more, or use --init random."
-            )
         floats = np.ascontiguousarray(some, dtype=np.float32) if self.floats is None else self.floats[: len(some)]
         chosen = self.faiss.ClusteringInitialization(dim, k)
         chosen.method = self.faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
@@ -242,18 +236,20 @@ def fixed_bytes(count: int, dim: int, k: int) -> int:
     return 16 * count + 6 * 4 * k * dim
 
 
-def least_bytes(count: int, dim: int, k: int) -> int:
-    """What k-means needs out of core."""
-    return fixed_bytes(count, dim, k) + block_rows(dim) * dim * 4
+def least_bytes(count: int, dim: int, k: int, init: str = "random") -> int:
+    """What k-means needs out of core: all but the rows, and those of them that are in float32 at a time."""
+    seeding = 0 if init == "random" else min(count, SEEDING_ROWS_PER_CENTROID * k)
+    return fixed_bytes(count, dim, k) + max(block_rows(dim), seeding) * dim * 4
 
 
-def refuse_little_memory(count: int, dim: int, k: int, memory: int) -> None:
+def refuse_little_memory(count: int, dim: int, settings: KMeansSettings, memory: int) -> None:
     """DataError if not even k-means out of core of `count` rows fits in `memory` bytes."""
-    needed = least_bytes(count, dim, k)
+    needed = least_bytes(count, dim, settings.k, settings.init)
     if needed > memory:
+        other = "" if settings.init == "random" else ", or --init random"
         raise DataError(
-            f"--memory {as_text(memory)} is too little: k-means of {count} patches x {dim} features and K={k} needs "
-            f"{as_text(needed)} even out of core; give more, or use fewer --patches."
+            f"--memory {as_text(memory)} is too little: k-means of {count} patches x {dim} features and K={settings.k} "
+            f"needs {as_text(needed)} even out of core; give more, or use fewer --patches{other}."
         )
 
 

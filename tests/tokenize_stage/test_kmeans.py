@@ -102,6 +102,15 @@ def test_less_memory_than_out_of_core_needs_is_refused_with_the_arithmetic():
         train_kmeans(rows, SETTINGS, memory=999_999)
 
 
+def test_what_kmeans_plus_plus_looks_at_counts_as_memory():
+    rows, settings = sample(60_000), replace(SETTINGS, k=700, iterations=1, restarts=1, init="k-means++")
+    least = least_bytes(*rows.shape, 700, "k-means++")
+    assert least > least_bytes(*rows.shape, 700)
+    train_kmeans(rows, settings, memory=least)
+    with pytest.raises(DataError, match="or --init random"):
+        train_kmeans(rows, settings, memory=least - 1)
+
+
 class Stop(Exception):
     pass
 
