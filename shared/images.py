@@ -3,8 +3,9 @@
 import hashlib
 import io
 import os
-import struct
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LYING = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,26 +75,45 @@ def read_bytes(record: ImageRecord) -> bytes:
     return data
 
 
+@contextmanager
+def _explained(data: bytes, name: str) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            # Pillow's, about what it reads nevertheless: damaged EXIF, large images, palettes with alpha.
+            warnings.simplefilter("ignore")
+            yield
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(f"{name} is no JPEG, PNG or WebP image ({len(data)} bytes).") from None
+    except Exception as error:  # a decoder raises whatever the bytes lead it to
+        raise DataError(f"{name} cannot be decoded ({str(error).rstrip('.') or type(error).__name__}).") from None
+
+
 def decode(data: bytes, name: str) -> Image.Image:
     """Decodes JPEG, PNG or WebP bytes to an upright RGB image, EXIF rotation applied, the first frame if animated.
 
     Grey, palette, CMYK and 16-bit images become 8-bit RGB; alpha is dropped, as open_clip and torchvision do.
-    Raises DataError naming `name` if the bytes are not such an image.
+    Raises DataError naming `name` if the bytes are not such an image, or one of more pixels than Pillow allows.
     """
-    try:
+    with _explained(data, name):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
         # Not ImageOps.exif_transpose: it fails on EXIF that can be read but not be written back.
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
         image = image if turn is None else image.transpose(turn)
-    except UnidentifiedImageError:
-        raise DataError(f"{name} is no JPEG, PNG or WebP image ({len(data)} bytes).") from None
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise DataError(f"{name} cannot be decoded ({error}).") from None
-    if image.mode.startswith("I"):
-        # Pillow's own conversion of 16-bit grey clips at 255 instead of scaling.
-        image = Image.fromarray((np.asarray(image, dtype=np.uint32).clip(0, 65535) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+        if image.mode.startswith("I"):
+            # Pillow's own conversion of 16-bit grey clips at 255 instead of scaling.
+            image = Image.fromarray((np.asarray(image, dtype=np.uint32).clip(0, 65535) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def upright_size(data: bytes, name: str) -> tuple[int, int]:
+    """(width, height) of what `decode` would give, from the headers alone; DataError as there."""
+    with _explained(data, name):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        lies = image.getexif().get(ExifTags.Base.Orientation) in _LYING
+        return image.size[::-1] if lies else image.size
 
 
 def read_image(record: ImageRecord) -> tuple[Image.Image, bytes]:

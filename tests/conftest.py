@@ -1,7 +1,10 @@
 """Parts that many tests share: drawn pictures, a small real tower, a codebook, a token store. All real, all small."""
 
+import io
 import json
 import os
+import tarfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,3 +66,31 @@ def chain(tower: str, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     build_codebook(found.images, found.codebook, tower=tower, k=K, restarts=1, iterations=5)
     encode_shards(found.images, found.codebook, found.tokens, batch_size=16)
     return found
+
+
+def _write_tar(path: Path, files: dict[str, bytes] | Iterable[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items() if isinstance(files, dict) else files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_tar() -> Callable[..., Path]:
+    """write_tar(path, {name: bytes, ...} or [(name, bytes), ...])"""
+    return _write_tar
+
+
+def _write_folder(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+@pytest.fixture(scope="session")
+def write_folder() -> Callable[..., Path]:
+    """write_folder(root, {name: bytes, ...})"""
+    return _write_folder

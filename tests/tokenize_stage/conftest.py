@@ -1,31 +1,13 @@
 """More towers and folders than the shared chain has: real models, made once."""
 
-import io
 import json
 import shutil
-import tarfile
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
-
-
-def _write_tar(path: Path, files: Iterable[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
-
-
-@pytest.fixture(scope="session")
-def write_tar() -> Callable[..., Path]:
-    """write_tar(path, [(name, bytes), ...])"""
-    return _write_tar
 
 
 @pytest.fixture(scope="session")

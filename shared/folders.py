@@ -1,0 +1,100 @@
+"""Folders of images: which are in them, in shards of up to 1,000, and what is wrong with them."""
+
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from .errors import DataError
+from .images import ImageRecord
+from .keys import EXTENSIONS, OTHER_PICTURES, Skipped, key_of, plain, unfit_name
+
+FOLDER_SHARD_IMAGES = 1000
+Listed = ImageRecord | tuple[str, str]
+"""An image, or (key, reason) where one cannot be used."""
+
+
+def list_folder(root: Path) -> list[tuple[str, tuple[Listed, ...]]]:
+    """(name, images sorted by key) of each shard of a folder; DataError if there are none."""
+    pictures, closed = _walk(root)
+    listed: dict[str, Listed] = {folder: (plain(folder), reason) for folder, reason in closed}
+    names: dict[str, str] = {}
+    doubles: list[tuple[str, Listed]] = []
+    for name in pictures:
+        key = key_of(name)
+        if key in names:
+            reason = f"holds {names[key]!r} and {name!r}, which have the same key {key!r}; rename one"
+            doubles.append((key, (plain(key), reason)))
+        else:
+            names[key] = name
+            listed[key] = _look_at(root, name, key)
+    if not listed:
+        raise DataError(f"{root} holds neither tars nor images ({', '.join(EXTENSIONS)}).")
+    labels = _class_numbers(listed)
+    entries = [
+        (key, replace(entry, label=labels.get(key)) if isinstance(entry, ImageRecord) else entry)
+        for key, entry in listed.items()
+    ]
+    ordered = tuple(entry for _, entry in sorted(entries + doubles, key=lambda item: item[0]))
+    return [
+        (f"folder-{number:06d}", ordered[start : start + FOLDER_SHARD_IMAGES])
+        for number, start in enumerate(range(0, len(ordered), FOLDER_SHARD_IMAGES))
+    ]
+
+
+def _walk(root: Path) -> tuple[list[str], Skipped]:
+    """Names of all pictures under a folder, and (name with a slash, reason) of folders that cannot be looked into."""
+    names: list[str] = []
+    closed: Skipped = []
+
+    def note(error: OSError) -> None:
+        folder = f"{Path(error.filename).relative_to(root).as_posix()}/"
+        closed.append((folder, f"holds {folder!r}, a folder that cannot be listed ({error.strerror})"))
+
+    for directory, folders, files in os.walk(root, followlinks=True, onerror=note):
+        here = Path(directory)
+        for folder in [folder for folder in folders if _leads_back(here / folder)]:
+            folders.remove(folder)
+            name = f"{(here / folder).relative_to(root).as_posix()}/"
+            closed.append((name, f"holds {name!r}, a link to a folder that it lies in; remove it"))
+        for file in files:
+            extension = file.rpartition(".")[2].lower() if "." in file else ""
+            if extension in EXTENSIONS + OTHER_PICTURES and not file.startswith("."):
+                names.append((here / file).relative_to(root).as_posix())
+    return sorted(names), closed
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether a folder is a link to one of those that it lies in, so that following it would never end."""
+    if not folder.is_symlink():
+        return False
+    here, target = (os.path.join(os.path.realpath(path), "") for path in (folder.parent, folder))
+    return here.startswith(target)
+
+
+def _look_at(root: Path, name: str, key: str) -> Listed:
+    path = root / name
+    reason = unfit_name(name)
+    if reason:
+        return plain(key), reason
+    if name.rpartition(".")[2].lower() in OTHER_PICTURES:
+        return key, f"holds {name!r}, which is none of {', '.join(EXTENSIONS)}; convert it"
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return key, f"holds {name!r}, a link to nowhere; remove it or restore its target"
+    except OSError as error:
+        return key, f"holds {name!r}, which cannot be read ({error.strerror})"
+    if not stat.S_ISREG(status.st_mode):
+        return key, f"holds {name!r}, which is no plain file; remove it"
+    return ImageRecord(key, path, 0, status.st_size, None)
+
+
+def _class_numbers(keys: Iterable[str]) -> dict[str, int]:
+    """A label for every image if all of them lie in class folders: the folder's rank in sorted order."""
+    folders = {key: key.split("/")[0] if "/" in key else None for key in keys}
+    if None in folders.values():
+        return {}
+    number = {name: index for index, name in enumerate(sorted(set(folders.values())))}
+    return {key: number[name] for key, name in folders.items()}

@@ -1,0 +1,128 @@
+"""WebDataset tars: which images are in them, and what is wrong with them."""
+
+import tarfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from .images import ImageRecord
+from .keys import EXTENSIONS, OTHER_PICTURES, Skipped, key_of, plain, unfit_name
+
+_LONGEST_LABEL = 1024
+
+
+def index_tar(path: Path) -> tuple[list[ImageRecord], Skipped]:
+    """The images of a tar in its order, from headers alone, and (key, reason) of what in it cannot be used."""
+    problems: Skipped = []
+    found: dict[str, tarfile.TarInfo] = {}
+    classes: dict[str, tarfile.TarInfo] = {}
+    others: dict[str, str] = {}
+    for member in _members(path, problems):
+        key, extension = key_of(member.name), member.name.rpartition(".")[2].lower()
+        if member.name.rpartition("/")[2].startswith("."):
+            continue  # such as macOS's `._a.jpg` beside `a.jpg`; WebDataset gives such files no key
+        if extension in EXTENSIONS:
+            reason = unfit_name(member.name) or _unfit_kind(member)
+            if reason:
+                problems.append((plain(key), reason))
+            elif key in found:
+                problems.append((key, f"holds key {key!r} twice; keys must be unique"))
+            else:
+                found[key] = member
+        elif extension == "cls" and member.isfile():
+            classes[key] = member
+        elif extension in OTHER_PICTURES:
+            others[key] = member.name
+    for key, name in others.items():
+        if key not in found:
+            reason = f"holds {name!r}, which is none of {', '.join(EXTENSIONS)}; convert it"
+            problems.append((plain(key), reason))
+    if not found and not problems:
+        problems.append(("", f"holds no images ({', '.join(EXTENSIONS)}); give tars in WebDataset layout"))
+    labels = _read_labels(path, {key: classes[key] for key in found if key in classes}, problems)
+    records = [
+        ImageRecord(key, path, member.offset_data, member.size, labels.get(key))
+        for key, member in found.items()
+        if key not in classes or key in labels
+    ]
+    return records, problems
+
+
+def _unfit_kind(member: tarfile.TarInfo) -> str | None:
+    """Why a tar's member cannot be an image, or None."""
+    if member.issym() or member.islnk():
+        return f"holds {member.name!r}, a link to {member.linkname!r}; store the file itself"
+    if not member.isfile() or member.issparse():
+        return f"holds {member.name!r}, which is no plain file; store it as one"
+    return None
+
+
+def _members(path: Path, problems: Skipped) -> Iterator[tarfile.TarInfo]:
+    """What is in a tar but folders, from its headers, up to where it is cut or damaged."""
+    try:
+        whole = path.stat().st_size
+        with open(path, "rb") as file:
+            if whole == 0:
+                problems.append(("", "is empty (0 bytes); make or download it again"))
+                return
+            end = yield from _walk_headers(file, whole, problems)
+            if end is not None:
+                _check_end(file, end, problems)
+    except OSError as error:
+        problems.append(("", f"cannot be read ({error.strerror or error}); make it readable"))
+
+
+def _walk_headers(file: BinaryIO, whole: int, problems: Skipped) -> Generator[tarfile.TarInfo, None, int | None]:
+    """Yields the members; returns where they end, or None after a problem was told."""
+    before = -1
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if member.offset <= before or member.size < 0:
+                    problems.append(("", f"is damaged at byte {max(before, 0)}; make or download it again"))
+                    return None
+                if member.isfile() and member.offset_data + member.size > whole:
+                    reason = f"is truncated inside {member.name!r}; make or download it again"
+                    problems.append((plain(key_of(member.name)), reason))
+                    return None
+                before = member.offset
+                if not member.isdir():
+                    yield member
+            return tar.offset
+    except OSError:
+        raise
+    except Exception as error:  # tarfile raises whatever damaged headers lead it to
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        problems.append(("", f"is no readable tar ({reason}); give an uncompressed, whole tar"))
+        return None
+
+
+def _check_end(file: BinaryIO, end: int, problems: Skipped) -> None:
+    """A tar ends with blocks of zeros, but tarfile takes a cut or damaged header for the end too."""
+    file.seek(end)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        problems.append(("", f"is truncated or damaged at byte {end}; make or download it again"))
+        return
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
+            problems.append(
+                ("", f"goes on after its end at byte {end}, as two tars in one file do; pack its files anew")
+            )
+            return
+
+
+def _read_labels(path: Path, classes: dict[str, tarfile.TarInfo], problems: Skipped) -> dict[str, int]:
+    labels = {}
+    if not classes:
+        return labels
+    with open(path, "rb") as file:
+        for key, member in classes.items():
+            file.seek(member.offset_data)
+            text = file.read(min(member.size, _LONGEST_LABEL))
+            try:
+                labels[key] = int(np.int64(int(text)))
+            except (ValueError, OverflowError):
+                problems.append((key, f"holds {text[:20]!r} in {member.name!r}, not a class number"))
+    return labels
