@@ -1,16 +1,22 @@
 """Files that appear whole or not at all, and digests that prove what is in them."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .errors import DataError, UsageError
 
+_PARTIAL = ".partial"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SEAL = "sha256_of_the_rest"
 
 
@@ -43,20 +49,52 @@ def refuse_existing(out: Path) -> None:
 def written_whole(path: Path) -> Iterator[Path]:
     """Yields a hidden path to write a file or folder at; it takes its final name, synced, only if the block succeeds.
 
-    The hidden name is fixed, so that what a killed process left behind is overwritten by the next one.
+    The hidden name is fixed, so that what a killed process left behind is overwritten by the next one. Raises
+    DataError if the disk is full or `path` cannot be written for another reason.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    _remove(partial)
-    try:
-        yield partial
-        for file in (p for p in partial.rglob("*") if p.is_file()) if partial.is_dir() else [partial]:
-            _fsync(file)
-        os.replace(partial, path)
-        _fsync(path.parent)
-    except BaseException:
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    with _explained(path, partial):
+        path.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
-        raise
+        try:
+            yield partial
+            for file in (p for p in partial.rglob("*") if p.is_file()) if partial.is_dir() else [partial]:
+                _fsync(file)
+            os.replace(partial, path)
+            _fsync(path.parent)
+        except BaseException:
+            with suppress(OSError):  # a disk that cannot be written must not hide why
+                _remove(partial)
+            raise
+
+
+@contextmanager
+def _explained(path: Path, partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise _not_written(path, int(number[1]) if number else 0, str(error)) from None
+    except OSError as error:
+        # An error about another file, such as one that was read to write this one, speaks for itself.
+        about = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else partial
+        if isinstance(error, ConnectionError) or not (
+            about in (path, *path.parents) or partial in (about, *about.parents)
+        ):
+            raise
+        raise _not_written(path, error.errno or 0, str(error)) from None
+
+
+def _not_written(path: Path, number: int, text: str) -> DataError:
+    def shown(name: str) -> str:
+        while name.startswith(".") and name.endswith(_PARTIAL):
+            name = name[1:].removesuffix(_PARTIAL)
+        return name
+
+    place = Path(*map(shown, path.parts))  # one that is written whole may lie in another one
+    reason = os.strerror(number) if number else text
+    remedy = "make room" if number in _FULL else "make it writable or choose another place"
+    return DataError(f"{place} could not be written ({reason}); {remedy} and give the same command again.")
 
 
 def _remove(path: Path) -> None:

@@ -1,12 +1,17 @@
 """Files appear whole or not at all, and sealed JSON shows any change."""
 
+import errno
 import json
 import os
+import resource
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mapet.shared.codebook import TOKEN_FIELDS, Codebook
 from mapet.shared.errors import DataError
 from mapet.shared.files import canonical_json, read_sealed_json, sha256_file, write_sealed_json, written_whole
 
@@ -154,9 +159,76 @@ def test_nothing_is_left_and_the_old_file_stays_after_a_failure(tmp_path: Path, 
 def test_nothing_is_left_when_the_final_name_cannot_be_taken(tmp_path: Path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "a").touch()
-    with pytest.raises(OSError), written_whole(tmp_path / "taken") as partial:
-        partial.write_text("new")
+    with pytest.raises(DataError, match=r"taken could not be written \(.*\); make it writable or choose another place"):
+        write_text(tmp_path / "taken", "new")
     assert os.listdir(tmp_path) == ["taken"]
+
+
+def write_text(path: Path, text: str) -> None:
+    with written_whole(path) as partial:
+        partial.write_text(text)
+
+
+def test_a_place_that_cannot_be_is_a_data_error_that_names_it(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/below/x could not be written \(Not a directory\)"):
+        write_text(tmp_path / "file" / "below" / "x", "new")
+
+
+def test_an_error_about_another_file_speaks_for_itself(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="nowhere"), written_whole(tmp_path / "x"):
+        (tmp_path / "nowhere").read_text()
+    with pytest.raises(BrokenPipeError), written_whole(tmp_path / "x"):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert not list(tmp_path.iterdir())
+
+
+WRITERS = {
+    "file": lambda out: write_text(out, "x" * 200_000),
+    "json": lambda out: write_sealed_json(out, {"format": "x", "version": 1, "text": "x" * 200_000}),
+    "codebook": lambda out: Codebook(np.zeros((100, 500), np.float32), np.zeros(100, np.int64), fields()).save(out),
+}
+
+
+def fields() -> dict:
+    return dict.fromkeys(TOKEN_FIELDS, 0)
+
+
+def expect_full(out: Path, write, words: str) -> None:
+    """`out` cannot be written: one sentence that names it, what was there stays, nothing half lies about."""
+    before = os.listdir(out.parent)
+    with pytest.raises(DataError) as caught:
+        write(out)
+    assert str(caught.value) == f"{out} could not be written ({words}); make room and give the same command again."
+    assert os.listdir(out.parent) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "json"])
+def test_a_file_over_the_limit_is_a_data_error_and_leaves_nothing(tmp_path: Path, kind: str):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        expect_full(tmp_path / "out", WRITERS[kind], "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    WRITERS[kind](tmp_path / "out")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A disk of 100,000 bytes or so."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=98304", "none", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_full_disk_is_a_data_error_and_leaves_nothing(small_disk: Path, kind: str):
+    expect_full(small_disk / "out", WRITERS[kind], "No space left on device")
 
 
 @pytest.mark.parametrize("folder", [False, True])
