@@ -49,6 +49,8 @@ def _walk(root: Path) -> tuple[list[str], Skipped]:
     closed: Skipped = []
 
     def note(error: OSError) -> None:
+        if Path(error.filename) == root:
+            raise DataError(f"{root} cannot be read ({error.strerror}).")
         folder = f"{Path(error.filename).relative_to(root).as_posix()}/"
         closed.append((folder, f"holds {folder!r}, a folder that cannot be listed ({error.strerror})"))
 

@@ -194,7 +194,11 @@ def _expand(images: str | Path | Sequence[str | Path]) -> list[Path | str]:
         raise UsageError(f"IMAGES {images} is no pattern such as train-{{000..015}}.tar ({error}).") from None
     places = [name if is_url(name) else Path(name) for name in names]
     for path in (place for place in places if isinstance(place, Path)):
-        if not path.exists():
+        try:
+            there = path.exists()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}).") from None
+        if not there:
             raise DataError(f"{path} does not exist; IMAGES takes a tar, a folder or a brace pattern of tars.")
         if path.is_dir() and len(places) > 1:
             raise UsageError(f"{path} is a folder; give one folder alone, or tars.")

@@ -131,7 +131,7 @@ def view_of_epoch(views: int, seed: int, epoch: int, key: str) -> int:
     return int(generator(seed, "views", cycle, key).permutation(views)[within])
 
 
-def _resized(preprocess: Preprocess, width: int, height: int) -> tuple[int, int]:
+def resized(preprocess: Preprocess, width: int, height: int) -> tuple[int, int]:
     """(width, height) after the resize, rounded as torchvision's `Resize` rounds."""
     size = preprocess.resize_size
     if preprocess.resize == "squash":
@@ -149,16 +149,16 @@ def _corner(preprocess: Preprocess, width: int, height: int) -> tuple[int, int]:
 
 def center_view(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     """The tower's own preprocessing up to the tensor: resize the whole image, then crop its centre."""
-    width, height = _resized(preprocess, *image.size)
+    width, height = resized(preprocess, *image.size)
     left, top = _corner(preprocess, width, height)
     size = preprocess.image_size
-    resized = image.resize((width, height), _FILTERS[preprocess.interpolation])
-    return resized.crop((left, top, left + size, top + size))
+    whole = image.resize((width, height), _FILTERS[preprocess.interpolation])
+    return whole.crop((left, top, left + size, top + size))
 
 
 def center_box(preprocess: Preprocess, width: int, height: int) -> CropBox:
     """The box, in source pixels, that `center_view` shows of a `width` x `height` image."""
-    resized_width, resized_height = _resized(preprocess, width, height)
+    resized_width, resized_height = resized(preprocess, width, height)
     left, top = _corner(preprocess, resized_width, resized_height)
     x, y = width / resized_width, height / resized_height
     size = preprocess.image_size

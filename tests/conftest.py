@@ -1,8 +1,11 @@
 """Parts that many tests share: drawn pictures, a small real tower, a codebook, a token store. All real, all small."""
 
+import ctypes
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -94,3 +97,20 @@ def _write_folder(root: Path, files: dict[str, bytes]) -> Path:
 def write_folder() -> Callable[..., Path]:
     """write_folder(root, {name: bytes, ...})"""
     return _write_folder
+
+
+def _give_up_reading_everything() -> None:
+    libc = ctypes.CDLL(None)
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH; who does not have them need not give them up
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+@pytest.fixture(scope="session")
+def run_as_owner() -> Callable[..., subprocess.CompletedProcess]:
+    """run_as_owner(code, *arguments): Python code in a process that may read only what modes allow, root's too."""
+
+    def run(code: str, *arguments: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, preexec_fn=_give_up_reading_everything)
+
+    return run

@@ -96,6 +96,7 @@ class _OpenShard:
     def __init__(self, encoder: Encoder, shard: SourceShard, before: ShardRows | None):
         self._files = ExitStack()
         self.shard, self._before, self._skipped = self._files.enter_context(shard.staged()), before, []
+        self._skip = encoder.skip
         first_view = before.flips.shape[1] if before else 0
         records = self.shard.index(self._skipped if encoder.skip else None)
         self.requests = [Request(record, first_view) for record in records]
@@ -113,7 +114,7 @@ class _OpenShard:
     def close(self) -> EncodedShard:
         with self._files:
             shard = self.shard
-            source = {"kind": "tar" if shard.is_tar else "folder", "size": shard.size(), "sha256": shard.sha256()}
+            source = {"kind": "tar" if shard.is_tar else "folder", "size": shard.size(), "sha256": shard.sha256(self._skip)}
         rows = concatenate_rows(self._parts)
         rows = _add_views(shard, self._before, rows) if self._before else rows
         return EncodedShard(shard.name, rows, self._skipped, source)

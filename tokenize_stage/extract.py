@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
@@ -14,8 +15,10 @@ from ..shared.errors import DataError
 from ..shared.images import ImageRecord, read_image
 from ..shared.loading import batches
 from ..shared.sources import Skipped
-from ..shared.views import Preprocess, ViewPolicy, show_view, to_array
+from ..shared.views import Preprocess, ViewPolicy, resized, show_view, to_array
 from .towers import Tower
+
+_MOST_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class _LoadViews:
         record, numbers = wanted.record, range(wanted.first_view, self.policy.views)
         try:
             image, data = read_image(record)
+            self._refuse_long(image, record, numbers)
         except DataError as error:
             if not self.skip:
                 raise
@@ -67,6 +71,15 @@ class _LoadViews:
         )
         pixels = np.stack([to_array(view) for view in shown])
         return self._sample("", pixels, np.array(boxes), np.array(flips), (image.height, image.width), zlib.crc32(data))
+
+    def _refuse_long(self, image: Image.Image, record: ImageRecord, numbers: range) -> None:
+        """The centre view is cut out of the whole image resized, which of a line of pixels is very large."""
+        width, height = resized(self.preprocess, *image.size)
+        if width * height > _MOST_PIXELS and any(map(self.policy.is_centre, numbers)):
+            raise DataError(
+                f"{record.path}: image {record.key!r} is {image.width}x{image.height} pixels, too long: "
+                f"its centre would be cut out of {width}x{height}."
+            )
 
     @staticmethod
     def _sample(

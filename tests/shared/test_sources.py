@@ -6,10 +6,7 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -466,11 +463,10 @@ def test_a_linked_folder_is_followed(tmp_path: Path, write_folder, png):
     assert [record.label for record in read_records(root)] == [0, 1]
 
 
-LIST_AS_NOBODY = """
-import json, os, sys
+LIST = """
+import json, sys
 from mapet.shared.errors import DataError
 from mapet.shared.sources import open_source, read_records
-os.setgid(65534); os.setuid(65534)
 skipped = []
 found = [(record.key, record.label) for shard in open_source(sys.argv[1]) for record in shard.index(skipped)]
 digests = [shard.sha256(skip=True) for shard in open_source(sys.argv[1])]
@@ -481,42 +477,30 @@ except DataError as error:
 """
 
 
-@pytest.fixture
-def list_as_nobody():
-    """Lists a source in a process that may not read everything, as root may."""
-    if os.getuid() != 0:
-        pytest.skip("only root can start a process as another user")
-
-    def run(source: Path) -> list:
-        command = [sys.executable, "-c", LIST_AS_NOBODY, str(source)]
-        ran = subprocess.run(command, capture_output=True, text=True, check=True)
-        return json.loads(ran.stdout)
-
-    return run
-
-
-@pytest.fixture
-def open_folder():
-    """A folder that every user may enter, as pytest's own are not."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        yield Path(folder)
-
-
-def test_a_closed_folder_is_named_or_listed(open_folder: Path, write_folder, png, list_as_nobody):
-    root = write_folder(open_folder / "f", {f"{name}/1.png": png() for name in ("ant", "cat", "dog")})
+def test_a_closed_folder_is_named_or_listed(tmp_path: Path, write_folder, png, run_as_owner):
+    root = write_folder(tmp_path / "f", {f"{name}/1.png": png() for name in ("ant", "cat", "dog")})
     os.chmod(root / "cat", 0)
-    found, skipped, _, said = list_as_nobody(root)
+    found, skipped, _, said = json.loads(run_as_owner(LIST, root).stdout)
     assert found == [["ant/1", 0], ["dog/1", 2]]  # labels are as they were
     assert skipped == [["cat/", "holds 'cat/', a folder that cannot be listed (Permission denied)"]]
     assert said == f"{root} {skipped[0][1]}."
 
 
-def test_a_closed_tar_is_named_or_listed(open_folder: Path, write_tar, png, list_as_nobody):
-    tar = write_tar(open_folder / "x.tar", {"a.png": png()})
+def test_a_closed_tar_is_named_or_listed(tmp_path: Path, write_tar, png, run_as_owner):
+    tar = write_tar(tmp_path / "x.tar", {"a.png": png()})
     os.chmod(tar, 0)
     reason = "cannot be read (Permission denied); make it readable"
-    assert list_as_nobody(tar) == [[], [["", reason]], ["unreadable"], f"{tar} {reason}."]
+    assert json.loads(run_as_owner(LIST, tar).stdout) == [[], [["", reason]], ["unreadable"], f"{tar} {reason}."]
+
+
+@pytest.mark.parametrize("place", ["f", "f/below/x.tar"])
+def test_a_closed_root_is_an_error_that_names_it(tmp_path: Path, write_folder, write_tar, png, run_as_owner, place):
+    root = write_folder(tmp_path / "f", {"a.png": png(), "below/b.png": png()})
+    write_tar(root / "below/x.tar", {"a.png": png()})
+    os.chmod(root, 0)
+    said = run_as_owner(LIST, tmp_path / place).stderr.splitlines()[-1]
+    os.chmod(root, 0o755)
+    assert said == f"mapet.shared.errors.DataError: {tmp_path / place} cannot be read (Permission denied)."
 
 
 # Keys that stand in two shards
