@@ -61,8 +61,9 @@ def _inspect_store(store: TokenStore, key: str | None) -> dict[str, Any]:
         "k": store.k,
         "grid": list(store.grid),
         "shards": len(store.entries),
+        "skipped": [{"shard": shard, "key": key, "reason": reason} for shard, key, reason in store.skipped()],
         "bytes": sum(entry["bytes"] for entry in entries),
-        "view": next(iter(entries))["view"],
+        "view": store.view,
         "usage": usage(counts),
         **_extremes(counts),
     }
@@ -116,14 +117,15 @@ def show(about: dict[str, Any], *, as_json: bool = False) -> None:
         ("grid", f"{about['grid'][0]}x{about['grid'][1]}"),
     ]
     if about["kind"] == "token store":
+        a_view = about["bytes"] / max(about["views"], 1)
         rows += [
             ("images", f"{about['images']:,} ({about['labelled']:,} with a label), {about['views']:,} views"),
             ("tokens", f"{about['tokens']:,}"),
-            (
-                "size",
-                f"{about['bytes']:,} bytes in {about['shards']} shards ({about['bytes'] / about['views']:.0f} a view)",
-            ),
+            ("size", f"{about['bytes']:,} bytes in {about['shards']} shards ({a_view:.0f} a view)"),
         ]
+        if about["skipped"]:
+            rows.append(("skipped", f"{len(about['skipped']):,} (--json lists them), the first:"))
+            rows += [("", f"{at['shard']}: {at['key']}: {at['reason']}") for at in about["skipped"][:_EXTREMES]]
     codes = about["usage"]
     rows += [
         ("codes used / dead", f"{codes['used']:,} / {codes['dead']:,}"),
