@@ -157,14 +157,32 @@ def inspect(
 
 @tokenize.command()
 def verify(
-    tokens: Annotated[Path, typer.Argument(help="A token store.")],
+    tokens: Annotated[Path, typer.Argument(help="A token store, or a codebook.")],
     codebook: Annotated[Path | None, typer.Option(help="Also check that it was made with this codebook.")] = None,
     images: Annotated[str | None, typer.Option(help="Also check the source, every image's bytes included.")] = None,
+    reencode: Annotated[
+        int, typer.Option(help="Also encode this many random images again; needs --images and --codebook.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of the images that are encoded again.")] = 0,
+    tower: Annotated[str | None, typer.Option(help="Where the codebook's tower is now, if it moved.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Views per forward pass.", min=1)] = 64,
+    workers: Workers = None,
+    device: Device = "auto",
 ) -> None:
     """Check that every shard is present, whole, checksummed and made with the codebook it names."""
     from .tokenize_stage.verify import verify
 
-    verify(tokens, codebook=codebook, images=images)
+    verify(
+        tokens,
+        codebook=codebook,
+        images=images,
+        reencode=reencode,
+        seed=seed,
+        tower=tower,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+    )
 
 
 @train.command()

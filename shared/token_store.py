@@ -83,6 +83,11 @@ def concatenate_rows(parts: Sequence[ShardRows]) -> ShardRows:
     )
 
 
+def take_rows(rows: ShardRows, places: Sequence[int]) -> ShardRows:
+    """The rows at `places`, in their order."""
+    return ShardRows(**{field.name: getattr(rows, field.name)[list(places)] for field in fields(ShardRows)})
+
+
 def write_shard(store: Path, name: str, rows: ShardRows, attributes: dict[str, Any]) -> None:
     """Writes one shard and then its entry; the same rows always give the same bytes."""
     final = store / "shards" / f"{name}.zarr.zip"

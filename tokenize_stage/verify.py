@@ -1,74 +1,161 @@
-"""verify: is a token store whole, unchanged, and made with the codebook it names?"""
+"""verify: is a codebook or a token store whole, unchanged, and made of what it names?"""
 
+import time
 import zlib
+from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from ..shared.codebook import Codebook, read_description
 from ..shared.console import progress, say, table
-from ..shared.errors import DataError, FingerprintMismatch, MapetError
+from ..shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
 from ..shared.files import sha256_file
 from ..shared.images import ImageRecord, read_bytes
+from ..shared.keys import Skipped
 from ..shared.sources import SourceShard, open_source
 from ..shared.token_store import ShardRows, TokenStore, read_entry
+from .reencode import Reencoding, encode_again
+
+Sources = Mapping[str, SourceShard]
 
 
-def verify(tokens: str | Path, *, codebook: str | Path | None = None, images: str | None = None) -> int:
-    """Checks a token store; returns the number of images that were checked.
+def verify(
+    tokens: str | Path,
+    *,
+    codebook: str | Path | None = None,
+    images: str | None = None,
+    reencode: int = 0,
+    seed: int = 0,
+    tower: str | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+    device: str = "auto",
+) -> int:
+    """Checks a token store, or a codebook; returns the number of images (or centroids) that were checked.
 
     Every file must be there with the digest that the manifest states, every shard's rows must be consistent, its
-    tokens below K, its keys unique, and its codebook the embedded one. With `codebook`, that is compared too; with
-    `images`, the source's digests and every image's bytes (CRC32).
+    tokens below K, its keys unique, and its codebook the embedded one.
 
-    Raises DataError naming everything that is wrong, or FingerprintMismatch for another codebook.
+    Args:
+        tokens: folder of a token store or of a codebook.
+        codebook: compare the store's codebook with this one, centroids included.
+        images: check the source's digests and every image's bytes (CRC32); each image must be stored or listed as
+            skipped.
+        reencode: compute this many random images again, all their views, and compare tokens, crops and flips; needs
+            `codebook` and `images`.
+        seed: of the choice of images to compute again.
+        tower: where the codebook's tower is now, if it moved.
+        batch_size, workers, device: how to run the tower.
+
+    Raises DataError naming everything that is wrong, FingerprintMismatch for another codebook, UsageError for options
+    that do not fit together.
     """
+    tokens = Path(tokens)
+    _refuse_options(codebook, images, reencode)
+    began = time.monotonic()
+    if (tokens / "codebook.json").exists() and not (tokens / "manifest.json").exists() | (tokens / "shards").exists():
+        return _verify_codebook(tokens, codebook or images)
     store = TokenStore(tokens)
-    if codebook is not None:
-        _same_codebook(store, Codebook.load(codebook))
+    book = None if codebook is None else _same_codebook(store, codebook)
     sources = {shard.name: shard for shard in open_source(images)} if images is not None else None
+    seen, problems = _check_store(store, sources)
+    again = None
+    if reencode and book and sources and not problems:
+        again = encode_again(store, book, sources, reencode, seed, tower, batch_size, workers, device)
+        problems += again.problems
+    if problems:
+        for problem in problems:
+            say(f"- {problem}")
+        raise DataError(f"{store.path} is not sound: {len(problems)} problem(s), the first: {problems[0]}.")
+    _summary(store, seen, codebook, sources, again, time.monotonic() - began)
+    return seen
+
+
+def _refuse_options(codebook: str | Path | None, images: str | None, reencode: int) -> None:
+    if reencode < 0:
+        raise UsageError(f"--reencode {reencode} must be a number of images.")
+    if reencode and images is None:
+        raise UsageError(f"--reencode {reencode} needs the images: give --images, too.")
+    if reencode and codebook is None:
+        raise UsageError(
+            f"--reencode {reencode} needs the centroids, which a store does not hold: give --codebook, too."
+        )
+
+
+def _verify_codebook(path: Path, more: object) -> int:
+    if more is not None:
+        raise UsageError(f"{path} is a codebook; --codebook and --images go with a token store.")
+    book = Codebook.load(path)
+    k, dim = book.centroids.shape if book.centroids.ndim == 2 else (0, 0)
+    if (k, dim) != (book.description["k"], book.description["dim"]) or book.counts.shape != (k,):
+        raise DataError(f"{path} holds centroids of shape {book.centroids.shape}, which is not what it describes.")
+    if book.centroids.dtype != np.float32 or not np.isfinite(book.centroids).all():
+        raise DataError(f"{path} holds centroids that are not finite float32 numbers; build it again.")
+    table(
+        "Verified",
+        [
+            ("codebook", str(path)),
+            ("centroids", f"{k:,} of {dim:,} dimensions"),
+            ("fingerprint", book.fingerprint),
+            ("bytes", f"{sum((path / name).stat().st_size for name in ('codebook.json', 'centroids.safetensors')):,}"),
+        ],
+    )
+    return k
+
+
+def _check_store(store: TokenStore, sources: Sources | None) -> tuple[int, list[str]]:
+    """The number of different keys, and everything that is wrong with the store and its source."""
     problems = _check_embedded(store)
     seen: set[str] = set()
     with progress("verifying", len(store.entries), "shards") as advance:
         for name in store.entries:
             problems += _check_shard(store, name, seen, sources)
             advance(1)
-    if sources:
+    if sources is not None:
         problems += [f"{name} of --images is not in the store" for name in sources if name not in store.entries]
     listed = {entry["file"] for entry in store.entries.values()}
     present = {f"shards/{path.name}" for path in (store.path / "shards").glob("*.zarr.zip")}
     problems += [f"{store.path / name} is not in the manifest" for name in sorted(present - listed)]
     if len(seen) != len(store) and not problems:
         problems.append(f"the manifest states {len(store)} images and the shards hold {len(seen)}")
-    if problems:
-        for problem in problems:
-            say(f"- {problem}")
-        raise DataError(f"{store.path} is not sound: {len(problems)} problem(s), the first: {problems[0]}.")
-    checked = [
-        "manifest",
-        "codebook.json",
-        "shards",
-        *(["centroids"] if codebook else []),
-        *(["source images"] if images else []),
+    return len(seen), problems
+
+
+def _summary(
+    store: TokenStore,
+    images: int,
+    codebook: str | Path | None,
+    sources: Sources | None,
+    again: Reencoding | None,
+    seconds: float,
+) -> None:
+    names = ["manifest", "codebook.json", "shards"]
+    names += ["centroids"] if codebook is not None else []
+    names += ["source images"] if sources is not None else []
+    checked = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
+    checked += sum(entry["source"]["size"] or 0 for entry in store.entries.values()) if sources is not None else 0
+    rows = [
+        ("store", str(store.path)),
+        ("shards", f"{len(store.entries)}, all whole"),
+        ("images", f"{images:,} and {len(store.skipped()):,} skipped"),
+        ("codebook", store.fingerprint),
+        ("checked", ", ".join(names)),
+        ("bytes", f"{checked:,} in {seconds:.1f} s ({checked / 1e6 / max(seconds, 1e-9):,.1f} MB/s)"),
     ]
-    table(
-        "Verified",
-        [
-            ("store", str(store.path)),
-            ("shards", f"{len(store.entries)}, all whole"),
-            ("images", f"{len(seen):,}"),
-            ("codebook", store.fingerprint),
-            ("checked", ", ".join(checked)),
-        ],
-    )
-    return len(seen)
+    if again:
+        rows.append(("encoded again", again.summary()))
+    table("Verified", rows)
 
 
-def _same_codebook(store: TokenStore, codebook: Codebook) -> None:
+def _same_codebook(store: TokenStore, path: str | Path) -> Codebook:
+    codebook = Codebook.load(path)
     if codebook.fingerprint != store.fingerprint:
         raise FingerprintMismatch(
             f"{store.path} was made with codebook {store.fingerprint[:12]}; --codebook is {codebook.fingerprint[:12]}."
         )
+    return codebook
 
 
 def _check_embedded(store: TokenStore) -> list[str]:
@@ -81,20 +168,20 @@ def _check_embedded(store: TokenStore) -> list[str]:
     return problems
 
 
-def _check_shard(store: TokenStore, name: str, seen: set[str], sources: dict[str, SourceShard] | None) -> list[str]:
+def _check_shard(store: TokenStore, name: str, seen: set[str], sources: Sources | None) -> list[str]:
     try:
         if read_entry(store.path, name) != store.entries[name]:
             return [f"shards/{name}.json says other things than the manifest"]
         rows = store.read_rows(name)
+        problems = _check_rows(store, name, rows)
+        doubled = [key for key in rows.keys if key in seen]
+        seen.update(rows.keys)
+        if doubled:
+            problems.append(f"{name} holds {len(doubled)} keys that another shard holds too, such as {doubled[0]!r}")
+        if sources is not None:
+            problems += _check_source(store, name, rows, sources.get(name))
     except MapetError as error:
         return [str(error).rstrip(".")]
-    problems = _check_rows(store, name, rows)
-    doubled = [key for key in rows.keys if key in seen]
-    seen.update(rows.keys)
-    if doubled:
-        problems.append(f"{name} holds {len(doubled)} keys that another shard holds too, such as {doubled[0]!r}")
-    if sources is not None:
-        problems += _check_source(store, name, rows, sources.get(name))
     return problems
 
 
@@ -107,6 +194,8 @@ def _check_rows(store: TokenStore, name: str, rows: ShardRows) -> list[str]:
         problems.append(f"{name} has tokens of shape {rows.tokens.shape} for a {store.grid} grid")
     elif rows.tokens.size and int(rows.tokens.max()) >= store.k:
         problems.append(f"{name} has token {int(rows.tokens.max())} and K is {store.k}")
+    if entry["view"] != store.view or rows.flips.shape[1] != entry["view"]["views"]:
+        problems.append(f"{name} has other views than the rest of the store")
     if entry["codebook_fingerprint"] != store.fingerprint:
         problems.append(
             f"{name} was made with codebook {entry['codebook_fingerprint'][:12]}, not {store.fingerprint[:12]}"
@@ -117,15 +206,18 @@ def _check_rows(store: TokenStore, name: str, rows: ShardRows) -> list[str]:
 def _check_source(store: TokenStore, name: str, rows: ShardRows, source: SourceShard | None) -> list[str]:
     if source is None:
         return [f"{name} has no source in --images"]
-    problems = []
+    entry, problems, unusable = store.entries[name], [], Skipped()
+    listed = {tuple(pair) for pair in entry.get("skipped", ())}
     with source.staged() as here:
-        if here.sha256() != store.entries[name]["source"]["sha256"]:
+        if here.sha256(skip=bool(listed)) != entry["source"]["sha256"]:
             problems.append(f"{source.root} ({name}) is not the one that was encoded (its digest differs)")
-        records = {record.key: record for record in here.index([])}
-        for key, crc32 in zip(rows.keys, rows.crc32, strict=True):
-            problem = _check_image(records.get(key), key, int(crc32))
-            if problem:
-                return [*problems, f"{name}: {problem}"]
+        records = {record.key: record for record in here.index(unusable)}
+        images = (_check_image(records.get(key), key, int(crc)) for key, crc in zip(rows.keys, rows.crc32, strict=True))
+        problems += [f"{name}: {problem}" for problem in islice(filter(None, images), 1)]
+        known = {*rows.keys, *(key for key, _ in listed)}
+        foreign = [key for key in records if key not in known]
+        problems += [f"{name}: image {key!r} is neither in the store nor listed as skipped" for key in foreign]
+        problems += [f"{source.root} {reason}" for key, reason in unusable if (key, reason) not in listed]
     return problems
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mapet.shared.codebook import Codebook
-from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
+from mapet.shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
 from mapet.shared.files import write_sealed_json
 from mapet.shared.sources import open_source
-from mapet.shared.token_store import ShardRows, TokenStore, read_entry, write_manifest, write_shard
+from mapet.shared.token_store import ShardRows, TokenStore, read_entry, take_rows, write_manifest, write_shard
 from mapet.tokenize_stage.build_codebook import build_codebook
+from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inspect import inspect, show
 from mapet.tokenize_stage.verify import verify
 
@@ -198,11 +199,13 @@ def test_verify_finds_missing_and_additional_tars(chain, store: Path, source: Pa
     expect_problem(store, "2 problem", images=str(source))
 
 
-def rewrite(store: Path, name: str, change) -> None:
+def rewrite(store: Path, name: str, change, **attributes) -> None:
     """Writes a shard with other rows, correctly sealed, as a faulty program would."""
     opened = TokenStore(store)
     entry = opened.entries[name]
-    write_shard(store, name, change(opened.read_rows(name)), {field: entry[field] for field in SOURCE_FIELDS})
+    write_shard(
+        store, name, change(opened.read_rows(name)), {field: entry[field] for field in SOURCE_FIELDS} | attributes
+    )
     write_manifest(store, opened.codebook, [read_entry(store, shard) for shard in opened.entries])
 
 
@@ -246,10 +249,155 @@ def test_verify_finds_a_key_that_the_source_does_not_have(chain, store: Path):
 
 def test_verify_of_what_is_no_store_is_an_error(chain, tmp_path: Path):
     expect_problem(tmp_path / "nowhere", "does not exist")
-    expect_problem(chain.codebook, r"has no manifest\.json")
+    expect_problem(tmp_path, r"has no manifest\.json")
 
 
 def test_verify_finds_a_shard_that_the_manifest_does_not_know(chain, store: Path):
     shard = store / "shards" / f"{chain.tars[0].stem}.zarr.zip"
     (store / "shards" / "foreign.zarr.zip").write_bytes(shard.read_bytes())
     expect_problem(store, r"foreign\.zarr\.zip is not in the manifest")
+
+
+def test_verify_names_images_that_are_neither_stored_nor_listed(chain, store: Path):
+    opened = TokenStore(store)
+    name = chain.tars[1].stem
+    key = opened.read_rows(name).keys[4]
+    rewrite(store, name, lambda rows: take_rows(rows, [*range(4), *range(5, 32)]))
+    expect_problem(store, f"image '{key}' is neither in the store nor listed as skipped", images=str(chain.images))
+    rewrite(store, name, lambda rows: rows, skipped=[[key, "a reason"]])
+    assert verify(store, images=str(chain.images)) == 95
+
+
+# verify --reencode
+
+
+def test_images_encoded_again_have_their_tokens(chain, store: Path, capsys: pytest.CaptureFixture[str]):
+    options = {"codebook": chain.codebook, "images": str(chain.images)}
+    assert verify(store, **options, reencode=7) == 96
+    assert "7 images: 448 tokens compared, 0 differ" in capsys.readouterr().out
+    verify(store, **options, reencode=1000, batch_size=16)
+    assert "96 images: 6,144 tokens compared, 0 differ" in capsys.readouterr().out
+
+
+def test_all_views_are_encoded_again(chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "views"
+    encode_shards(chain.tars[0], chain.codebook, out, crop="random-resized", views=3, with_center=True, seed=5)
+    options = {"codebook": chain.codebook, "images": str(chain.tars[0]), "reencode": 9}
+    assert verify(out, **options) == 32
+    assert "9 images: 1,728 tokens compared, 0 differ" in capsys.readouterr().out
+
+
+def test_a_wrong_token_crop_or_flip_is_found_and_its_image_named(chain, store: Path, capsys):
+    name, options = chain.tars[1].stem, {"codebook": chain.codebook, "images": str(chain.images), "reencode": 96}
+    rows = TokenStore(store).read_rows(name)
+    key, token = rows.keys[4], int(rows.tokens[4, 0, 2, 1])
+    rewrite(store, name, with_token((token + 8) % 16))
+    verify(store)
+    expect_problem(store, f"{name}: image '{key}' has 1 of 64 other tokens when it is encoded again", **options)
+    rewrite(store, name, lambda _: replace(rows, crops=rows.crops + 1))
+    expect_problem(store, f"{name}: image '.*' has other crops when it is encoded again", **options)
+    rewrite(store, name, lambda _: replace(rows, flips=~rows.flips))
+    expect_problem(store, "32 problem.*has other flips when it is encoded again", **options)
+
+
+def test_which_images_are_encoded_again_is_drawn_by_the_seed(chain, store: Path):
+    """With every second token grid of a shard wrong, one image is wrong or right as the seed draws it."""
+
+    def finds(seed: int) -> bool:
+        try:
+            verify(store, codebook=chain.codebook, images=str(chain.images), reencode=1, seed=seed)
+        except DataError:
+            return True
+        return False
+
+    for tar in chain.tars:
+        rewrite(store, tar.stem, lambda rows: replace(rows, flips=np.arange(len(rows))[:, None] % 2 == 1))
+    found = [finds(seed) for seed in range(8)]
+    assert found == [finds(seed) for seed in range(8)]
+    assert set(found) == {True, False}
+
+
+def test_tokens_between_equally_near_centroids_count_as_rounding(chain, tmp_path: Path, capsys):
+    """Two equal centroids: whichever of them a stored token names, it is right."""
+    book = Codebook.load(chain.codebook)
+    centroids = np.concatenate([book.centroids, book.centroids[:1]])
+    counts = np.append(book.counts, 0)
+    twin = replace(book, centroids=centroids, counts=counts, description={**book.description, "k": 17})
+    twin.save(tmp_path / "twin")
+    encode_shards(chain.tars[0], tmp_path / "twin", tmp_path / "out")
+    name = chain.tars[0].stem
+    options = {"codebook": tmp_path / "twin", "images": str(chain.tars[0]), "reencode": 32}
+    verify(tmp_path / "out", **options)
+    rewrite(tmp_path / "out", name, with_one_changed(0, 16))
+    verify(tmp_path / "out", **options)
+    assert "1 differ, 1 of them between centroids that are equally near" in capsys.readouterr().out
+    rewrite(tmp_path / "out", name, lambda rows: replace(rows, tokens=np.where(rows.tokens == 0, 16, rows.tokens)))
+    expect_problem(tmp_path / "out", "too many tokens differ", **options)
+
+
+def with_one_changed(old: int, new: int):
+    def change(rows: ShardRows) -> ShardRows:
+        tokens = rows.tokens.copy()
+        tokens.reshape(-1)[np.flatnonzero(tokens == old)[0]] = new
+        return replace(rows, tokens=tokens)
+
+    return change
+
+
+def test_encoding_again_needs_images_codebook_and_the_same_tower(chain, store: Path, resnet_tower: str):
+    with pytest.raises(UsageError, match="--reencode 5 needs the images"):
+        verify(store, codebook=chain.codebook, reencode=5)
+    with pytest.raises(UsageError, match="--reencode 5 needs the centroids"):
+        verify(store, images=str(chain.images), reencode=5)
+    with pytest.raises(UsageError, match="must be a number of images"):
+        verify(store, reencode=-1)
+    with pytest.raises(FingerprintMismatch, match="is not the tower of the codebook"):
+        verify(store, codebook=chain.codebook, images=str(chain.images), reencode=5, tower=resnet_tower)
+
+
+# Codebooks, and whatever byte is changed
+
+
+def test_verify_of_a_codebook(chain, capsys: pytest.CaptureFixture[str]):
+    assert verify(chain.codebook) == 16
+    assert Codebook.load(chain.codebook).fingerprint in capsys.readouterr().out
+    with pytest.raises(UsageError, match="is a codebook"):
+        verify(chain.codebook, images=str(chain.images))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"centroids": np.full((16, 32), np.nan, np.float32)},
+        {"centroids": np.zeros((15, 32), np.float32)},
+        {"counts": np.zeros(15, np.int64)},
+    ],
+)
+def test_verify_finds_a_codebook_that_cannot_be(chain, tmp_path: Path, change: dict):
+    replace(Codebook.load(chain.codebook), **change).save(tmp_path / "book")
+    expect_problem(tmp_path / "book", "book holds centroids")
+
+
+def flips(chain, folder: Path, count: int, seed: int) -> list[str]:
+    """Flips single bytes of store, codebook and source tars, one after the other; those that verify did not find."""
+    store, codebook = (Path(shutil.copytree(path, folder / path.name)) for path in (chain.tokens, chain.codebook))
+    (codebook / "timings.json").unlink()  # says how long things took; nothing rests on it
+    files = sorted(path for root in (store, codebook) for path in root.rglob("*") if path.is_file())
+    random, missed = np.random.default_rng(seed), []
+    for number in range(count):
+        path = files[number % len(files)]
+        good = path.read_bytes()
+        at, value = int(random.integers(len(good))), int(random.integers(1, 256))
+        path.write_bytes(good[:at] + bytes([good[at] ^ value]) + good[at + 1 :])
+        try:
+            verify(store if path.is_relative_to(store) else codebook)
+            missed.append(f"byte {at} of {path.name}, xor {value}")
+        except MapetError as error:
+            assert str(path.parent.parent if path.parent.name == "shards" else path.parent) in str(error)  # noqa: PT017
+        path.write_bytes(good)
+    assert (verify(store, codebook=codebook), verify(codebook)) == (96, 16)
+    return missed
+
+
+def test_every_flipped_byte_is_found(chain, tmp_path: Path):
+    assert flips(chain, tmp_path, 44, seed=3) == []
