@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .shared.token_store import TokenStore
     from .tokenize_stage.build_codebook import build_codebook
     from .tokenize_stage.encode_shards import encode_shards
+    from .tokenize_stage.inherit import import_tokens
     from .tokenize_stage.inspect import inspect
     from .tokenize_stage.verify import verify
     from .train_stage.features import features
@@ -34,6 +35,7 @@ _HOME = {
     "encode_shards": ".tokenize_stage.encode_shards",
     "export": ".train_stage.interchange",
     "features": ".train_stage.features",
+    "import_tokens": ".tokenize_stage.inherit",
     "import_weights": ".train_stage.interchange",
     "inspect": ".tokenize_stage.inspect",
     "load_published": ".train_stage.interchange",
@@ -53,6 +55,7 @@ __all__ = [
     "encode_shards",
     "export",
     "features",
+    "import_tokens",
     "import_weights",
     "inspect",
     "load_published",

@@ -35,6 +35,15 @@ Weights = Annotated[
 GridSize = Annotated[
     int | None, typer.Option("--image-size", help="Pixels; resamples position embeddings (default: as it was).", min=1)
 ]
+Tower = Annotated[str, typer.Option(help="open_clip name, local-dir:PATH, hf-hub:ID or timm:NAME.")]
+Pretrained = Annotated[
+    str | None,
+    typer.Option(help="Tag or local file; 'none' for random weights (default: openai, or timm's own)."),
+]
+Layer = Annotated[int, typer.Option(help="Index into forward_intermediates, negative from the end.")]
+FinalNorm = Annotated[bool, typer.Option(help="Take ViT features after the final norm.")]
+TowerSize = Annotated[int | None, typer.Option(help="Pixels (default: the tower's own).", min=8)]
+Precision = Annotated[str, typer.Option(help="Of the tower: float32 or bfloat16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
 
 
@@ -42,15 +51,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines in
 def build_codebook(
     images: Images,
     out: Annotated[Path, typer.Option(help="Folder to write the codebook to.")],
-    tower: Annotated[str, typer.Option(help="open_clip name, local-dir:PATH, hf-hub:ID or timm:NAME.")] = "RN50x64",
-    pretrained: Annotated[
-        str | None,
-        typer.Option(help="Tag or local file; 'none' for random weights (default: openai, or timm's own)."),
-    ] = None,
-    layer: Annotated[int, typer.Option(help="Index into forward_intermediates, negative from the end.")] = -1,
-    final_norm: Annotated[bool, typer.Option(help="Take ViT features after the final norm.")] = False,
-    image_size: Annotated[int | None, typer.Option(help="Pixels (default: the tower's own).", min=8)] = None,
-    precision: Annotated[str, typer.Option(help="Of the tower: float32 or bfloat16.")] = "float32",
+    tower: Tower = "RN50x64",
+    pretrained: Pretrained = None,
+    layer: Layer = -1,
+    final_norm: FinalNorm = False,
+    image_size: TowerSize = None,
+    precision: Precision = "float32",
     k: Annotated[int, typer.Option("--k", help="Number of centroids.")] = 8192,
     patches: Annotated[
         int | None, typer.Option(help="Patch features to sample (default: 512 a centroid, or all).", min=1)
@@ -182,6 +188,44 @@ def verify(
         batch_size=batch_size,
         workers=workers,
         device=device,
+    )
+
+
+@tokenize.command("import")
+def import_tokens(
+    out: Annotated[Path, typer.Option(help="Folder to write: a codebook, or a token store.")],
+    centroids: Annotated[Path | None, typer.Option(help=".npy of floats (K, dim): makes a codebook.")] = None,
+    tower: Tower = "RN50x64",
+    pretrained: Pretrained = None,
+    layer: Layer = -1,
+    final_norm: FinalNorm = False,
+    image_size: TowerSize = None,
+    precision: Precision = "float32",
+    metric: Annotated[str, typer.Option(help="Of the centroids: l2, or cosine (of length one).")] = "l2",
+    device: Device = "auto",
+    tokens: Annotated[Path | None, typer.Option(help=".npy of integers (n, H*W) or (n, H, W): makes a store.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Whose row i names the image of row i of --tokens.")] = None,
+    images: Annotated[str | None, typer.Option(help="The images of --tokens: tars or a folder.")] = None,
+    codebook: Annotated[Path | None, typer.Option(help="The codebook of --tokens.")] = None,
+) -> None:
+    """Take centroids (--centroids) or tokens (--tokens --csv --images --codebook) that were computed elsewhere."""
+    from .tokenize_stage.inherit import import_tokens
+
+    import_tokens(
+        out,
+        centroids=centroids,
+        tower=tower,
+        pretrained=pretrained,
+        layer=layer,
+        final_norm=final_norm,
+        image_size=image_size,
+        precision=precision,
+        metric=metric,
+        device=device,
+        tokens=tokens,
+        csv=csv,
+        images=images,
+        codebook=codebook,
     )
 
 

@@ -40,8 +40,8 @@ def _fsync(path: Path) -> None:
 
 
 def refuse_existing(out: Path) -> None:
-    """UsageError if something lies at `out` already; an empty folder may."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    """UsageError if something lies at `out` already; an empty folder may, and what a killed process left."""
+    if out.is_file() or (out.is_dir() and any(not path.name.endswith(_PARTIAL) for path in out.iterdir())):
         raise UsageError(f"{out} already exists; choose another --out or delete it.")
 
 

@@ -61,6 +61,7 @@ def test_help_and_completion_import_nothing_heavy():
         (cli.encode_shards, mapet.encode_shards),
         (cli.inspect, mapet.inspect),
         (cli.verify, mapet.verify),
+        (cli.import_tokens, mapet.import_tokens),
         (cli.pretrain, mapet.pretrain),
         (cli.probe, mapet.probe),
         (cli.features, mapet.features),

@@ -34,7 +34,8 @@ def inspect(path: str | Path, *, key: str | None = None) -> dict[str, Any]:
         "path": str(path),
         "fingerprint": codebook.fingerprint,
         **codebook.description,
-        "usage": usage(codebook.counts),
+        # Nobody knows how often the codes of an imported codebook were used.
+        "usage": None if "imported" in codebook.description else usage(codebook.counts),
         **_extremes(codebook.counts),
     }
 
@@ -109,11 +110,7 @@ def show(about: dict[str, Any], *, as_json: bool = False) -> None:
         ("weights", f"sha256 {made_by['weights_sha256']}"),
         ("features", f"layer {made_by['layer']}, {made_by['dim']} dimensions, {made_by['precision']}"),
         ("tower sees", f"{made_by['preprocess']['image_size']} px, {made_by['preprocess']['resize']} side resized"),
-        (
-            "k-means",
-            f"K={made_by['k']}, {made_by['metric']}, seed {made_by['seed']}, faiss {made_by['versions']['faiss']}",
-        ),
-        ("trained on", f"{made_by['sample']['patches']:,} patches of {made_by['sample']['images']:,} images"),
+        *_origin(made_by),
         ("grid", f"{about['grid'][0]}x{about['grid'][1]}"),
     ]
     if about["kind"] == "token store":
@@ -126,17 +123,37 @@ def show(about: dict[str, Any], *, as_json: bool = False) -> None:
         if about["skipped"]:
             rows.append(("skipped", f"{len(about['skipped']):,} (--json lists them), the first:"))
             rows += [("", f"{at['shard']}: {at['key']}: {at['reason']}") for at in about["skipped"][:_EXTREMES]]
+    if about["usage"]:
+        rows += _usage(about)
+    table(f"{about['kind'].capitalize()} {about['path']}", rows)
+    if "image" in about:
+        _show_image(about["image"])
+
+
+def _origin(made_by: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where a codebook's centroids come from."""
+    if "imported" in made_by:
+        origin = made_by["imported"]
+        return [("imported", f"K={made_by['k']}, {made_by['metric']}, {origin['name']}, sha256 {origin['sha256']}")]
+    sample = made_by["sample"]
+    return [
+        (
+            "k-means",
+            f"K={made_by['k']}, {made_by['metric']}, seed {made_by['seed']}, faiss {made_by['versions']['faiss']}",
+        ),
+        ("trained on", f"{sample['patches']:,} patches of {sample['images']:,} images"),
+    ]
+
+
+def _usage(about: dict[str, Any]) -> list[tuple[str, str]]:
     codes = about["usage"]
-    rows += [
+    return [
         ("codes used / dead", f"{codes['used']:,} / {codes['dead']:,}"),
         ("entropy", f"{codes['entropy_bits']:.3f} of {np.log2(codes['codes']):.3f} bits"),
         ("perplexity", f"{codes['perplexity']:.1f} of {codes['codes']:,}"),
         ("most used", ", ".join(f"{code} ({count:,})" for code, count in about["most_used"])),
         ("least used", ", ".join(f"{code} ({count:,})" for code, count in about["least_used"])),
     ]
-    table(f"{about['kind'].capitalize()} {about['path']}", rows)
-    if "image" in about:
-        _show_image(about["image"])
 
 
 def _show_image(image: dict[str, Any]) -> None:
