@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import braceexpand
 import numpy as np
@@ -89,6 +90,10 @@ class SourceShard:
         for record in self._files():
             whole.update(f"{record.path.relative_to(self.root)}\0{_digest(record.path, skip)}\n".encode())
         return whole.hexdigest()
+
+    def describe(self, skip: bool = False) -> dict[str, Any]:
+        """What a token shard's entry says of its source; `skip` as in `sha256`."""
+        return {"kind": "tar" if self.is_tar else "folder", "size": self.size(), "sha256": self.sha256(skip)}
 
     def _files(self) -> list[ImageRecord]:
         return [entry for entry in self.listed or () if isinstance(entry, ImageRecord)]

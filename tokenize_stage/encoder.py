@@ -11,7 +11,8 @@ import numpy as np
 from ..shared.codebook import TOKEN_FIELDS, Codebook
 from ..shared.console import Advance
 from ..shared.errors import DataError, FingerprintMismatch
-from ..shared.sources import Skipped, SourceShard
+from ..shared.keys import Skipped
+from ..shared.sources import SourceShard
 from ..shared.token_store import NO_LABEL, ShardRows, concatenate_rows, empty_rows
 from ..shared.views import ViewPolicy
 from .extract import ExtractedBatch, Request, extract_groups, group_requests
@@ -75,6 +76,8 @@ class Encoder:
                 advance(len(batch.records) + len(batch.skipped))
             while opened:
                 yield opened.popleft().close()
+        except DataError as error:
+            raise _at_the_source(error, opened) from None
         finally:
             for one in opened:
                 one.abandon()
@@ -95,8 +98,8 @@ class _OpenShard:
 
     def __init__(self, encoder: Encoder, shard: SourceShard, before: ShardRows | None):
         self._files = ExitStack()
-        self.shard, self._before, self._skipped = self._files.enter_context(shard.staged()), before, []
-        self._skip = encoder.skip
+        self.origin, self.shard = shard, self._files.enter_context(shard.staged())
+        self._before, self._skip, self._skipped = before, encoder.skip, Skipped()
         first_view = before.flips.shape[1] if before else 0
         records = self.shard.index(self._skipped if encoder.skip else None)
         self.requests = [Request(record, first_view) for record in records]
@@ -114,13 +117,21 @@ class _OpenShard:
     def close(self) -> EncodedShard:
         with self._files:
             shard = self.shard
-            source = {"kind": "tar" if shard.is_tar else "folder", "size": shard.size(), "sha256": shard.sha256(self._skip)}
+            source = shard.describe(self._skip)
         rows = concatenate_rows(self._parts)
         rows = _add_views(shard, self._before, rows) if self._before else rows
         return EncodedShard(shard.name, rows, self._skipped, source)
 
     def abandon(self) -> None:
         self._files.close()
+
+
+def _at_the_source(error: DataError, opened: Iterable[_OpenShard]) -> DataError:
+    """The error with the place that the user gave instead of the temporary file it was staged at."""
+    text = str(error)
+    for one in opened:
+        text = text.replace(str(one.shard.root), str(one.origin.root))
+    return type(error)(text)
 
 
 def as_rows(shard: SourceShard, batch: ExtractedBatch, tokens: np.ndarray) -> ShardRows:

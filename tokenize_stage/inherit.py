@@ -21,9 +21,9 @@ from ..shared.images import ImageRecord, read_bytes, upright_size
 from ..shared.sources import SourceShard, open_source, read_records
 from ..shared.token_store import ShardRows, TokenStore, entry_path, read_entry, write_manifest, write_shard
 from ..shared.views import CENTER, Preprocess, center_box
-from .build_codebook import METRICS
-from .encoder import Encoder
+from .encoder import as_rows
 from .extract import ExtractedBatch
+from .kmeans import METRICS
 from .listing import read_listing, rows_of_keys
 from .towers import TowerSettings, open_tower
 
@@ -178,8 +178,8 @@ def _import_store(
     entries = []
     with progress("importing", len(records)) as advance:
         for shard in shards:
-            source = {"kind": "tar" if shard.is_tar else "folder", "size": shard.size(), "sha256": shard.sha256()}
-            entries.append(_import_shard(out, shard, book, tokens, row_of, {**attributes, "source": source}))
+            about = {**attributes, "source": shard.describe()}
+            entries.append(_import_shard(out, shard, book, tokens, row_of, about))
             advance(entries[-1]["images"])
     write_manifest(out, read_description(out / "codebook.json"), sorted(entries, key=lambda entry: entry["name"]))
     store = TokenStore(out)
@@ -252,4 +252,4 @@ def _rows(shard: SourceShard, records: list[ImageRecord], book: Codebook, tokens
         crc32[at] = zlib.crc32(data)
     unused = np.empty((count, 1, 0, 0), dtype=np.float32)
     batch = ExtractedBatch(records, unused, crops, np.zeros((count, 1), dtype=bool), sizes, crc32, [])
-    return Encoder.rows(shard, batch, tokens)
+    return as_rows(shard, batch, tokens)

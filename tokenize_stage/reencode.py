@@ -12,7 +12,8 @@ from ..shared.randomness import generator
 from ..shared.sources import SourceShard
 from ..shared.token_store import ShardRows, TokenStore, take_rows
 from ..shared.views import ViewPolicy
-from .encoder import Encoder, open_same_tower
+from .encoder import Encoder, as_rows, open_same_tower
+from .extract import Request, group_requests
 
 # Another device or batch size rounds differently: where two centroids are as near as that, either token is right.
 _ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -82,8 +83,10 @@ def _encoded(
     with source.staged() as here:
         found = {record.key: record for record in here.index([])}
         done = iter(places.tolist())
-        for batch, tokens in encoder.batches([found[rows.keys[place]] for place in places]):
-            again = encoder.rows(here, batch, tokens)
+        requests = [Request(found[rows.keys[place]]) for place in places]
+        groups = group_requests(requests, encoder.policy, encoder.batch_size)
+        for batch, tokens in encoder.batches(groups):
+            again = as_rows(here, batch, tokens)
             for at, features in enumerate(batch.features):
                 yield take_rows(again, [at]), features, next(done)
 
