@@ -34,6 +34,8 @@ class SourceShard:
     name: str
     root: Path | str
     listed: tuple[ImageRecord | tuple[str, str], ...] | None = None
+    url: str | None = None
+    """Where the file at `root` was downloaded from, while it is staged."""
 
     @property
     def is_tar(self) -> bool:
@@ -52,10 +54,15 @@ class SourceShard:
         with tempfile.TemporaryDirectory(prefix="mapet-") as folder:
             path = Path(folder, f"{self.name}.tar")
             download(self.root, path)
+            here = replace(self, root=path, url=self.root)
             try:
-                yield replace(self, root=path)
+                yield here
             except DataError as error:
-                raise type(error)(str(error).replace(str(path), str(self.root))) from None
+                raise here.named(error) from None
+
+    def named(self, error: DataError) -> DataError:
+        """`error` with the shard's URL in it instead of the place where it is staged."""
+        return error if self.url is None else type(error)(str(error).replace(str(self.root), self.url))
 
     def index(self, skipped: Skipped | None = None) -> list[ImageRecord]:
         """The shard's images in order, from headers alone.
@@ -70,7 +77,7 @@ class SourceShard:
         if skipped is not None:
             skipped += problems
         elif problems:
-            raise DataError(f"{self.root} {problems[0][1]}.")
+            raise self.named(DataError(f"{self.root} {problems[0][1]}."))
         return records
 
     def size(self) -> int | None:

@@ -77,7 +77,9 @@ class Encoder:
             while opened:
                 yield opened.popleft().close()
         except DataError as error:
-            raise _at_the_source(error, opened) from None
+            for one in opened:
+                error = one.shard.named(error)
+            raise error from None
         finally:
             for one in opened:
                 one.abandon()
@@ -98,7 +100,7 @@ class _OpenShard:
 
     def __init__(self, encoder: Encoder, shard: SourceShard, before: ShardRows | None):
         self._files = ExitStack()
-        self.origin, self.shard = shard, self._files.enter_context(shard.staged())
+        self.shard = self._files.enter_context(shard.staged())
         self._before, self._skip, self._skipped = before, encoder.skip, Skipped()
         first_view = before.flips.shape[1] if before else 0
         records = self.shard.index(self._skipped if encoder.skip else None)
@@ -124,14 +126,6 @@ class _OpenShard:
 
     def abandon(self) -> None:
         self._files.close()
-
-
-def _at_the_source(error: DataError, opened: Iterable[_OpenShard]) -> DataError:
-    """The error with the place that the user gave instead of the temporary file it was staged at."""
-    text = str(error)
-    for one in opened:
-        text = text.replace(str(one.shard.root), str(one.origin.root))
-    return type(error)(text)
 
 
 def as_rows(shard: SourceShard, batch: ExtractedBatch, tokens: np.ndarray) -> ShardRows:

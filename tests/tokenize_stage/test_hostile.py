@@ -348,7 +348,7 @@ from mapet.tokenize_stage.encode_shards import encode_shards
 images, codebook, out = sys.argv[1:]
 for on_error in ("stop", "skip"):
     try:
-        encode_shards(images, codebook, out, on_error=on_error, workers=2, batch_size=8)
+        encode_shards(images, codebook, out, on_error=on_error, workers=1, batch_size=8)
     except DataError as error:
         print(error)
 """
@@ -358,7 +358,9 @@ def test_a_closed_file_is_named_or_listed(chain, tmp_path: Path, run_as_owner):
     images, out = folder(tmp_path / "x", lambda x: written(x / "closed.jpg", GOOD[2])), tmp_path / "out"
     os.chmod(images / "closed.jpg", 0)
     ran = run_as_owner(ENCODE, images, chain.codebook, out)
-    assert ran.stdout.startswith(f"{images / 'closed.jpg'} cannot be read (Permission denied).\n"), ran.stderr
+    assert ran.stdout.startswith(f"{images / 'closed.jpg'} cannot be read (Permission denied) for key 'closed'.\n"), (
+        ran.stderr
+    )
     store = TokenStore(out)
     assert keys_of(store) == ["a", "z"]
     assert [key for _, key, _ in store.skipped()] == ["closed"]

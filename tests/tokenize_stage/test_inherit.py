@@ -117,7 +117,7 @@ def test_what_is_no_npy_file_is_refused(tower: str, tmp_path: Path):
 def test_import_takes_one_or_the_other(chain, tmp_path: Path):
     with pytest.raises(UsageError, match="missing: --tokens, --csv, --images, --codebook"):
         import_tokens(tmp_path / "out")
-    with pytest.raises(UsageError, match=r"missing: --csv, --images(\.|$)"):
+    with pytest.raises(UsageError, match=r"missing: --csv, --images\."):
         import_tokens(tmp_path / "out", tokens="t.npy", codebook=chain.codebook)
     with pytest.raises(UsageError, match="takes either --centroids"):
         import_tokens(tmp_path / "out", centroids="c.npy", images=str(chain.images))
