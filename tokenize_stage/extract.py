@@ -62,7 +62,7 @@ class _LoadViews:
             if not self.skip:
                 raise
             # Where the file lies on this machine must not enter what is stored.
-            problem = str(error).replace(str(record.path), record.path.name)
+            problem = str(error).replace(str(record.path), record.path.name).rstrip(".")
             size = self.preprocess.image_size
             blank = np.zeros((len(numbers), 3, size, size), dtype=np.uint8)
             return self._sample(problem, blank, np.zeros((len(numbers), 4)), np.zeros(len(numbers), bool), (0, 0), 0)

@@ -8,9 +8,12 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -377,6 +380,36 @@ def test_nothing_that_pillow_warns_of_is_printed_by_any_process(chain, tmp_path:
     ran = subprocess.run([sys.executable, "-c", ENCODE, *map(str, arguments)], capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert f"{len(UNSOUND)}, the first in x: named: holds 'named.gif'" in ran.stdout
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path: Path):
+    """The URL of `tmp_path`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_is_wrong_with_a_downloaded_tar_names_its_url(chain, tmp_path: Path, served: str):
+    cut(pack(tmp_path / "cut.tar", ("b.jpg", GOOD[2])), 2000 + len(GOOD[0]))
+    pack(tmp_path / "bad.tar", ("b.jpg", b"no image"))
+    for name, words in (("cut", " is truncated inside 'b.jpg'"), ("bad", ": image 'b' is no JPEG, PNG or WebP image")):
+        url = f"{served}/{name}.tar"
+        with pytest.raises(DataError) as caught:
+            encode_shards(url, chain.codebook, tmp_path / name, batch_size=4)
+        assert str(caught.value).startswith(url + words)
+        store = encode_shards(url, chain.codebook, tmp_path / name, batch_size=4, on_error="skip")
+        assert [key for _, key, _ in store.skipped()] == ["b"]
+        assert verify(store.path, images=url) == len(store)
+        local = encode_shards(tmp_path / f"{name}.tar", chain.codebook, tmp_path / f"{name}-local", on_error="skip")
+        assert files_of(local.path) == files_of(store.path)
 
 
 # A full disk
