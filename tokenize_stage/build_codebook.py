@@ -23,7 +23,8 @@ from ..shared.sources import Skipped, open_source
 from ..shared.world import World, joined_world
 from .encode_shards import ON_ERROR
 from .feature_cache import FeatureCache
-from .kmeans import KMeansRun, KMeansSettings, block_rows, float_blocks, refuse_little_memory, train_kmeans
+from .kmeans import KMeansSettings, block_rows, float_blocks, refuse_little_memory, train_kmeans
+from .kmeans_state import KMeansRun
 from .memory import memory_budget
 from .sample import PatchSample, choose_images, draw_sample
 from .sample_features import Sampler, Survey, survey

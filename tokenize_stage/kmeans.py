@@ -1,22 +1,17 @@
 """k-means over an fp16 sample, in memory or out of core: FAISS's clustering, one iteration at a time."""
 
 import hashlib
-import json
 import math
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ..shared.codebook import MAX_K, faiss_gpus, import_faiss
-from ..shared.console import progress, say
+from ..shared.console import progress
 from ..shared.errors import DataError, UsageError
-from ..shared.files import written_whole
+from .kmeans_state import KMeansRun, SavedState
 from .memory import as_text
 
 METRICS = ("l2", "cosine")
@@ -58,28 +53,6 @@ class KMeansSettings:
             raise UsageError(f"--init k-means++ needs a newer FAISS than {faiss.__version__}; use --init random.")
 
 
-@dataclass
-class KMeansRun:
-    """What k-means has done: `history[restart][iteration]` holds objective, imbalance and empty clusters split.
-
-    `centroids` (K, dim) float32 are those of the best restart so far, `best` its number. The objective is FAISS's: the
-    sum over all rows of squared distances, or with metric "cosine" of similarities, to six digits.
-    """
-
-    history: list[list[dict[str, float]]] = field(default_factory=list)
-    centroids: np.ndarray | None = None
-    best: int | None = None
-    best_objective: float | None = None
-    current: np.ndarray | None = None
-
-    def statistics(self) -> dict[str, Any]:
-        """The history as JSON fields, one list an iteration for each restart."""
-        columns = ("objective", "imbalance", "empty_clusters_split")
-        return {name: [[step[name] for step in run] for run in self.history] for name in columns} | {
-            "best_restart": self.best
-        }
-
-
 def train_kmeans(
     rows: np.ndarray,
     settings: KMeansSettings,
@@ -102,7 +75,7 @@ def train_kmeans(
     settings.check_faiss()
     refuse_few_distinct(rows, settings.k)
     steps = _Steps(rows, settings, memory)
-    saved = _SavedState(state, settings, rows.shape, about, save_seconds)
+    saved = SavedState(state, {**asdict(settings), "shape": list(rows.shape), "about": about}, save_seconds)
     run = saved.load()
     done = settings.iterations * max(0, len(run.history) - 1) + (len(run.history[-1]) if run.history else 0)
     with progress(f"k-means {steps.where}", settings.iterations * settings.restarts, "iterations", done) as advance:
@@ -111,7 +84,6 @@ def train_kmeans(
                 last = run.history[restart][-1]
                 advance(finished, f"restart {restart + 1}/{settings.restarts}, objective {last['objective']:.5g}")
                 saved.keep(run)
-    saved.keep(run, always=True)
     return run
 
 
@@ -279,40 +251,3 @@ def refuse_few_distinct(rows: np.ndarray, k: int) -> None:
         f"--k {k} is more than the {len(seen)} distinct features among the {len(rows)} patches of the sample; "
         "use a smaller --k or more images."
     )
-
-
-class _SavedState:
-    """The run in one file, replaced whole: a killed process leaves the last state or the one before."""
-
-    def __init__(self, path: Path | None, settings: KMeansSettings, shape: tuple[int, ...], about: str, every: float):
-        self.path, self.every = path, every
-        self.identity = {**asdict(settings), "shape": list(shape), "about": about}
-        self.saved = time.monotonic()
-
-    def load(self) -> KMeansRun:
-        if self.path is None or not self.path.exists():
-            return KMeansRun()
-        try:
-            with safe_open(self.path, "numpy") as file:
-                about = json.loads((file.metadata() or {}).get("run", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError):
-            about, tensors = {}, {}
-        if about.pop("identity", None) != self.identity:
-            say(f"{self.path} is of another k-means; starting over.")
-            return KMeansRun()
-        run = KMeansRun(**about, centroids=tensors.get("centroids"), current=tensors.get("current"))
-        say(f"k-means goes on after {sum(len(past) for past in run.history)} iterations.")
-        return run
-
-    def keep(self, run: KMeansRun, always: bool = False) -> None:
-        began = time.monotonic()
-        if self.path is None or not (always or began - self.saved >= self.every):
-            return
-        tensors = {name: getattr(run, name) for name in ("centroids", "current") if getattr(run, name) is not None}
-        about = {"history": run.history, "best": run.best, "best_objective": run.best_objective}
-        with written_whole(self.path) as partial:
-            save_file(tensors, partial, metadata={"run": json.dumps({**about, "identity": self.identity})})
-        self.saved = time.monotonic()
-        # Large codebooks on slow disks: at most a twentieth of the time goes into saving.
-        self.every = max(self.every, 20 * (self.saved - began)) if self.every else 0.0
