@@ -20,8 +20,10 @@ from mapet.shared.images import read_image
 from mapet.shared.sources import read_records
 from mapet.shared.views import center_view, to_array
 from mapet.tokenize_stage.build_codebook import build_codebook
+from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.sample import PatchSample, draw_sample
 from mapet.tokenize_stage.towers import Tower, TowerSettings, open_tower
+from mapet.tokenize_stage.verify import verify
 from PIL import Image
 
 K = 12
@@ -400,3 +402,16 @@ def png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+def test_any_timm_backbone_makes_a_codebook_and_tokens_with_the_same_two_commands(
+    chain, effnet_file: Path, tmp_path: Path
+):
+    """ImageNet's EfficientNet-Lite0, stride 16: 8x8 tokens of a 128 px image."""
+    backbone = {"tower": "timm:tf_efficientnet_lite0", "pretrained": str(effnet_file), "image_size": 128, "layer": 3}
+    book = build_codebook(chain.tars[0], tmp_path / "book", **backbone, **FAST)
+    assert (book.grid, book.description["dim"]) == ((8, 8), 112)
+    store = encode_shards(chain.tars[0], tmp_path / "book", tmp_path / "tokens", batch_size=16)
+    assert verify(tmp_path / "tokens", codebook=tmp_path / "book", images=str(chain.tars[0]), reencode=8) == 32
+    counts = np.bincount(np.concatenate([rows.tokens.reshape(-1) for _, rows in store.shards()]), minlength=K)
+    assert (counts > 0).sum() > K / 2

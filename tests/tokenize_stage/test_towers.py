@@ -85,6 +85,19 @@ def test_features_of_a_timm_vit_are_timms():
     assert torch.equal(features(opened), timm_features(model, 3))
 
 
+def test_class_and_register_tokens_of_a_dino_are_dropped():
+    """What DINO calls patch tokens: everything behind the class token and four registers, in raster order."""
+    opened = open_tower(TowerSettings("timm:vit_small_patch14_reg4_dinov2", "none", image_size=70, final_norm=True))
+    assert (opened.grid, opened.dim) == ((5, 5), 384)
+    model = same_weights(opened, timm.create_model("vit_small_patch14_reg4_dinov2", img_size=70))
+    assert model.num_prefix_tokens == 5
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (opened.preprocess.mean, opened.preprocess.std))
+    pixels = torch.randint(0, 256, (2, 3, 70, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = model.eval().forward_features((pixels.float() / 255 - mean) / std)
+    assert torch.allclose(opened.features(pixels), tokens[:, 5:], atol=1e-5)
+
+
 def test_features_of_a_timm_convnet_are_timms():
     opened = open_tower(TowerSettings("timm:test_efficientnet", "none", layer=3))
     assert opened.grid == (10, 10)
