@@ -110,8 +110,8 @@ def build_codebook(
 @tokenize.command()
 def encode_shards(
     images: Images,
-    codebook: Annotated[Path, typer.Option(help="Folder that build-codebook wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder of the token store; whole shards in it are skipped.")],
+    codebook: Annotated[str, typer.Option(help="Folder that build-codebook wrote.")],
+    out: Annotated[str, typer.Option(help="Folder or URL of the token store; whole shards in it are skipped.")],
     crop: Annotated[str, typer.Option(help="center (the tower's own preprocessing) or random-resized.")] = "center",
     views: Annotated[int, typer.Option(help="Views stored of each image; more can be added later.")] = 1,
     scale: Annotated[tuple[float, float], typer.Option(help="Of random-resized: share of the area.")] = (0.2, 1.0),
@@ -119,6 +119,9 @@ def encode_shards(
     flip: Annotated[float, typer.Option(help="Of random-resized: probability of a mirrored view.")] = 0.5,
     with_center: Annotated[bool, typer.Option("--with-center", help="View 0 is the centre view.")] = False,
     seed: Annotated[int, typer.Option(help="Of the views.")] = 0,
+    format: Annotated[
+        str, typer.Option(help="zarr (tokens only), or webdataset (tars of images and their tokens).")
+    ] = "zarr",
     on_error: OnError = "stop",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say hours, bytes and rows; write nothing.")] = False,
     tower: Annotated[str | None, typer.Option(help="Where the codebook's tower is now, if it moved.")] = None,
@@ -140,6 +143,7 @@ def encode_shards(
         flip=flip,
         with_center=with_center,
         seed=seed,
+        format=format,
         on_error=on_error,
         dry_run=dry_run,
         tower=tower,
@@ -151,7 +155,7 @@ def encode_shards(
 
 @tokenize.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A codebook or a token store.")],
+    path: Annotated[str, typer.Argument(help="A codebook or a token store, local or a URL.")],
     key: Annotated[str | None, typer.Option(help="Show the token grid of this image.")] = None,
     json: AsJson = False,
 ) -> None:
@@ -163,8 +167,8 @@ def inspect(
 
 @tokenize.command()
 def verify(
-    tokens: Annotated[Path, typer.Argument(help="A token store, or a codebook.")],
-    codebook: Annotated[Path | None, typer.Option(help="Also check that it was made with this codebook.")] = None,
+    tokens: Annotated[str, typer.Argument(help="A token store or a codebook, local or a URL.")],
+    codebook: Annotated[str | None, typer.Option(help="Also check that it was made with this codebook.")] = None,
     images: Annotated[str | None, typer.Option(help="Also check the source, every image's bytes included.")] = None,
     reencode: Annotated[
         int, typer.Option(help="Also encode this many random images again; needs --images and --codebook.")
@@ -231,9 +235,12 @@ def import_tokens(
 
 @train.command()
 def pretrain(
-    images: Annotated[str, typer.Option(help="A tar, a folder of class folders, or a pattern of tars.")],
-    tokens: Annotated[Path, typer.Option(help="The token store of these images.")],
+    tokens: Annotated[str, typer.Option(help="The token store of these images, local or a URL.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    images: Annotated[
+        str | None,
+        typer.Option(help="A tar, a folder of class folders, or a pattern of tars (not needed if TOKENS holds them)."),
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="A shipped recipe's name, or a YAML file.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="A setting, such as optimizer.lr=1e-3; repeat for more.")

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save_file
 
 from .errors import DataError, UsageError
 from .files import canonical_json, read_sealed_json, sha256_file, write_sealed_json, written_whole
+from .remote import as_path, is_remote, read_whole
 
 FORMAT, VERSION = "mapet-codebook", 1
 MAX_K = 65_536
@@ -120,14 +121,15 @@ class Codebook:
     @classmethod
     def load(cls, path: str | Path) -> "Codebook":
         """Opens a codebook folder. Raises DataError if it is missing, damaged or not what its fingerprint says."""
-        path = Path(path)
-        if not path.is_dir():
+        path = as_path(path)
+        if not is_remote(path) and not path.is_dir():
             raise DataError(f"{path} does not exist or is no folder; --codebook takes what build-codebook wrote.")
         description = read_description(path / "codebook.json")
         weights = path / "centroids.safetensors"
         try:
-            intact = sha256_file(weights) == description["centroids_sha256"]
-            tensors = load_file(weights) if intact else {}
+            content = read_whole(weights)
+            intact = hashlib.sha256(content).hexdigest() == description["centroids_sha256"]
+            tensors = load(content) if intact else {}
         except (OSError, SafetensorError) as error:
             raise DataError(f"{weights} cannot be read ({error}); build the codebook again.") from None
         if not intact:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from upath import UPath
 
 from .errors import DataError, UsageError
+from .remote import explained, is_remote, read_whole, uploaded_whole
 
 _PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -25,9 +27,9 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Path | UPath) -> str:
     """Hex SHA-256 of a file's bytes, read in blocks."""
-    with open(path, "rb") as file:
+    with explained(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -46,12 +48,17 @@ def refuse_existing(out: Path) -> None:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path | UPath) -> Iterator[Path]:
     """Yields a hidden path to write a file or folder at; it takes its final name, synced, only if the block succeeds.
 
     The hidden name is fixed, so that what a killed process left behind is overwritten by the next one. Raises
-    DataError if the disk is full or `path` cannot be written for another reason.
+    DataError if the disk is full or `path` cannot be written for another reason. A remote file is written on this
+    disk and then put in its place as a whole.
     """
+    if is_remote(path):
+        with uploaded_whole(path) as partial:
+            yield partial
+        return
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     with _explained(path, partial):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,19 +116,19 @@ def _sealed_text(content: dict[str, Any]) -> str:
     return json.dumps({**content, SEAL: seal}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_sealed_json(path: Path, content: dict[str, Any]) -> None:
+def write_sealed_json(path: Path | UPath, content: dict[str, Any]) -> None:
     """Writes `content` readably, with a digest of itself, so that any later change of a byte can be seen."""
     with written_whole(path) as partial:
         partial.write_text(_sealed_text(content), encoding="utf-8")
 
 
-def read_sealed_json(path: Path, *, format: str, version: int) -> dict[str, Any]:
+def read_sealed_json(path: Path | UPath, *, format: str, version: int) -> dict[str, Any]:
     """Reads what `write_sealed_json` wrote.
 
     Raises DataError if the file is missing, was changed, or is of another format or version than asked for.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_whole(path).decode("utf-8")
         content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError("not an object")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .errors import DataError
 from .images import ImageRecord
-from .keys import EXTENSIONS, OTHER_PICTURES, Skipped, key_of, plain, unfit_name
+from .keys import EXTENSIONS, OTHER_PICTURES, Skipped, extension_of, key_of, plain, unfit_name
 
 FOLDER_SHARD_IMAGES = 1000
 Listed = ImageRecord | tuple[str, str]
@@ -80,7 +80,7 @@ def _look_at(root: Path, name: str, key: str) -> Listed:
     reason = unfit_name(name)
     if reason:
         return plain(key), reason
-    if name.rpartition(".")[2].lower() in OTHER_PICTURES:
+    if extension_of(name) in OTHER_PICTURES:
         return key, f"holds {name!r}, which is none of {', '.join(EXTENSIONS)}; convert it"
     try:
         status = path.stat()
@@ -90,7 +90,7 @@ def _look_at(root: Path, name: str, key: str) -> Listed:
         return key, f"holds {name!r}, which cannot be read ({error.strerror})"
     if not stat.S_ISREG(status.st_mode):
         return key, f"holds {name!r}, which is no plain file; remove it"
-    return ImageRecord(key, path, 0, status.st_size, None)
+    return ImageRecord(key, path, 0, status.st_size, None, extension_of(name))
 
 
 def _class_numbers(keys: Iterable[str]) -> dict[str, int]:

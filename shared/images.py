@@ -31,13 +31,17 @@ _LYING = (5, 6, 7, 8)
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """Where one image's bytes lie. `offset` and `length` are in bytes; `label` is None where there is none."""
+    """Where one image's bytes lie. `offset` and `length` are in bytes; `label` is None where there is none.
+
+    `extension` is that of its file name, in lower case.
+    """
 
     key: str
     path: Path
     offset: int
     length: int
     label: int | None
+    extension: str = "jpg"
 
 
 def keys_sha256(keys: Iterable[str]) -> str:

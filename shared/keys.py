@@ -14,6 +14,11 @@ def key_of(name: str) -> str:
     return f"{directory}/{stem}" if directory else stem
 
 
+def extension_of(name: str) -> str:
+    """What follows the last dot of a file's name, in lower case."""
+    return name.rpartition(".")[2].lower()
+
+
 def plain(text: str) -> str:
     """`text` with what is not UTF-8 spelled out, so that it can be written and hashed."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -19,7 +19,7 @@ from .files import sha256_file
 from .folders import list_folder
 from .images import ImageRecord
 from .keys import Skipped
-from .remote import download, is_url, list_tars, remote_size
+from .remote import as_path, download, is_url, list_tars, remote_size
 from .tars import index_tar
 
 
@@ -204,7 +204,7 @@ def _expand(images: str | Path | Sequence[str | Path]) -> list[Path | str]:
         names = [name for pattern in patterns for name in braceexpand.braceexpand(str(pattern))]
     except ValueError as error:
         raise UsageError(f"IMAGES {images} is no pattern such as train-{{000..015}}.tar ({error}).") from None
-    places = [name if is_url(name) else Path(name) for name in names]
+    places = [name if is_url(name) else as_path(name) for name in names]
     for path in (place for place in places if isinstance(place, Path)):
         try:
             there = path.exists()

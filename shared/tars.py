@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 
 from .images import ImageRecord
-from .keys import EXTENSIONS, OTHER_PICTURES, Skipped, key_of, plain, unfit_name
+from .keys import EXTENSIONS, OTHER_PICTURES, Skipped, extension_of, key_of, plain, unfit_name
 
 _LONGEST_LABEL = 1024
 
@@ -20,7 +20,7 @@ def index_tar(path: Path) -> tuple[list[ImageRecord], Skipped]:
     classes: dict[str, tarfile.TarInfo] = {}
     others: dict[str, str] = {}
     for member in _members(path, problems):
-        key, extension = key_of(member.name), member.name.rpartition(".")[2].lower()
+        key, extension = key_of(member.name), extension_of(member.name)
         if member.name.rpartition("/")[2].startswith("."):
             continue  # such as macOS's `._a.jpg` beside `a.jpg`; WebDataset gives such files no key
         if extension in EXTENSIONS:
@@ -43,7 +43,7 @@ def index_tar(path: Path) -> tuple[list[ImageRecord], Skipped]:
         problems.append(("", f"holds no images ({', '.join(EXTENSIONS)}); give tars in WebDataset layout"))
     labels = _read_labels(path, {key: classes[key] for key in found if key in classes}, problems)
     records = [
-        ImageRecord(key, path, member.offset_data, member.size, labels.get(key))
+        ImageRecord(key, path, member.offset_data, member.size, labels.get(key), extension_of(member.name))
         for key, member in found.items()
         if key not in classes or key in labels
     ]

@@ -1,167 +1,139 @@
-"""The token store: every image's tokens and views in one Zarr v3 file per source shard, beside a manifest.
+"""The token store: every image's tokens and views in one file per source shard, beside a manifest.
 
 TOKENS/manifest.json         what is in the store, with a digest of every file; written last
 TOKENS/codebook.json         the codebook that made the tokens (its centroids stay in the codebook)
 TOKENS/shards/NAME.json      one shard's entry of the manifest, written when the shard is whole
-TOKENS/shards/NAME.zarr.zip  the rows
+TOKENS/shards/NAME.zarr.zip  the rows (`token_zarr`), or
+TOKENS/shards/NAME.tar       the rows with their images (`token_tars`)
+
+TOKENS is a local folder or a URL. The entry of a shard says how it is stored; no one but this module looks at that.
 """
 
-import zipfile
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import MemoryStore, ZipStore
+from upath import UPath
 
 from .codebook import read_description
-from .errors import DataError
+from .errors import DataError, UsageError
 from .files import read_sealed_json, sha256_file, write_sealed_json, written_whole
+from .images import ImageRecord
+from .remote import as_path, exists, explained, file_size, is_remote, on_this_disk, read_whole
+from .token_rows import NO_LABEL, ShardRows, rows_sha256
+from .token_tars import read_tar, write_tar
+from .token_zarr import read_zarr, write_zarr
 
 FORMAT, SHARD_FORMAT, VERSION = "mapet-token-store", "mapet-token-shard", 1
-NO_LABEL = -1
-_ROWS_PER_CHUNK = 1024
-_EPOCH_OF_ZIP = (1980, 1, 1, 0, 0, 0)
+ZARR, WEBDATASET = "zarr", "webdataset"
+SUFFIXES = {ZARR: ".zarr.zip", WEBDATASET: ".tar"}
+"""The formats of a shard, and how their files' names end."""
 
 
-@dataclass(frozen=True, eq=False)
-class ShardRows:
-    """The rows of one shard, in the source's order: n images, V views each, a grid of H x W tokens."""
+def write_shard(
+    store: Path | UPath,
+    name: str,
+    rows: ShardRows,
+    attributes: dict[str, Any],
+    images: Sequence[ImageRecord] | None = None,
+) -> None:
+    """Writes one shard and then its entry; the same rows always give the same bytes.
 
-    keys: np.ndarray
-    """(n,) str: WebDataset keys."""
-    tokens: np.ndarray
-    """(n, V, H, W) uint16."""
-    crops: np.ndarray
-    """(n, V, 4) float64: top, left, height, width in upright source pixels."""
-    flips: np.ndarray
-    """(n, V) bool: mirrored left to right after the crop."""
-    sizes: np.ndarray
-    """(n, 2) int32: height, width of the upright image in pixels."""
-    labels: np.ndarray
-    """(n,) int64, -1 where an image has none."""
-    paths: np.ndarray
-    """(n,) str: path inside a folder source; empty for tars."""
-    offsets: np.ndarray
-    """(n,) int64: where the image's bytes begin in its file."""
-    lengths: np.ndarray
-    """(n,) int64: bytes."""
-    crc32: np.ndarray
-    """(n,) uint32: of the image's bytes."""
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-
-_STRINGS = ("keys", "paths")
-
-
-def empty_rows(views: int, grid: tuple[int, int]) -> ShardRows:
-    """No rows at all, of the right shapes."""
-    return ShardRows(
-        keys=np.empty(0, dtype=object),
-        tokens=np.empty((0, views, *grid), dtype=np.uint16),
-        crops=np.empty((0, views, 4), dtype=np.float64),
-        flips=np.empty((0, views), dtype=bool),
-        sizes=np.empty((0, 2), dtype=np.int32),
-        labels=np.empty(0, dtype=np.int64),
-        paths=np.empty(0, dtype=object),
-        offsets=np.empty(0, dtype=np.int64),
-        lengths=np.empty(0, dtype=np.int64),
-        crc32=np.empty(0, dtype=np.uint32),
-    )
-
-
-def concatenate_rows(parts: Sequence[ShardRows]) -> ShardRows:
-    """The rows of all parts, in their order."""
-    return ShardRows(
-        **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(ShardRows)}
-    )
-
-
-def take_rows(rows: ShardRows, places: Sequence[int]) -> ShardRows:
-    """The rows at `places`, in their order."""
-    return ShardRows(**{field.name: getattr(rows, field.name)[list(places)] for field in fields(ShardRows)})
-
-
-def write_shard(store: Path, name: str, rows: ShardRows, attributes: dict[str, Any]) -> None:
-    """Writes one shard and then its entry; the same rows always give the same bytes."""
-    final = store / "shards" / f"{name}.zarr.zip"
-    with written_whole(final) as partial:
-        _zip(_zarr_files(rows, {"format": SHARD_FORMAT, "version": VERSION, **attributes}), partial)
-    entry = {
+    With `images`, the records of the rows in their order, it is a tar that holds them too; without, a Zarr file.
+    """
+    storage = ZARR if images is None else WEBDATASET
+    views, *grid = rows.tokens.shape[1:]
+    final = store / "shards" / f"{name}{SUFFIXES[storage]}"
+    about = {
         "name": name,
         "file": f"shards/{final.name}",
-        "bytes": final.stat().st_size,
-        "sha256": sha256_file(final),
+        "storage": storage,
         "images": len(rows),
-        **attributes,
+        "grid": grid,
     }
-    write_sealed_json(entry_path(store, name), {"format": SHARD_FORMAT, "version": VERSION, **entry})
+    with written_whole(final) as partial:
+        if images is None:
+            write_zarr(partial, rows, {"format": SHARD_FORMAT, "version": VERSION, **attributes})
+        else:
+            write_tar(partial, rows, images, attributes["codebook_fingerprint"])
+            about["rows_sha256"] = rows_sha256(read_tar(partial, views, tuple(grid)))
+        about |= {"bytes": partial.stat().st_size, "sha256": sha256_file(partial)}
+    content = {"format": SHARD_FORMAT, "version": VERSION, **about, **attributes}
+    write_sealed_json(entry_path(store, name), content)
 
 
-def entry_path(store: Path, name: str) -> Path:
+def entry_path(store: Path | UPath, name: str) -> Path | UPath:
     """Where the entry of shard `name` lies; it exists exactly when the shard is whole."""
     return store / "shards" / f"{name}.json"
 
 
-def read_entry(store: Path, name: str) -> dict[str, Any]:
+def read_entry(store: Path | UPath, name: str) -> dict[str, Any]:
     """The manifest entry of one whole shard; DataError if it is missing or was changed."""
     entry = read_sealed_json(entry_path(store, name), format=SHARD_FORMAT, version=VERSION)
     return {key: value for key, value in entry.items() if key not in ("format", "version")}
 
 
-def _zarr_files(rows: ShardRows, attributes: dict[str, Any]) -> dict[str, bytes]:
-    files: dict[str, Any] = {}
-    group = zarr.create_group(MemoryStore(files), attributes=attributes)
-    # Zarr leaves chunks unchecked unless told otherwise.
-    codecs = [ZstdCodec(level=9), Crc32cCodec()]
-    for field in fields(rows):
-        data = getattr(rows, field.name)
-        chunks = (min(max(len(data), 1), _ROWS_PER_CHUNK), *data.shape[1:])
-        kind = str if field.name in _STRINGS else data.dtype
-        array = group.create_array(field.name, shape=data.shape, chunks=chunks, dtype=kind, compressors=codecs)
-        array[:] = data
-    return {name: buffer.to_bytes() for name, buffer in files.items()}
+def some_entry(store: Path | UPath) -> dict[str, Any] | None:
+    """The entry of any one shard, all of which are of one format; None in a store that has none yet."""
+    with explained(store):
+        names = sorted(path.name for path in (store / "shards").glob("*.json"))
+    return read_entry(store, names[0].removesuffix(".json")) if names else None
 
 
-def _zip(files: dict[str, bytes], path: Path) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name in sorted(files):
-            archive.writestr(zipfile.ZipInfo(name, _EPOCH_OF_ZIP), files[name])
+def shard_files(store: Path | UPath) -> set[str]:
+    """The files of all shards that lie in a store, whether an entry knows them or not, as far as they are listed."""
+    try:
+        with explained(store):
+            names = [path.name for path in (store / "shards").glob("*")]
+    except DataError:  # web servers need not list their folders
+        return set()
+    return {f"shards/{name}" for name in names if name.endswith(tuple(SUFFIXES.values()))}
 
 
-def _read_zarr(path: Path) -> ShardRows:
-    with ZipStore(path, mode="r") as archive:
-        group = zarr.open_group(archive, mode="r")
-        columns = {field.name: group[field.name][:] for field in fields(ShardRows)}
-    return ShardRows(**{k: v.astype(object) if k in _STRINGS else v for k, v in columns.items()})
+def read_shard(store: Path | UPath, entry: dict[str, Any], every_byte: bool = False) -> ShardRows:
+    """The rows of the shard that `entry` describes; DataError if its file is missing, cut or changed.
 
-
-def read_shard(store: Path, entry: dict[str, Any]) -> ShardRows:
-    """The rows of the shard that `entry` describes; DataError if its file is missing, cut or changed."""
+    Without `every_byte` the images of a tar are not read, so that their bytes are not checked; all else always is.
+    """
     path = store / entry["file"]
-    problem = _damage(path, entry)
-    if problem:
-        raise DataError(f"{problem}; delete it and its .json and give the same encode-shards command again.")
-    return _read_zarr(path)
+    try:
+        if not exists(path):
+            raise DataError(f"{path} is missing")
+        size = file_size(path)
+        if size != entry["bytes"]:
+            raise DataError(f"{path} has {size} bytes instead of {entry['bytes']}")
+        return _READERS[entry["storage"]](path, entry, every_byte)
+    except DataError as error:
+        raise DataError(f"{error}; delete it and its .json and give the same encode-shards command again.") from None
 
 
-def _damage(path: Path, entry: dict[str, Any]) -> str | None:
-    if not path.is_file():
-        return f"{path} is missing"
-    if path.stat().st_size != entry["bytes"]:
-        return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-    if sha256_file(path) != entry["sha256"]:
-        return f"{path} was changed since it was written (its digest does not match)"
-    return None
+def _read_zarr_shard(path: Path | UPath, entry: dict[str, Any], every_byte: bool) -> ShardRows:
+    data = read_whole(path)
+    _refuse_changed(path, hashlib.sha256(data).hexdigest(), entry["sha256"])
+    return read_zarr(data)
 
 
-def write_manifest(store: Path, description: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+def _read_tar_shard(path: Path | UPath, entry: dict[str, Any], every_byte: bool) -> ShardRows:
+    with on_this_disk(path) as here:
+        if every_byte or is_remote(path):
+            _refuse_changed(path, sha256_file(here), entry["sha256"])
+        rows = read_tar(here, entry["view"]["views"], tuple(entry["grid"]))
+    _refuse_changed(path, rows_sha256(rows), entry["rows_sha256"])
+    return rows
+
+
+_READERS = {ZARR: _read_zarr_shard, WEBDATASET: _read_tar_shard}
+
+
+def _refuse_changed(path: Path | UPath, digest: str, stated: str) -> None:
+    if digest != stated:
+        raise DataError(f"{path} was changed since it was written (its digest does not match)")
+
+
+def write_manifest(store: Path | UPath, description: dict[str, Any], entries: list[dict[str, Any]]) -> None:
     """Assembles the manifest from the entries of all shards; the last write of an encoding."""
     content = {
         "format": FORMAT,
@@ -170,6 +142,7 @@ def write_manifest(store: Path, description: dict[str, Any], entries: list[dict[
         "codebook_sha256": sha256_file(store / "codebook.json"),
         "k": description["k"],
         "grid": description["grid"],
+        "storage": entries[0]["storage"],
         "images": sum(entry["images"] for entry in entries),
         "shards": entries,
     }
@@ -182,11 +155,11 @@ class TokenStore:
     Raises DataError when opened or read if a file is missing, was changed, or is of another version.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_dir():
+    def __init__(self, path: str | Path | UPath):
+        self.path = as_path(path)
+        if not is_remote(self.path) and not self.path.is_dir():
             raise DataError(f"{self.path} does not exist or is no folder; give what encode-shards wrote with --out.")
-        if not (self.path / "manifest.json").exists():
+        if not exists(self.path / "manifest.json"):
             raise DataError(
                 f"{self.path} has no manifest.json: it is no token store, or its encoding did not finish; "
                 "give the same encode-shards command again."
@@ -219,6 +192,11 @@ class TokenStore:
         return f"TokenStore({str(self.path)!r}: {len(self)} images, {shards} shards, K={self.k}, {rows}x{columns})"
 
     @property
+    def storage(self) -> str:
+        """The format of its shards: "zarr" or "webdataset"."""
+        return next(iter(self.entries.values()))["storage"]
+
+    @property
     def view(self) -> dict[str, Any]:
         """Which views are stored (`shared.views.ViewPolicy.to_json`)."""
         return next(iter(self.entries.values()))["view"]
@@ -232,14 +210,33 @@ class TokenStore:
         """(shard, key, reason) of everything that was left out with --on-error skip."""
         return [(name, key, reason) for name, entry in self.entries.items() for key, reason in entry.get("skipped", ())]
 
-    def read_rows(self, name: str) -> ShardRows:
-        """All rows of one shard, after its bytes were checked against the manifest."""
-        return read_shard(self.path, self.entries[name])
+    def read_rows(self, name: str, every_byte: bool = False) -> ShardRows:
+        """All rows of one shard, after they were checked against the manifest (`read_shard`)."""
+        return read_shard(self.path, self.entries[name], every_byte)
 
     def shards(self) -> Iterator[tuple[str, ShardRows]]:
         """(name, rows) of every shard, one in memory at a time."""
         for name in self.entries:
             yield name, self.read_rows(name)
+
+    def images_of(self, name: str, rows: ShardRows) -> list[ImageRecord]:
+        """Where the images of the rows of one shard lie inside the store.
+
+        Raises UsageError for a store that holds no images, or that is remote.
+        """
+        entry = self.entries[name]
+        if entry["storage"] != WEBDATASET:
+            raise UsageError(
+                f"{self.path} holds no images, only their tokens; give --images, or encode with --format webdataset."
+            )
+        if is_remote(self.path):
+            raise UsageError(f"{self.path} is remote and training needs its images here; copy it, or give --images.")
+        path = self.path / entry["file"]
+        columns = (rows.keys, rows.offsets.tolist(), rows.lengths.tolist(), rows.labels.tolist())
+        return [
+            ImageRecord(key, path, offset, length, None if label == NO_LABEL else label)
+            for key, offset, length, label in zip(*columns, strict=True)
+        ]
 
     def find(self, key: str) -> tuple[ShardRows, int]:
         """The shard's rows and the row that holds `key`; DataError if no image has it."""

@@ -9,13 +9,18 @@ from ..shared.console import progress, say, table
 from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError, FingerprintMismatch, UsageError
 from ..shared.files import sha256_file, write_sealed_json
+from ..shared.remote import as_path, exists, explained, file_size
 from ..shared.sources import KeyLedger, SourceShard, open_source
+from ..shared.token_rows import ShardRows
 from ..shared.token_store import (
-    ShardRows,
+    SUFFIXES,
+    WEBDATASET,
+    ZARR,
     TokenStore,
     entry_path,
     read_entry,
     read_shard,
+    some_entry,
     write_manifest,
     write_shard,
 )
@@ -39,6 +44,7 @@ def encode_shards(
     flip: float = 0.5,
     with_center: bool = False,
     seed: int = 0,
+    format: str = ZARR,
     on_error: str = "stop",
     dry_run: bool = False,
     tower: str | None = None,
@@ -54,8 +60,9 @@ def encode_shards(
     Args:
         images: as for `build_codebook`.
         codebook: folder that `build_codebook` wrote.
-        out: folder of the token store.
+        out: folder of the token store, or its URL.
         crop, views, scale, ratio, flip, with_center, seed: which views are stored (see `shared.views.ViewPolicy`).
+        format: "zarr" stores tokens only, "webdataset" tars with the images beside their tokens.
         on_error: "stop" at what cannot be read, or "skip" it; the store lists what was skipped, and why.
         dry_run: measure some batches and say what encoding would take; nothing is written, None is returned.
         tower: where the codebook's tower is now, if it moved; it must have the same weights.
@@ -65,15 +72,17 @@ def encode_shards(
     Raises:
         FingerprintMismatch if `out` was begun with another codebook or other views, or the tower is not the
         codebook's; DataError for images that cannot be read or a source that changed; UsageError for options that
-        cannot be.
+        cannot be, such as another format than that of `out`.
     """
     policy = ViewPolicy(crop, views, scale, ratio, flip, with_center, seed)
     if on_error not in ON_ERROR:
         raise UsageError(f"--on-error {on_error} is unknown; choose {' or '.join(ON_ERROR)}.")
-    skip, out = on_error == "skip", Path(out)
+    if format not in SUFFIXES:
+        raise UsageError(f"--format {format} is unknown; choose {' or '.join(SUFFIXES)}.")
+    skip, out = on_error == "skip", as_path(out)
     with joined_world() as world:
         shards, book = world.together(lambda: (open_source(images), Codebook.load(codebook)))
-        todo = world.from_first(lambda: _unfinished(out, shards, book, codebook, policy))
+        todo = world.from_first(lambda: _unfinished(out, shards, book, codebook, policy, format))
         if len(todo) < len(shards):
             say(f"{len(shards) - len(todo)} of {len(shards)} shards are whole already.")
         ledger = _survey(shards, world, skip)
@@ -82,11 +91,12 @@ def encode_shards(
             encoder = Encoder(book, opened, policy, skip, batch_size, choose_workers(workers, opened.device.type))
             unfinished = [shards[place] for place in todo]
             if dry_run:
-                world.from_first(lambda: estimate(encoder, unfinished, ledger, world.size))
+                world.from_first(lambda: estimate(encoder, unfinished, ledger, world.size, format))
                 return None
             world.from_first(lambda: _begin(out, encoder, codebook))
-            _encode_all(out, encoder, world.mine(unfinished), ledger)
+            _encode_all(out, encoder, world.mine(unfinished), ledger, format)
             world.wait()
+            out = as_path(out)
         elif dry_run:
             say(f"{out} holds all of it already; nothing is left to do.")
             return None
@@ -98,30 +108,41 @@ def encode_shards(
 
 
 def _unfinished(
-    out: Path, shards: Sequence[SourceShard], book: Codebook, codebook: str | Path, policy: ViewPolicy
+    out: Path, shards: Sequence[SourceShard], book: Codebook, codebook: str | Path, policy: ViewPolicy, format: str
 ) -> list[int]:
     """Places of the shards that are missing, damaged or short of views; refuses a store of something else."""
     embedded = out / "codebook.json"
-    if embedded.exists():
+    if exists(embedded):
         before = read_description(embedded)["fingerprint"]
         if before != book.fingerprint:
             raise FingerprintMismatch(
                 f"{out} was begun with codebook {before[:12]} and --codebook {codebook} is {book.fingerprint[:12]}; "
                 "choose another --out or the same codebook."
             )
-    elif out.exists() and any(path.name != f".{embedded.name}.partial" for path in out.iterdir()):
+    elif _holds_something(out, besides=f".{embedded.name}.partial"):
         raise UsageError(f"{out} is not empty and no token store; choose another --out.")
+    entry = some_entry(out)
+    if entry and entry["storage"] != format:
+        raise UsageError(
+            f"{out} was begun with --format {entry['storage']} and now --format {format} is given; "
+            "give the same format or choose another --out."
+        )
     view = policy.to_json()
     return [place for place, shard in enumerate(shards) if _whole_views(out, shard, book, view) < policy.views]
 
 
+def _holds_something(out: Path, besides: str) -> bool:
+    with explained(out):
+        return out.exists() and any(path.name != besides for path in out.iterdir())
+
+
 def _whole_views(out: Path, shard: SourceShard, book: Codebook, view: dict[str, Any]) -> int:
     """How many views of a shard are stored and sound; refuses a shard that was encoded in another way."""
-    if not entry_path(out, shard.name).exists():
+    if not exists(entry_path(out, shard.name)):
         return 0
     entry = read_entry(out, shard.name)
     path = out / entry["file"]
-    if not path.exists() or path.stat().st_size != entry["bytes"]:
+    if not exists(path) or file_size(path) != entry["bytes"]:
         return 0
     before = entry["view"]
     if entry["codebook_fingerprint"] != book.fingerprint or {**before, "views": 0} != {**view, "views": 0}:
@@ -155,15 +176,16 @@ def _survey(shards: Sequence[SourceShard], world: World, skip: bool) -> KeyLedge
 def _begin(out: Path, encoder: Encoder, codebook: str | Path) -> None:
     manifest = out / "manifest.json"
     view = encoder.policy.to_json()
-    if manifest.exists() and any(entry["view"] != view for entry in TokenStore(out).entries.values()):
+    if exists(manifest) and any(entry["view"] != view for entry in TokenStore(out).entries.values()):
         # Its shards are about to change; a store without a manifest says that it is unfinished.
-        manifest.unlink()
-    if not (out / "codebook.json").exists():
-        digest = sha256_file(Path(codebook) / "centroids.safetensors")
+        with explained(manifest):
+            manifest.unlink()
+    if not exists(out / "codebook.json"):
+        digest = sha256_file(as_path(codebook) / "centroids.safetensors")
         write_sealed_json(out / "codebook.json", encoder.book.as_json(digest))
 
 
-def _encode_all(out: Path, encoder: Encoder, shards: Sequence[SourceShard], ledger: KeyLedger) -> None:
+def _encode_all(out: Path, encoder: Encoder, shards: Sequence[SourceShard], ledger: KeyLedger, format: str) -> None:
     with progress("encoding", sum(ledger.count(shard.name) for shard in shards)) as advance:
         for shard in encoder.encode(shards, lambda name: _stored_rows(out, name, encoder.policy), advance):
             attributes = {
@@ -172,12 +194,12 @@ def _encode_all(out: Path, encoder: Encoder, shards: Sequence[SourceShard], ledg
                 "source": shard.source,
                 "skipped": [list(pair) for pair in shard.skipped],
             }
-            write_shard(out, shard.name, shard.rows, attributes)
+            write_shard(out, shard.name, shard.rows, attributes, shard.images if format == WEBDATASET else None)
 
 
 def _stored_rows(out: Path, name: str, policy: ViewPolicy) -> ShardRows | None:
     """The rows of a shard that has some of the views already; None where there are none that are sound."""
-    if not entry_path(out, name).exists():
+    if not exists(entry_path(out, name)):
         return None
     entry = read_entry(out, name)
     if entry["view"]["views"] >= policy.views:
@@ -192,10 +214,10 @@ def _stored_rows(out: Path, name: str, policy: ViewPolicy) -> ShardRows | None:
 def _finish(out: Path, shards: Sequence[SourceShard], ledger: KeyLedger, *, changed: bool) -> None:
     """Assembles the manifest, once no key stands in two shards."""
     manifest = out / "manifest.json"
-    if manifest.exists() and not changed:
+    if exists(manifest) and not changed:
         return
     entries = {shard.name: read_entry(out, shard.name) for shard in shards}
-    if manifest.exists():
+    if exists(manifest):
         entries = TokenStore(out).entries | entries
     for name, entry in entries.items():
         if name not in ledger:
@@ -213,7 +235,7 @@ def _summary(store: TokenStore, encoded: int) -> None:
         ("views", f"{store.views} an image ({store.view['crop']})"),
         ("tokens", f"{store.grid[0]}x{store.grid[1]} a view, K={store.k}"),
         ("codebook", store.fingerprint),
-        ("size", f"{written:,} bytes ({written / max(len(store) * store.views, 1):.0f} a view)"),
+        ("size", f"{written:,} bytes, {store.storage} ({written / max(len(store) * store.views, 1):.0f} a view)"),
         ("written to", str(store.path)),
     ]
     if skipped:

@@ -10,10 +10,11 @@ import numpy as np
 
 from ..shared.codebook import TOKEN_FIELDS, Codebook
 from ..shared.console import Advance
-from ..shared.errors import DataError, FingerprintMismatch
+from ..shared.errors import DataError, FingerprintMismatch, MapetError
+from ..shared.images import ImageRecord
 from ..shared.keys import Skipped
 from ..shared.sources import SourceShard
-from ..shared.token_store import NO_LABEL, ShardRows, concatenate_rows, empty_rows
+from ..shared.token_rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
 from ..shared.views import ViewPolicy
 from .extract import ExtractedBatch, Request, extract_groups, group_requests
 from .towers import Tower, TowerSettings, open_tower
@@ -57,25 +58,32 @@ class Encoder:
         self, shards: Iterable[SourceShard], stored: Callable[[str], ShardRows | None], advance: Advance
     ) -> Iterator["EncodedShard"]:
         """Yields one shard after the other; the images of the next are decoded while the tower still sees this one.
+        A shard's images can be read until the next one is asked for.
 
         `stored(name)` gives the rows of a shard that has some of the views; only the others are computed.
         """
         opened: deque[_OpenShard] = deque()
+        failed: list[MapetError] = []
 
         def groups() -> Iterator[Sequence[Request]]:
             for shard in shards:
-                one = _OpenShard(self, shard, stored(shard.name))
-                opened.append(one)
-                yield from group_requests(one.requests, self.policy, self.batch_size)
+                try:
+                    opened.append(_OpenShard(self, shard, stored(shard.name)))
+                except MapetError as error:  # the shards before it are finished first
+                    failed.append(error)
+                    return
+                yield from group_requests(opened[-1].requests, self.policy, self.batch_size)
 
         try:
             for batch, tokens in self.batches(groups()):
                 while not opened[0].requests or opened[0].is_whole():
-                    yield opened.popleft().close()
+                    yield from opened.popleft().finish()
                 opened[0].add(batch, tokens)
                 advance(len(batch.records) + len(batch.skipped))
             while opened:
-                yield opened.popleft().close()
+                yield from opened.popleft().finish()
+            for error in failed:
+                raise error
         except DataError as error:
             for one in opened:
                 error = one.shard.named(error)
@@ -87,10 +95,11 @@ class Encoder:
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """A shard's rows in its order, what was skipped, and what the source was."""
+    """A shard's rows in its order, where their images lie, what was skipped, and what the source was."""
 
     name: str
     rows: ShardRows
+    images: list[ImageRecord]
     skipped: Skipped
     source: dict[str, Any]
 
@@ -99,30 +108,32 @@ class _OpenShard:
     """A shard between the staging of its source and the last of its batches."""
 
     def __init__(self, encoder: Encoder, shard: SourceShard, before: ShardRows | None):
-        self._files = ExitStack()
-        self.shard = self._files.enter_context(shard.staged())
         self._before, self._skip, self._skipped = before, encoder.skip, Skipped()
         first_view = before.flips.shape[1] if before else 0
-        records = self.shard.index(self._skipped if encoder.skip else None)
+        with ExitStack() as files:
+            self.shard = files.enter_context(shard.staged())
+            records = self.shard.index(self._skipped if encoder.skip else None)
+            self._files = files.pop_all()
         self.requests = [Request(record, first_view) for record in records]
         self._parts = [empty_rows(encoder.policy.views - first_view, encoder.tower.grid)]
+        self._images: list[ImageRecord] = []
         self._seen = 0
 
     def add(self, batch: ExtractedBatch, tokens: np.ndarray) -> None:
         self._parts.append(as_rows(self.shard, batch, tokens))
+        self._images += batch.records
         self._skipped += batch.skipped
         self._seen += len(batch.records) + len(batch.skipped)
 
     def is_whole(self) -> bool:
         return self._seen == len(self.requests)
 
-    def close(self) -> EncodedShard:
+    def finish(self) -> Iterator[EncodedShard]:
+        """Yields the one shard; its images can be read until the next step."""
         with self._files:
-            shard = self.shard
-            source = shard.describe(self._skip)
-        rows = concatenate_rows(self._parts)
-        rows = _add_views(shard, self._before, rows) if self._before else rows
-        return EncodedShard(shard.name, rows, self._skipped, source)
+            shard, rows = self.shard, concatenate_rows(self._parts)
+            rows = _add_views(shard, self._before, rows) if self._before else rows
+            yield EncodedShard(shard.name, rows, self._images, self._skipped, shard.describe(self._skip))
 
     def abandon(self) -> None:
         self._files.close()

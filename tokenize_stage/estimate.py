@@ -10,21 +10,23 @@ from pathlib import Path
 
 from ..shared.console import say, table
 from ..shared.sources import KeyLedger, SourceShard
-from ..shared.token_store import ShardRows, concatenate_rows, empty_rows, write_shard
+from ..shared.token_rows import ShardRows, concatenate_rows, empty_rows
+from ..shared.token_store import WEBDATASET, write_shard
+from ..shared.token_tars import bytes_of_tar
 from .encoder import Encoder, as_rows
 from .extract import Request, group_requests
 
 _BATCHES = 10
 
 
-def estimate(encoder: Encoder, shards: Sequence[SourceShard], ledger: KeyLedger, processes: int) -> None:
+def estimate(encoder: Encoder, shards: Sequence[SourceShard], ledger: KeyLedger, processes: int, storage: str) -> None:
     """Encodes ten batches, after one that is not timed, and prints what all shards would take.
 
     Nothing is written to the store. The bytes are those of a shard that holds the measured rows.
     """
     rows, rate, batches = _measure(encoder, shards)
-    a_shard = _bytes_on_disk(empty_rows(encoder.policy.views, encoder.tower.grid))
-    an_image = (_bytes_on_disk(rows) - a_shard) / max(len(rows), 1)
+    a_shard = _bytes_on_disk(empty_rows(encoder.policy.views, encoder.tower.grid), storage)
+    an_image = (_bytes_on_disk(rows, storage) - a_shard) / max(len(rows), 1)
     surveyed = [ledger.count(shard.name) for shard in shards if shard.name in ledger]
     total = sum(surveyed)
     if len(surveyed) < len(shards):
@@ -66,7 +68,9 @@ def _measure(encoder: Encoder, shards: Sequence[SourceShard]) -> tuple[ShardRows
     return concatenate_rows(parts), images / (times[-1] - times[first]), len(parts) - first
 
 
-def _bytes_on_disk(rows: ShardRows) -> int:
+def _bytes_on_disk(rows: ShardRows, storage: str) -> int:
+    if storage == WEBDATASET:
+        return bytes_of_tar(rows)
     with tempfile.TemporaryDirectory(prefix="mapet-") as folder:
         write_shard(Path(folder), "measured", rows, {})
         return sum(path.stat().st_size for path in Path(folder, "shards").iterdir())

@@ -19,7 +19,8 @@ from ..shared.errors import DataError, UsageError
 from ..shared.files import refuse_existing, sha256_file, write_sealed_json
 from ..shared.images import ImageRecord, read_bytes, upright_size
 from ..shared.sources import SourceShard, open_source, read_records
-from ..shared.token_store import ShardRows, TokenStore, entry_path, read_entry, write_manifest, write_shard
+from ..shared.token_rows import ShardRows
+from ..shared.token_store import TokenStore, entry_path, read_entry, write_manifest, write_shard
 from ..shared.views import CENTER, Preprocess, center_box
 from .encoder import as_rows
 from .extract import ExtractedBatch

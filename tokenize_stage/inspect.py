@@ -10,7 +10,9 @@ from rich.table import Table
 from ..shared.codebook import Codebook, usage
 from ..shared.console import progress, results, table
 from ..shared.errors import DataError, UsageError
-from ..shared.token_store import NO_LABEL, TokenStore
+from ..shared.remote import as_path, exists
+from ..shared.token_rows import NO_LABEL
+from ..shared.token_store import TokenStore
 
 _EXTREMES = 10
 
@@ -21,10 +23,10 @@ def inspect(path: str | Path, *, key: str | None = None) -> dict[str, Any]:
     With `key`, a token store's answer also holds that image's "image": its token grid(s), crop, flip, size and label.
     Raises DataError if `path` is neither or is damaged, or no image has that key; UsageError for a key in a codebook.
     """
-    path = Path(path)
-    if (path / "manifest.json").exists() or (path / "shards").exists():
+    path = as_path(path)
+    if exists(path / "manifest.json") or exists(path / "shards"):
         return _inspect_store(TokenStore(path), key)
-    if not (path / "codebook.json").exists():
+    if not exists(path / "codebook.json"):
         raise DataError(f"{path} is neither a codebook nor a token store (no codebook.json, no manifest.json).")
     if key is not None:
         raise UsageError(f"--key {key}: {path} is a codebook; give a token store to see an image's tokens.")
@@ -62,6 +64,7 @@ def _inspect_store(store: TokenStore, key: str | None) -> dict[str, Any]:
         "k": store.k,
         "grid": list(store.grid),
         "shards": len(store.entries),
+        "storage": store.storage,
         "skipped": [{"shard": shard, "key": key, "reason": reason} for shard, key, reason in store.skipped()],
         "bytes": sum(entry["bytes"] for entry in entries),
         "view": store.view,
@@ -118,7 +121,7 @@ def show(about: dict[str, Any], *, as_json: bool = False) -> None:
         rows += [
             ("images", f"{about['images']:,} ({about['labelled']:,} with a label), {about['views']:,} views"),
             ("tokens", f"{about['tokens']:,}"),
-            ("size", f"{about['bytes']:,} bytes in {about['shards']} shards ({a_view:.0f} a view)"),
+            ("size", f"{about['bytes']:,} bytes in {about['shards']} {about['storage']} shards ({a_view:.0f} a view)"),
         ]
         if about["skipped"]:
             rows.append(("skipped", f"{len(about['skipped']):,} (--json lists them), the first:"))

@@ -10,7 +10,8 @@ from ..shared.console import progress, say
 from ..shared.devices import choose_device, choose_workers
 from ..shared.randomness import generator
 from ..shared.sources import SourceShard
-from ..shared.token_store import ShardRows, TokenStore, take_rows
+from ..shared.token_rows import ShardRows, take_rows
+from ..shared.token_store import TokenStore
 from ..shared.views import ViewPolicy
 from .encoder import Encoder, as_rows, open_same_tower
 from .extract import Request, group_requests

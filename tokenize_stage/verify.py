@@ -14,8 +14,10 @@ from ..shared.errors import DataError, FingerprintMismatch, MapetError, UsageErr
 from ..shared.files import sha256_file
 from ..shared.images import ImageRecord, read_bytes
 from ..shared.keys import Skipped
+from ..shared.remote import as_path, exists, file_size
 from ..shared.sources import SourceShard, open_source
-from ..shared.token_store import ShardRows, TokenStore, read_entry
+from ..shared.token_rows import ShardRows
+from ..shared.token_store import TokenStore, read_entry, shard_files
 from .reencode import Reencoding, encode_again
 
 Sources = Mapping[str, SourceShard]
@@ -52,10 +54,11 @@ def verify(
     Raises DataError naming everything that is wrong, FingerprintMismatch for another codebook, UsageError for options
     that do not fit together.
     """
-    tokens = Path(tokens)
+    tokens = as_path(tokens)
     _refuse_options(codebook, images, reencode)
     began = time.monotonic()
-    if (tokens / "codebook.json").exists() and not (tokens / "manifest.json").exists() | (tokens / "shards").exists():
+    of_a_store = (tokens / name for name in ("manifest.json", "shards"))
+    if exists(tokens / "codebook.json") and not any(map(exists, of_a_store)):
         return _verify_codebook(tokens, codebook or images)
     store = TokenStore(tokens)
     book = None if codebook is None else _same_codebook(store, codebook)
@@ -99,7 +102,7 @@ def _verify_codebook(path: Path, more: object) -> int:
             ("codebook", str(path)),
             ("centroids", f"{k:,} of {dim:,} dimensions"),
             ("fingerprint", book.fingerprint),
-            ("bytes", f"{sum((path / name).stat().st_size for name in ('codebook.json', 'centroids.safetensors')):,}"),
+            ("bytes", f"{sum(file_size(path / name) for name in ('codebook.json', 'centroids.safetensors')):,}"),
         ],
     )
     return k
@@ -116,8 +119,8 @@ def _check_store(store: TokenStore, sources: Sources | None) -> tuple[int, list[
     if sources is not None:
         problems += [f"{name} of --images is not in the store" for name in sources if name not in store.entries]
     listed = {entry["file"] for entry in store.entries.values()}
-    present = {f"shards/{path.name}" for path in (store.path / "shards").glob("*.zarr.zip")}
-    problems += [f"{store.path / name} is not in the manifest" for name in sorted(present - listed)]
+    foreign = sorted(shard_files(store.path) - listed)
+    problems += [f"{store.path / name} is not in the manifest" for name in foreign]
     if len(seen) != len(store) and not problems:
         problems.append(f"the manifest states {len(store)} images and the shards hold {len(seen)}")
     return len(seen), problems
@@ -134,7 +137,7 @@ def _summary(
     names = ["manifest", "codebook.json", "shards"]
     names += ["centroids"] if codebook is not None else []
     names += ["source images"] if sources is not None else []
-    checked = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
+    checked = sum(entry["bytes"] for entry in store.entries.values())
     checked += sum(entry["source"]["size"] or 0 for entry in store.entries.values()) if sources is not None else 0
     rows = [
         ("store", str(store.path)),
@@ -172,7 +175,7 @@ def _check_shard(store: TokenStore, name: str, seen: set[str], sources: Sources 
     try:
         if read_entry(store.path, name) != store.entries[name]:
             return [f"shards/{name}.json says other things than the manifest"]
-        rows = store.read_rows(name)
+        rows = store.read_rows(name, every_byte=True)
         problems = _check_rows(store, name, rows)
         doubled = [key for key in rows.keys if key in seen]
         seen.update(rows.keys)

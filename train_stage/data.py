@@ -43,20 +43,26 @@ class TokenisedImages:
         return keys_sha256(record.key for record in self.records)
 
 
-def join(images: str | Path | list[str | Path], store: TokenStore, skip_missing: bool = False) -> TokenisedImages:
-    """Finds each image's tokens by its key.
+def join(
+    images: str | Path | list[str | Path] | None, store: TokenStore, skip_missing: bool = False
+) -> TokenisedImages:
+    """Finds each image's tokens by its key; without `images`, those that the store holds beside its tokens.
 
     Images that encode-shards was told to skip are counted and left out. Raises DataError naming others that have no
     tokens, unless `skip_missing`; then they are counted and left out, too.
     Tokens whose image is not in `images` are not an error (training on some of the shards), but they are counted.
     """
-    columns = [(rows.keys, rows.tokens, rows.crops, rows.flips, rows.crc32) for _, rows in store.shards()]
+    columns, within = [], []
+    for name, shard in store.shards():
+        columns.append((shard.keys, shard.tokens, shard.crops, shard.flips, shard.crc32))
+        if images is None:
+            within += store.images_of(name, shard)
     keys, tokens, crops, flips, crc32 = (np.concatenate(column) for column in zip(*columns, strict=True))
     row_of = {key: row for row, key in enumerate(keys)}
     if len(row_of) != len(keys):
         raise DataError(f"{store.path} holds {len(keys) - len(row_of)} keys twice; encode each image once.")
     skipped = {key for _, key, _ in store.skipped()}
-    records = read_records(images, [] if skipped else None)
+    records = within if images is None else read_records(images, [] if skipped else None)
     if skipped:
         say(f"{len(store.skipped())} images were skipped when {store.path} was encoded; they are left out.")
         records = [record for record in records if record.key in row_of or record.key not in skipped]

@@ -18,7 +18,7 @@ from ..shared.files import refuse_existing, written_whole
 from ..shared.images import ImageRecord, read_image
 from ..shared.loading import batches
 from ..shared.sources import read_records
-from ..shared.token_store import NO_LABEL
+from ..shared.token_rows import NO_LABEL
 from ..shared.views import Preprocess, center_view, to_array
 from .interchange import load_weights
 from .weights import Weights

@@ -32,7 +32,7 @@ from .settings import OptimizerSettings, Settings, resolve
 
 
 def pretrain(
-    images: str | Path | Sequence[str | Path],
+    images: str | Path | Sequence[str | Path] | None,
     tokens: str | Path,
     out: str | Path,
     *,
@@ -46,7 +46,7 @@ def pretrain(
     """Pre-trains MaPeT (arXiv 2306.07346) and returns the folder of the last checkpoint.
 
     Args:
-        images: a tar, a folder, a brace pattern of tars, or a list of tars.
+        images: a tar, a folder, a brace pattern of tars, or a list of tars; None if the token store holds the images.
         tokens: the token store of these images.
         out: the run's folder: settings.yaml, run.json, metrics.jsonl, TensorBoard events, checkpoints/.
         recipe: a shipped recipe's name or a YAML file; overrides: "key=value" settings (see `settings.Settings`).

@@ -13,7 +13,8 @@ from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, UsageError
 from mapet.shared.images import read_bytes
 from mapet.shared.sources import open_source, read_records
-from mapet.shared.token_store import ShardRows, TokenStore
+from mapet.shared.token_rows import ShardRows
+from mapet.shared.token_store import TokenStore
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inherit import import_tokens

@@ -11,7 +11,8 @@ from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
 from mapet.shared.files import write_sealed_json
 from mapet.shared.sources import open_source
-from mapet.shared.token_store import ShardRows, TokenStore, read_entry, take_rows, write_manifest, write_shard
+from mapet.shared.token_rows import ShardRows, take_rows
+from mapet.shared.token_store import TokenStore, read_entry, write_manifest, write_shard
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inspect import inspect, show

@@ -1,0 +1,128 @@
+"""The token store's other format: WebDataset tars that hold each image beside its tokens, so that they stand alone.
+
+KEY.jpg          the image's own bytes, under its source's extension
+KEY.cls          its label, where it has one
+KEY.tokens.npy   (V, H, W) uint16
+KEY.views.json   crops [[top, left, height, width], ...] in upright source pixels and flips, one of each a view; the
+                 image's size [height, width]; the CRC32 of its bytes; the fingerprint of the codebook
+"""
+
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import DataError
+from .files import canonical_json
+from .images import ImageRecord, read_bytes
+from .keys import EXTENSIONS, extension_of, key_of
+from .token_rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
+
+_TOKENS, _VIEWS = "tokens.npy", "views.json"
+
+
+def write_tar(path: Path, rows: ShardRows, records: Sequence[ImageRecord], codebook_fingerprint: str) -> None:
+    """Writes a tokenised tar, one image in memory at a time; the same rows and images always give the same bytes.
+
+    `records` say where the images of the rows lie, in the same order. Raises DataError if one has other bytes than
+    when it was encoded.
+    """
+    from webdataset import TarWriter
+
+    # PAX, as WebDataset's own choice (USTAR) has no room for long names.
+    always = {"user": "mapet", "group": "mapet", "mtime": 0, "format": "PAX_FORMAT"}
+    with open(path, "wb") as file, TarWriter(file, encoder=False, **always) as tar:
+        for row, record in enumerate(records):
+            content = read_bytes(record)
+            if zlib.crc32(content) != rows.crc32[row]:
+                raise DataError(
+                    f"{record.path}: image {record.key!r} changed while it was encoded (its CRC32 differs); "
+                    "leave the source alone and give the same command again."
+                )
+            small = _small_members(rows, row, codebook_fingerprint)
+            tar.write({"__key__": record.key, record.extension: content, **small})
+
+
+def _small_members(rows: ShardRows, row: int, codebook_fingerprint: str) -> dict[str, bytes]:
+    """All of a sample but the image: extension -> bytes."""
+    tokens = io.BytesIO()
+    np.save(tokens, rows.tokens[row])
+    views = {
+        "codebook_fingerprint": codebook_fingerprint,
+        "crc32": int(rows.crc32[row]),
+        "crops": rows.crops[row].tolist(),
+        "flips": rows.flips[row].tolist(),
+        "size": rows.sizes[row].tolist(),
+    }
+    label = {} if rows.labels[row] == NO_LABEL else {"cls": str(rows.labels[row]).encode()}
+    return {_TOKENS: tokens.getvalue(), _VIEWS: canonical_json(views).encode(), **label}
+
+
+def bytes_of_tar(rows: ShardRows) -> int:
+    """About how large a tokenised tar of these rows is."""
+    sizes = [
+        size
+        for row in range(len(rows))
+        for size in (int(rows.lengths[row]), *map(len, _small_members(rows, row, "0" * 64).values()))
+    ]
+    return sum(tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for size in sizes)
+
+
+def read_tar(path: Path, views: int, grid: tuple[int, int]) -> ShardRows:
+    """The rows of a tokenised tar with `views` views and H x W tokens; the images are passed over, not read.
+
+    Offsets and lengths are those inside this tar. Raises DataError for what `write_tar` did not write.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            parts = [_row(tar, key, sample, views, grid) for key, sample in _samples(tar)]
+    except (tarfile.TarError, OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is no tar of images and their tokens ({error})") from None
+    return concatenate_rows([empty_rows(views, grid), *parts])
+
+
+def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Yields (key, its members by extension) of neighbouring members with one key."""
+    key, sample = None, {}
+    for member in tar:
+        name = key_of(member.name)
+        if name != key and sample:
+            yield key, sample
+            sample = {}
+        key = name
+        sample[member.name[len(name) + 1 :]] = member
+    if sample:
+        yield key, sample
+
+
+def _row(
+    tar: tarfile.TarFile, key: str, sample: dict[str, tarfile.TarInfo], views: int, grid: tuple[int, int]
+) -> ShardRows:
+    """One image's row, as rows."""
+    (image,) = (member for member in sample.values() if extension_of(member.name) in EXTENSIONS)
+    tokens = np.load(io.BytesIO(_content(tar, sample[_TOKENS])), allow_pickle=False)
+    about: dict[str, Any] = json.loads(_content(tar, sample[_VIEWS]))
+    if tokens.dtype != np.uint16 or tokens.shape != (views, *grid):
+        raise ValueError(f"{key}.{_TOKENS} is {tokens.dtype} {tokens.shape}")
+    return ShardRows(
+        keys=np.array([key], dtype=object),
+        tokens=tokens[None],
+        crops=np.array([about["crops"]], dtype=np.float64).reshape(1, views, 4),
+        flips=np.array([about["flips"]], dtype=bool).reshape(1, views),
+        sizes=np.array([about["size"]], dtype=np.int32).reshape(1, 2),
+        labels=np.array([int(_content(tar, sample["cls"])) if "cls" in sample else NO_LABEL], dtype=np.int64),
+        paths=np.array([""], dtype=object),
+        offsets=np.array([image.offset_data], dtype=np.int64),
+        lengths=np.array([image.size], dtype=np.int64),
+        crc32=np.array([about["crc32"]], dtype=np.uint32),
+    )
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    tar.fileobj.seek(member.offset_data)
+    return tar.fileobj.read(member.size)
