@@ -47,6 +47,23 @@ def test_kmeans_out_of_core_holds_less_memory_and_finds_the_same(tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+def test_the_storage_benchmark_accounts_for_every_byte_of_a_view(chain):
+    result = benchmark("storage.py", str(chain.tokens), "--reads", "1")
+    assert result.returncode == 0, result.stderr
+    store, *figures = map(json.loads, result.stdout.splitlines())
+    columns = {one["figure"]: one["bytes_per_view"] for one in figures if one["figure"].startswith("column ")}
+    assert len(columns) == 10
+    assert sum(columns.values()) < store["bytes_per_view"]
+    assert store["plain_bits_bytes_per_view"] == 4 * 64 / 8
+    assert store["entropy_bytes_per_view"] <= store["plain_bits_bytes_per_view"]
+    (chosen,) = (
+        one["bytes_per_view"]
+        for one in figures
+        if one["figure"] == "tokens, blosc zstd 9 bitshuffle" and one["rows_per_chunk"] == 1024
+    )
+    assert chosen == columns["column tokens"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says something else where there is a GPU")
 def test_the_gpu_check_is_refused_in_one_sentence_without_a_gpu():
     result = benchmark("gpu_check.py")
