@@ -76,11 +76,11 @@ def read_entry(store: Path | UPath, name: str) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in ("format", "version")}
 
 
-def some_entry(store: Path | UPath) -> dict[str, Any] | None:
-    """The entry of any one shard, all of which are of one format; None in a store that has none yet."""
+def stored_entries(store: Path | UPath) -> dict[str, dict[str, Any]]:
+    """The entries of all shards that are whole, by name, whether a manifest knows them yet or not."""
     with explained(store):
-        names = sorted(path.name for path in (store / "shards").glob("*.json"))
-    return read_entry(store, names[0].removesuffix(".json")) if names else None
+        names = sorted(path.name.removesuffix(".json") for path in (store / "shards").glob("[!.]*.json"))
+    return {name: read_entry(store, name) for name in names}
 
 
 def shard_files(store: Path | UPath) -> set[str]:

@@ -20,7 +20,7 @@ from ..shared.token_store import (
     entry_path,
     read_entry,
     read_shard,
-    some_entry,
+    stored_entries,
     write_manifest,
     write_shard,
 )
@@ -121,14 +121,30 @@ def _unfinished(
             )
     elif _holds_something(out, besides=f".{embedded.name}.partial"):
         raise UsageError(f"{out} is not empty and no token store; choose another --out.")
-    entry = some_entry(out)
-    if entry and entry["storage"] != format:
-        raise UsageError(
-            f"{out} was begun with --format {entry['storage']} and now --format {format} is given; "
-            "give the same format or choose another --out."
-        )
-    view = policy.to_json()
-    return [place for place, shard in enumerate(shards) if _whole_views(out, shard, book, view) < policy.views]
+    view, entries = policy.to_json(), stored_entries(out)
+    _refuse_mixture(out, entries, {shard.name for shard in shards}, view, format)
+    return [
+        place
+        for place, shard in enumerate(shards)
+        if shard.name not in entries or _whole_views(out, shard, entries[shard.name], book, view) < policy.views
+    ]
+
+
+def _refuse_mixture(
+    out: Path, entries: dict[str, dict[str, Any]], given: set[str], view: dict[str, Any], format: str
+) -> None:
+    """All shards of a store have one format and the same views, those that are not `given` now included."""
+    for name, entry in entries.items():
+        if entry["storage"] != format:
+            raise UsageError(
+                f"{out} was begun with --format {entry['storage']} and now --format {format} is given; "
+                "give the same format or choose another --out."
+            )
+        if name not in given and entry["view"] != view:
+            raise UsageError(
+                f"{out} also holds shard {name}, with other views ({entry['view']}) than are asked for now; "
+                "give its images, too, to add views, or choose another --out."
+            )
 
 
 def _holds_something(out: Path, besides: str) -> bool:
@@ -136,11 +152,8 @@ def _holds_something(out: Path, besides: str) -> bool:
         return out.exists() and any(path.name != besides for path in out.iterdir())
 
 
-def _whole_views(out: Path, shard: SourceShard, book: Codebook, view: dict[str, Any]) -> int:
+def _whole_views(out: Path, shard: SourceShard, entry: dict[str, Any], book: Codebook, view: dict[str, Any]) -> int:
     """How many views of a shard are stored and sound; refuses a shard that was encoded in another way."""
-    if not exists(entry_path(out, shard.name)):
-        return 0
-    entry = read_entry(out, shard.name)
     path = out / entry["file"]
     if not exists(path) or file_size(path) != entry["bytes"]:
         return 0
@@ -216,9 +229,10 @@ def _finish(out: Path, shards: Sequence[SourceShard], ledger: KeyLedger, *, chan
     manifest = out / "manifest.json"
     if exists(manifest) and not changed:
         return
-    entries = {shard.name: read_entry(out, shard.name) for shard in shards}
-    if exists(manifest):
-        entries = TokenStore(out).entries | entries
+    entries = stored_entries(out)
+    lost = [shard.name for shard in shards if shard.name not in entries]
+    if lost:
+        raise DataError(f"{entry_path(out, lost[0])} is gone, though it was written; give the same command again.")
     for name, entry in entries.items():
         if name not in ledger:
             ledger.add(name, read_shard(out, entry).keys)

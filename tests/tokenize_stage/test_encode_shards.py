@@ -390,6 +390,19 @@ def test_other_or_fewer_views_than_a_store_has_are_refused(chain, four: Path):
     assert files_of(four) == before
 
 
+def test_views_are_added_to_all_shards_of_a_store_or_to_none(chain, tmp_path: Path):
+    out = tmp_path / "tokens"
+    encode_shards(chain.tars, chain.codebook, out, batch_size=16, views=1, **RANDOM)
+    before = files_of(out)
+    with pytest.raises(UsageError, match=f"also holds shard {chain.tars[1].stem}, with other views"):
+        encode_shards(chain.tars[:1], chain.codebook, out, batch_size=16, views=2, **RANDOM)
+    assert files_of(out) == before
+    # A store that lost its manifest still knows all of its shards.
+    (out / "manifest.json").unlink()
+    encode_shards(chain.tars[:1], chain.codebook, out, batch_size=16, views=1, **RANDOM)
+    assert files_of(out) == before
+
+
 def test_a_dry_run_says_hours_bytes_and_rows_and_writes_nothing(chain, tmp_path: Path, capsys):
     out = tmp_path / "tokens"
     assert encode_shards(chain.images, chain.codebook, out, views=2, crop="random-resized", dry_run=True) is None
