@@ -27,7 +27,7 @@ from .token_rows import NO_LABEL, ShardRows, rows_sha256
 from .token_tars import read_tar, write_tar
 from .token_zarr import read_zarr, write_zarr
 
-FORMAT, SHARD_FORMAT, VERSION = "mapet-token-store", "mapet-token-shard", 1
+FORMAT, SHARD_FORMAT, VERSION = "mapet-token-store", "mapet-token-shard", 2
 ZARR, WEBDATASET = "zarr", "webdataset"
 SUFFIXES = {ZARR: ".zarr.zip", WEBDATASET: ".tar"}
 """The formats of a shard, and how their files' names end."""

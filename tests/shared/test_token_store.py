@@ -1,6 +1,7 @@
 """The token store gives back the rows that were written, as plain zarr, and notices whatever happened to them."""
 
 import os
+import re
 import time
 import zipfile
 from dataclasses import fields
@@ -205,8 +206,8 @@ def test_a_changed_json_is_a_data_error_that_names_it(store: Path, name: str):
 @pytest.mark.parametrize("name", ["manifest.json", "codebook.json", "shards/shard-0.json"])
 def test_an_unknown_version_is_a_data_error_that_names_both(store: Path, name: str):
     text = (store / name).read_text()
-    (store / name).write_text(text.replace('"version": 1', '"version": 2'))
-    with pytest.raises(DataError, match=rf"{Path(name).name} has .* version 2, and this mapet reads version 1"):
+    (store / name).write_text(re.sub(r'"version": \d', '"version": 9', text))
+    with pytest.raises(DataError, match=rf"{Path(name).name} has .* version 9, and this mapet reads version \d"):
         read_entry(store, "shard-0") if name.startswith("shards") else TokenStore(store)
 
 
