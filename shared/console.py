@@ -35,15 +35,18 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str = "images", start: int = 0) -> Iterator[Advance]:
-    """Yields `advance(steps, note="")`. A live bar on a terminal; elsewhere a plain line every ten seconds."""
+def progress(what: str, total: int | None, unit: str = "images", start: int = 0) -> Iterator[Advance]:
+    """Yields `advance(steps, note="")`. A live bar on a terminal; elsewhere a plain line every ten seconds.
+
+    `total` is None where nobody knows it yet.
+    """
     show = _bar if messages.is_terminal else _plain_lines
     with show(what, total, unit, start) as advance:
         yield advance
 
 
 @contextmanager
-def _bar(what: str, total: int, unit: str, start: int) -> Iterator[Advance]:
+def _bar(what: str, total: int | None, unit: str, start: int) -> Iterator[Advance]:
     columns = [
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -65,7 +68,7 @@ def _bar(what: str, total: int, unit: str, start: int) -> Iterator[Advance]:
 
 
 @contextmanager
-def _plain_lines(what: str, total: int, unit: str, start: int) -> Iterator[Advance]:
+def _plain_lines(what: str, total: int | None, unit: str, start: int) -> Iterator[Advance]:
     began = said = time.monotonic()
     done = start
 
@@ -76,8 +79,9 @@ def _plain_lines(what: str, total: int, unit: str, start: int) -> Iterator[Advan
         if now - said >= _SECONDS_BETWEEN_PLAIN_LINES:
             said = now
             rate = (done - start) / (now - began)
-            left = f", {(total - done) / rate:.0f} s left" if rate and total > done else ""
-            say(f"{what}: {done}/{total} {unit}{f', {note}' if note else ''}, {rate:.1f} {unit}/s{left}")
+            left = f", {(total - done) / rate:.0f} s left" if rate and total and total > done else ""
+            of = "" if total is None else f"/{total}"
+            say(f"{what}: {done}{of} {unit}{f', {note}' if note else ''}, {rate:.1f} {unit}/s{left}")
 
     yield advance
 

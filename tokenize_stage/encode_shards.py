@@ -199,7 +199,8 @@ def _begin(out: Path, encoder: Encoder, codebook: str | Path) -> None:
 
 
 def _encode_all(out: Path, encoder: Encoder, shards: Sequence[SourceShard], ledger: KeyLedger, format: str) -> None:
-    with progress("encoding", sum(ledger.count(shard.name) for shard in shards)) as advance:
+    known = all(shard.name in ledger for shard in shards)
+    with progress("encoding", sum(ledger.count(shard.name) for shard in shards) if known else None) as advance:
         for shard in encoder.encode(shards, lambda name: _stored_rows(out, name, encoder.policy), advance):
             attributes = {
                 "codebook_fingerprint": encoder.book.fingerprint,

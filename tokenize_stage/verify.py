@@ -64,6 +64,7 @@ def verify(
     book = None if codebook is None else _same_codebook(store, codebook)
     sources = {shard.name: shard for shard in open_source(images)} if images is not None else None
     seen, problems = _check_store(store, sources)
+    seconds = time.monotonic() - began
     again = None
     if reencode and book and sources and not problems:
         again = encode_again(store, book, sources, reencode, seed, tower, batch_size, workers, device)
@@ -72,7 +73,7 @@ def verify(
         for problem in problems:
             say(f"- {problem}")
         raise DataError(f"{store.path} is not sound: {len(problems)} problem(s), the first: {problems[0]}.")
-    _summary(store, seen, codebook, sources, again, time.monotonic() - began)
+    _summary(store, seen, codebook, sources, again, seconds)
     return seen
 
 
