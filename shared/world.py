@@ -109,5 +109,7 @@ def joined_world() -> Iterator[World]:
     torch.distributed.init_process_group("gloo", timeout=_LONGEST_WAIT)
     try:
         yield World(torch.distributed.get_rank(), size)
+        # gloo may abort a process that is still talking when another one hangs up.
+        torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()

@@ -1,0 +1,74 @@
+"""The world of processes: shares that add up, values that reach all, one voice for an error."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mapet.shared.errors import DataError, UsageError
+from mapet.shared.world import World, joined_world
+
+TALK = """
+import sys
+from mapet.cli import _fail
+from mapet.shared.console import say
+from mapet.shared.errors import DataError
+from mapet.shared.world import joined_world
+
+def refuse_in_all_but_the_first(rank):
+    if rank:
+        raise DataError(f"process {rank} cannot")
+
+with joined_world() as world:
+    assert world.from_all(world.rank * 10) == [0, 10, 20]
+    assert world.from_first(lambda: f"of {world.rank}") == "of 0"
+    assert world.together(lambda: world.rank) == world.rank
+    world.wait()
+    say("only one says this")
+    try:
+        world.together(lambda: refuse_in_all_but_the_first(world.rank))
+    except DataError as error:
+        _fail(str(error), error.exit_code)
+"""
+
+
+@given(st.lists(st.integers()), st.integers(1, 9))
+def test_shares_are_alike_in_length_and_make_up_the_whole(items: list[int], size: int):
+    shares = [World(rank, size).mine(items) for rank in range(size)]
+    assert sorted(item for share in shares for item in share) == sorted(items)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_one_process_alone_needs_nobody(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined_world() as world:
+        assert (world.rank, world.size, world.is_first) == (0, 1, True)
+        assert (world.from_all("a"), world.from_first(lambda: "b"), world.together(lambda: "c")) == (["a"], "b", "c")
+        world.wait()
+        for ask in (world.from_first, world.together):
+            with pytest.raises(DataError, match="no"):
+                ask(lambda: refuse())
+
+
+def refuse() -> None:
+    raise DataError("no")
+
+
+def test_a_world_that_torchrun_did_not_make_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UsageError, match="start several processes with torchrun"), joined_world():
+        pass
+
+
+def test_three_processes_share_values_and_speak_with_one_voice(tmp_path: Path):
+    script = tmp_path / "talk.py"  # torchrun prints the command of a process that failed
+    script.write_text(TALK)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--no-python"]
+    ran = subprocess.run([*launch, sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 1
+    assert "AssertionError" not in ran.stderr
+    assert ran.stderr.count("only one says this") == 1
+    assert (ran.stderr.count("mapet: process 1 cannot"), ran.stderr.count("process 2 cannot")) == (1, 0)
