@@ -57,7 +57,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         if "speed" in part:
             for count in workers:
-                figure = speed(source, tower, k, batch_size, count, pairs, Path(folder))
+                figure = speed(source, tower, k, batch_size, count, pairs, Path(folder), about["device"])
                 say("encode-shards / bare tower, images/s", about | {"tower": tower, "k": k, "workers": count}, figure)
         if "assign" in part:
             say("assignment / faiss.knn, time", about | {"k": k}, assignment(k, pairs))
@@ -89,8 +89,10 @@ def ratio(ours: Callable[[], object], theirs: Callable[[], object], pairs: int) 
     return statistics.median(b / a for a, b in times), mine, reference
 
 
-def speed(source: str, name: str, k: int, batch_size: int, workers: int, pairs: int, folder: Path) -> dict:
-    tower = open_tower(TowerSettings(name, "none"), choose_device("auto"))
+def speed(
+    source: str | Path, name: str, k: int, batch_size: int, workers: int, pairs: int, folder: Path, device: str
+) -> dict:
+    tower = open_tower(TowerSettings(name, "none"), device)
     random = np.random.default_rng(0)
     (shard,) = open_source(source)
     records = shard.index()

@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from dense_reference import split_heads
+from encode import speed
+from mapet.shared.devices import choose_workers
+from mapet.shared.drawings import write_drawings
 from mapet.tokenize_stage.towers import TowerSettings, open_tower
 from mapet.train_stage.attention import Window, attend
 from mapet.train_stage.interchange import load_published
@@ -47,7 +51,7 @@ def main(
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu_check.py measures a CUDA device and finds none; benchmarks/pretrain_step.py measures the CPU.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    checks = [(equality, ()), (attention_kernels, (batch, pairs)), (tower, (batch, pairs))]
+    checks = [(equality, ()), (attention_kernels, (batch, pairs)), (tower, (batch, pairs)), (encoding, (batch, pairs))]
     checks += [(steps, (one, mode, batch, pairs)) for one in size]
     found = [
         ("device", torch.cuda.get_device_name() if device == "cuda" else "cpu", ""),
@@ -252,6 +256,17 @@ def tower(device: str, images: int, pairs: int) -> Iterator[Row]:
         tokens[precision] = torch.cdist(flat, codebook).argmin(1)
     differ = (tokens["float32"] != tokens["bfloat16"]).float().mean().item()
     yield "tokens that bfloat16 changes (random weights)", f"{differ:.2%}", ""
+
+
+def encoding(device: str, images: int, pairs: int) -> Iterator[Row]:
+    """encode-shards from bytes to a shard on disk, beside the tower's forward pass alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_drawings(Path(folder), 8 * images, seed=1, per_tar=8 * images)
+        (tar,) = Path(folder).glob("*.tar")
+        workers = choose_workers(None, device)
+        figure = speed(tar, "ViT-B-16", 1024, images, workers, min(pairs, 5), Path(folder), device)
+    remark = f"of the bare tower's {figure['bare_images_per_second']} images/s, {workers} workers; target 0.95"
+    yield f"encode-shards, ViT-B-16, batch {images}", figure["ratio"], remark
 
 
 if __name__ == "__main__":
