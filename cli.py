@@ -21,7 +21,7 @@ app.add_typer(tokenize, name="tokenize")
 app.add_typer(train, name="train")
 
 Images = Annotated[
-    str, typer.Argument(help="A tar, a folder of class folders, or a pattern like train-{000..015}.tar.")
+    str, typer.Argument(help="A tar, a folder of class folders, or tars like train-{000..015}.tar, URLs included.")
 ]
 Workers = Annotated[
     int | None, typer.Option(help="Processes that decode images (default: 0 on the CPU, up to 16 on CUDA).")
