@@ -296,7 +296,7 @@ def probe(
 
 @train.command()
 def features(
-    images: Images,
+    images: Annotated[str, typer.Argument(help="A tar, a folder of class folders, or a pattern of tars.")],
     weights: Annotated[Path, typer.Option(help="What probe takes: a run, an import, an export, a .pth.tar ...")],
     out: Annotated[Path, typer.Option(help="Zarr group to write, such as features.zarr.")],
     patches: Annotated[bool, typer.Option(help="Write each patch's features too, H x W times as much.")] = True,
