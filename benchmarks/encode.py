@@ -4,8 +4,8 @@ python benchmarks/encode.py SOURCE [--part speed] [--tower ViT-B-16] [--k 1024] 
 
 SOURCE is a tar of photographs. Parts: `speed` (Encoder and shard writing, from bytes to rows, against the tower's
 forward pass alone on the same images, already decoded), `assign` (Codebook.assign against faiss.knn), `verify`
-(MB/s of `mapet tokenize verify` against reading and hashing the same bytes), `memory` (peak of encode-shards with one
-shard and with sixteen). Prints one JSON line per figure; references in the same run, pairs interleaved, medians.
+(MB/s of `mapet tokenize verify` against reading and hashing the same bytes), `memory` (peak of encode-shards with 2, 8
+and 64 shards). Prints one JSON line per figure; references in the same run, pairs interleaved, medians.
 """
 
 import hashlib
@@ -140,7 +140,7 @@ def assignment(k: int, pairs: int) -> dict:
 
 
 def drawings(folder: Path) -> Path:
-    write_drawings(folder / "images", 3200, seed=1, per_tar=200)
+    write_drawings(folder / "images", 3200, seed=1, per_tar=50)
     build_codebook(folder / "images", folder / "codebook", tower=f"local-dir:{TOWER}", k=64, restarts=1, patches=20_000)
     encode_shards(folder / "images", folder / "codebook", folder / "tokens")
     return folder
@@ -169,7 +169,7 @@ def verifying(made: Path, pairs: int) -> dict:
 def memory(made: Path) -> dict:
     tars = sorted((made / "images").glob("*.tar"))
     peaks = {}
-    for count in (1, 4, 16):
+    for count in (2, 8, 64):
         some = made / f"some-{count}"
         some.mkdir()
         for tar in tars[:count]:
