@@ -1,6 +1,7 @@
 """Weights arrive unchanged, from published checkpoints and runs, to timm and back; or refused in one sentence."""
 
 import argparse
+import errno
 import json
 import os
 import shutil
@@ -199,11 +200,11 @@ def test_a_write_that_fails_leaves_nothing_and_what_a_killed_one_left_is_no_hind
 ):
     def full(tensors, path):
         path.write_bytes(b"half")
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
         patched.setattr(interchange, "save_file", full)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(DataError, match=r"out could not be written \(No space left on device\); make room"):
             write(PRETRAIN, tmp_path / "out")
     assert not list(tmp_path.iterdir())
     (tmp_path / ".out.partial").mkdir()
