@@ -146,6 +146,7 @@ class _Run:
             "seed": settings.train.seed,
             "settings": settings.to_json(),
             "codebook_fingerprint": self.store.fingerprint,
+            "view": self.store.view,
             "images": len(self.data),
             "keys_sha256": self.data.keys_sha256,
             "init": self.init,

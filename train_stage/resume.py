@@ -16,8 +16,8 @@ RESUME = ("auto", "never")
 def find_resumable(out: Path, resume: str, settings: Settings, store: TokenStore) -> Path | None:
     """The checkpoint in `out` to go on from, or None.
 
-    Raises UsageError if `resume` forbids it or settings differ that change what is computed, FingerprintMismatch if
-    the tokens are of another codebook.
+    Raises UsageError if `resume` forbids it, or settings or stored views differ that change what is computed,
+    FingerprintMismatch if the tokens are of another codebook.
     """
     if resume not in RESUME:
         raise UsageError(f"--resume {resume} is unknown; choose {' or '.join(RESUME)}.")
@@ -31,6 +31,12 @@ def find_resumable(out: Path, resume: str, settings: Settings, store: TokenStore
         raise FingerprintMismatch(
             f"{out} was trained on tokens of codebook {before['codebook_fingerprint'][:12]} and {store.path} holds "
             f"tokens of {store.fingerprint[:12]}; give the same tokens or another --out."
+        )
+    view = before.get("view", store.view)
+    if view != store.view:
+        raise UsageError(
+            f"{out} was begun with the views {view} of each image and {store.path} now has {store.view}; "
+            "give tokens with the same views or another --out."
         )
     changed = _differences(before["settings"], settings.to_json())
     if changed:

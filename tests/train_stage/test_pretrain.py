@@ -278,6 +278,16 @@ def test_tokens_of_another_codebook_are_refused(chain, tower, tmp_path: Path):
         pretrain(chain.images, tmp_path / "tokens", tmp_path / "run", overrides=[*TINY, "train.epochs=1"])
 
 
+def test_a_run_does_not_go_on_with_other_views_than_it_began_with(chain, tmp_path: Path):
+    views = {"crop": "random-resized", "batch_size": 16}
+    encode_shards(chain.images, chain.codebook, tmp_path / "tokens", views=2, **views)
+    arguments = {"overrides": [*TINY, "train.epochs=1"], "device": "cpu"}
+    pretrain(chain.images, tmp_path / "tokens", tmp_path / "run", **arguments)
+    encode_shards(chain.images, chain.codebook, tmp_path / "tokens", views=3, **views)
+    with pytest.raises(UsageError, match=r"was begun with the views .*'views': 2.* now has .*'views': 3"):
+        pretrain(chain.images, tmp_path / "tokens", tmp_path / "run", **arguments)
+
+
 def test_a_batch_larger_than_the_images_is_refused(chain, tmp_path: Path):
     with pytest.raises(UsageError, match="larger than the 96 images"):
         run(chain, tmp_path, "train.batch_size=128")
