@@ -21,7 +21,7 @@ from ..shared.files import canonical_json, written_whole
 from ..shared.images import keys_sha256
 from ..shared.sources import Skipped, open_source
 from ..shared.world import World, joined_world
-from .encode_shards import ON_ERROR
+from .extract import skips
 from .feature_cache import FeatureCache
 from .kmeans import KMeansSettings, block_rows, float_blocks, refuse_little_memory, train_kmeans
 from .kmeans_state import KMeansRun
@@ -93,10 +93,9 @@ def build_codebook(
     settings = TowerSettings(tower, pretrained, image_size, layer, final_norm, precision)
     kmeans = KMeansSettings(k, iterations, restarts, metric, seed, init)
     kmeans.check_faiss()
-    if on_error not in ON_ERROR:
-        raise UsageError(f"--on-error {on_error} is unknown; choose {' or '.join(ON_ERROR)}.")
+    skip = skips(on_error)
     memory_budget(memory)
-    skip, out, clock = on_error == "skip", Path(out), _Clock()
+    out, clock = Path(out), _Clock()
     with joined_world() as world:
         shards = open_source(images)
         found = survey(shards, world, skip)

@@ -28,8 +28,7 @@ from ..shared.views import ViewPolicy
 from ..shared.world import World, joined_world
 from .encoder import Encoder, open_same_tower
 from .estimate import estimate
-
-ON_ERROR = ("stop", "skip")
+from .extract import skips
 
 
 def encode_shards(
@@ -75,11 +74,10 @@ def encode_shards(
         cannot be, such as another format than that of `out`.
     """
     policy = ViewPolicy(crop, views, scale, ratio, flip, with_center, seed)
-    if on_error not in ON_ERROR:
-        raise UsageError(f"--on-error {on_error} is unknown; choose {' or '.join(ON_ERROR)}.")
+    skip = skips(on_error)
     if format not in SUFFIXES:
         raise UsageError(f"--format {format} is unknown; choose {' or '.join(SUFFIXES)}.")
-    skip, out = on_error == "skip", as_path(out)
+    out = as_path(out)
     with joined_world() as world:
         shards, book = world.together(lambda: (open_source(images), Codebook.load(codebook)))
         todo = world.from_first(lambda: _unfinished(out, shards, book, codebook, policy, format))

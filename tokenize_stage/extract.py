@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from ..shared.errors import DataError
+from ..shared.errors import DataError, UsageError
 from ..shared.images import ImageRecord, read_image
 from ..shared.loading import batches
 from ..shared.sources import Skipped
@@ -19,6 +19,16 @@ from ..shared.views import Preprocess, ViewPolicy, resized, show_view, to_array
 from .towers import Tower
 
 _MOST_PIXELS = 100_000_000
+
+
+ON_ERROR = ("stop", "skip")
+
+
+def skips(on_error: str) -> bool:
+    """Whether --on-error says to leave out what cannot be read; UsageError for what it cannot say."""
+    if on_error not in ON_ERROR:
+        raise UsageError(f"--on-error {on_error} is unknown; choose {' or '.join(ON_ERROR)}.")
+    return on_error == "skip"
 
 
 @dataclass(frozen=True)
