@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .shared.errors import MapetError
+from .shared.world import is_first_process
 
 app = typer.Typer(
     name="mapet",
@@ -374,7 +375,7 @@ def main() -> None:
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}.", 1)
     except SystemExit as end:
-        if end.code == 130:
+        if end.code == 130 and is_first_process():
             _fail("stopped. What was finished is kept; give the same command to go on.", 130)
         raise
 

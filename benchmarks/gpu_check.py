@@ -19,7 +19,7 @@ import torch
 import typer
 from dense_reference import split_heads
 from encode import speed
-from mapet.shared.devices import choose_workers
+from mapet.shared.devices import choose_workers, peak_flops
 from mapet.shared.drawings import write_drawings
 from mapet.tokenize_stage.towers import TowerSettings, open_tower
 from mapet.train_stage.attention import Window, attend
@@ -35,8 +35,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 ORACLE = Path(__file__).parent.parent / "tests" / "train_stage" / "oracle"
 LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
-PEAK_BFLOAT16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
-"""Dense bfloat16 FLOP/s from the makers' data sheets."""
 
 Row = tuple[str, Any, str]
 
@@ -126,8 +124,8 @@ def steps(device: str, size: str, modes: list[str], images: int, pairs: int) -> 
 
 
 def _use(achieved: float, precision: str, device: str) -> str:
-    known = [peak for name, peak in PEAK_BFLOAT16.items() if device == "cuda" and name in torch.cuda.get_device_name()]
-    share = f", MFU {achieved / known[0]:.1%}" if known and precision == "bfloat16" else ""
+    peak = peak_flops(device)
+    share = f", MFU {achieved / peak:.1%}" if peak and precision == "bfloat16" else ""
     return f"{achieved / 1e12:.1f} TFLOP/s{share}"
 
 

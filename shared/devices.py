@@ -6,6 +6,17 @@ import shutil
 
 from .errors import UsageError
 
+PEAK_BFLOAT16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+"""Dense bfloat16 FLOP/s from the makers' data sheets."""
+
+
+def peak_flops(device: str) -> float | None:
+    """The greatest bfloat16 FLOP/s of one GPU, where its maker's figure is known; None on the CPU."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    return next((peak for known, peak in PEAK_BFLOAT16.items() if known in name), None)
+
 
 def choose_device(device: str) -> str:
     """ "cpu" or "cuda" for "auto", "cpu" or "cuda"; UsageError if CUDA was asked for and is not there."""

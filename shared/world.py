@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from .errors import MapetError, UsageError
 
@@ -67,6 +67,13 @@ class World:
         self._raise_in_one(self.from_all(error))
         return value
 
+    def raise_agreed(self, error: MapetError) -> NoReturn:
+        """Raises an error that all processes have come to: the first one says it, the others end quietly."""
+        self.wait()  # nobody leaves while another one still talks to it
+        if self.is_first:
+            raise error
+        raise SystemExit(error.exit_code)
+
     def _raise_in_one(self, errors: list[MapetError | None]) -> None:
         failed = next((rank for rank, error in enumerate(errors) if error), None)
         if failed is None:
@@ -74,6 +81,32 @@ class World:
         if failed == self.rank:
             raise errors[failed]
         raise SystemExit(errors[failed].exit_code)
+
+
+class Vote:
+    """Asks all processes the same question again and again without anybody waiting: answers come one round later."""
+
+    def __init__(self, world: World):
+        self._world = world
+        self._before: tuple[Any, Any] | None = None
+
+    def ask(self, yes: bool) -> bool:
+        """Whether any process said yes in the round before; in a world of one, what it says now.
+
+        All processes must ask equally often, and all get the same answers.
+        """
+        if self._world.size == 1:
+            return yes
+        import torch
+        import torch.distributed
+
+        said = torch.tensor([int(yes)], dtype=torch.int32)
+        work = torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, async_op=True)
+        before, self._before = self._before, (work, said)
+        if before is None:
+            return False
+        before[0].wait()
+        return bool(before[1].item())
 
 
 def _outcome(compute: Callable[[], T]) -> tuple[T | None, MapetError | None]:
@@ -89,8 +122,10 @@ def is_first_process() -> bool:
 
 
 @contextmanager
-def joined_world() -> Iterator[World]:
+def joined_world(device: str = "cpu") -> Iterator[World]:
     """The world that torchrun started this process in; a world of one if it did not.
+
+    Tensors on the CPU can be exchanged, and with `device` "cuda" those on GPUs.
 
     Raises UsageError if several processes were announced, but not in torchrun's way.
     """
@@ -106,7 +141,8 @@ def joined_world() -> Iterator[World]:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    torch.distributed.init_process_group("gloo", timeout=_LONGEST_WAIT)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=_LONGEST_WAIT)
     try:
         yield World(torch.distributed.get_rank(), size)
         # gloo may abort a process that is still talking when another one hangs up.

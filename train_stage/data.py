@@ -37,6 +37,10 @@ class TokenisedImages:
     def __len__(self) -> int:
         return len(self.records)
 
+    def key(self, index: int) -> str:
+        """The key of one image."""
+        return self.records[index].key
+
     @cached_property
     def keys_sha256(self) -> str:
         """Which images these are; computed once, as every checkpoint states it."""
@@ -115,6 +119,7 @@ class LoadSample:
         random = self._random("permutation", epoch, record)
         order = draw_permutation(self.settings.objective, len(tokens), random)
         return {
+            "index": index,
             "pixels": self._pixels(record, index, view, epoch),
             "order": order,
             "tokens": tokens.reshape(-1)[order].astype(np.int64),

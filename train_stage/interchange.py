@@ -17,7 +17,7 @@ from torch import Tensor
 from ..shared.console import say, table
 from ..shared.errors import DataError, UsageError
 from ..shared.files import read_sealed_json, refuse_existing, sha256_file, write_sealed_json, written_whole
-from .checkpoint import newest_checkpoint, read_state
+from .checkpoint import EMA, newest_checkpoint, read_state
 from .model import SIZES, MaPeT, Shape
 from .weights import Input, Weights, published_names
 
@@ -115,7 +115,8 @@ def load_published(path: str | Path) -> MaPeT:
 def load_weights(path: str | Path) -> Weights:
     """Weights from a run, a checkpoint folder, what `import_weights` or `export` wrote, or a published `.pth.tar`.
 
-    Nothing in them is run. Raises DataError if `path` is none of these or its tensors are not those of its shape.
+    Of a run that keeps a moving average of its weights it is the average. Nothing in them is run. Raises DataError if
+    `path` is none of these, was changed, or its tensors are not those of its shape.
     """
     path = Path(path)
     if not path.exists():
@@ -164,16 +165,19 @@ def _described(path: Path, as_what: str) -> Iterator[None]:
         raise DataError(f"{path} is {as_what} ({error})") from None
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    with _described(folder / _TENSORS, "damaged"):
-        return {name: tensor.float() for name, tensor in load_file(folder / _TENSORS).items()}
+def _read_tensors(folder: Path, name: str = _TENSORS) -> dict[str, Tensor]:
+    with _described(folder / name, "damaged"):
+        return {key: tensor.float() for key, tensor in load_file(folder / name).items()}
 
 
 def _read_checkpoint(folder: Path) -> Weights:
-    about, tensors = read_state(folder), _read_tensors(folder)
+    about = read_state(folder)
     with _described(folder, "damaged"):
+        name = EMA if EMA in about["files"] else _TENSORS
         shape, seen = Shape(**about["model"]), Input.from_json(about["input"])
-        return Weights(folder / _TENSORS, shape, tensors, seen, about["seed"])
+        if sha256_file(folder / name) != about["files"][name]["sha256"]:
+            raise ValueError(f"the digest of {name} does not match")
+        return Weights(folder / name, shape, _read_tensors(folder, name), seen, about["seed"])
 
 
 def _read_imported(folder: Path) -> Weights:

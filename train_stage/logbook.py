@@ -1,108 +1,234 @@
-"""What a run writes down as it goes: metrics.jsonl and TensorBoard, the same whether it was stopped or not."""
+"""What a run writes down as it goes: metrics.jsonl, TensorBoard and, if wanted, Weights & Biases; the same lines
+whether it was stopped or not."""
 
 import json
+import resource
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ..shared.errors import DataError
+from ..shared.errors import UsageError
 from ..shared.files import written_whole
+from .watch import BadStep
+
+_NO_SCALARS = ("step", "epoch", "accuracy_by_rank")
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One step's mean loss and sum of right guesses, still on the device, so that nothing waits for them."""
+    """One step of the whole global batch; tensors are still on the device, so that nothing waits for them."""
 
     loss: Tensor | float
-    correct: Tensor | float
+    """Mean cross-entropy in nats."""
+    right: Tensor | Sequence[float]
+    """(BANDS,) float: right guesses in each band of ranks."""
+    guesses: Sequence[int]
+    """(BANDS,): all guesses."""
     gradient_norm: Tensor | float
-    tokens: int
     images: int
     lr: float
+    problem: str | None = None
+    """Why the step's update was left out, if it was."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, null where one is not finite."""
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        content |= {"loss": _number(self.loss), "gradient_norm": _number(self.gradient_norm)}
+        content["right"] = self.right.tolist() if isinstance(self.right, Tensor) else list(self.right)
+        return {**content, "guesses": list(self.guesses)}
+
+
+def _number(value: Tensor | float | None) -> float | None:
+    found = float("nan") if value is None else float(value)
+    return found if isfinite(found) else None
 
 
 class Logbook:
-    """One line of metrics every `every` steps, with means over them. `pending` are the metrics since the last line
-    before the checkpoint at step `start`, so that lines do not depend on where a run was stopped."""
+    """One line of metrics every `every` steps, with means over them.
+
+    `pending` are the metrics since the last line before the checkpoint at step `start`, so that lines do not depend on
+    where a run was stopped. Only a logbook that `writes` (the first process's) leaves anything on disk.
+    """
 
     def __init__(
-        self, out: Path, start: int, pending: list[StepMetrics], *, every: int, steps: int, steps_per_epoch: int
+        self,
+        out: Path,
+        start: int,
+        pending: list[StepMetrics],
+        *,
+        every: int,
+        steps: int,
+        steps_per_epoch: int,
+        peak_images_per_second: float | None = None,
+        wandb: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        writes: bool = True,
     ):
         self._every, self._steps, self._steps_per_epoch = every, steps, steps_per_epoch
-        self._path = out / "metrics.jsonl"
-        self.lines = [line for line in _read_lines(self._path) if line["step"] <= start]
-        # What was logged after the checkpoint is about to happen again.
-        with written_whole(self._path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        self._board = SummaryWriter(out / "tensorboard", purge_step=start + 1 if start else None)
-        self._pending = pending
-        self._since = self._began = time.monotonic()
+        self._peak, self._pending, self._note = peak_images_per_second, pending, ""
+        self._path, self._writes, self._wandb = out / "metrics.jsonl", writes, None
+        self.lines = drop_lines_after(self._path, start) if writes else []
         self.images = self._images_before = 0
-        self._note = ""
+        self.waited = self._waited_before = 0.0
+        self._board = SummaryWriter(out / "tensorboard", purge_step=start + 1 if start else None) if writes else None
+        if writes and wandb is not None:
+            self._wandb = _start_wandb(wandb, out, settings or {})
+        self._since = self._began = time.monotonic()
 
     def __enter__(self) -> "Logbook":
-        self._file = open(self._path, "a")
+        self._file = open(self._path, "a") if self._writes else None
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     @property
     def images_per_second(self) -> float:
         return self.images / max(time.monotonic() - self._began, 1e-9)
 
-    def pending(self) -> list[dict[str, float]]:
-        """The metrics since the last line. Raises DataError if a loss is no number, before it is written anywhere."""
-        pending = [{name: float(value) for name, value in vars(metrics).items()} for metrics in self._pending]
-        if not all(isfinite(metrics["loss"]) for metrics in pending):
-            raise DataError("The loss became NaN or infinite; lower optimizer.lr or set train.precision=float32.")
+    @property
+    def data_wait(self) -> float:
+        """Share of the time that was spent waiting for images."""
+        return self.waited / max(time.monotonic() - self._began, 1e-9)
+
+    def pending(self, step: int) -> list[dict[str, Any]]:
+        """The metrics since the last line, as JSON, after `step` steps. Raises BadStep if a loss is no number."""
+        pending = [metrics.to_json() for metrics in self._pending]
+        for at, metrics in enumerate(pending, step - len(pending) + 1):
+            if metrics["problem"] is None and metrics["loss"] is None:
+                raise BadStep(at, "a loss that is NaN or infinite")
         return pending
 
-    def note(self, step: int, metrics: StepMetrics) -> str:
-        """Takes one step's metrics; returns what to show beside the progress bar."""
+    def note(self, step: int, metrics: StepMetrics, waited: float) -> str:
+        """Takes one step's metrics and the seconds it waited for data; returns what to show beside the progress bar.
+
+        Raises BadStep if a line is due and a loss in it is no number, before it is written anywhere.
+        """
         self._pending.append(metrics)
         self.images += metrics.images
+        self.waited += waited
         if step % self._every == 0 or step == self._steps:
             self._write(step)
         return self._note
 
+    def probed(self, step: int, accuracies: Mapping[str, float]) -> None:
+        """Shows what a probe found beside the other curves."""
+        for name, value in accuracies.items():
+            if self._board is not None:
+                self._board.add_scalar(f"probe/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"probe/{name}": value for name, value in accuracies.items()}, step=step)
+
     def _write(self, step: int) -> None:
-        pending, now = self.pending(), time.monotonic()
-        tokens = sum(metrics["tokens"] for metrics in pending)
+        pending, self._pending = self.pending(step), []
+        if not self._writes:
+            return
         line = {
             "step": step,
             "epoch": round(step / self._steps_per_epoch, 4),
-            "loss": fmean(metrics["loss"] for metrics in pending),
-            "accuracy": sum(metrics["correct"] for metrics in pending) / tokens,
-            "lr": pending[-1]["lr"],
-            "gradient_norm": fmean(metrics["gradient_norm"] for metrics in pending),
-            "images_per_second": round((self.images - self._images_before) / (now - self._since), 2),
+            **_means(pending),
+            **self._speed(),
+            "memory_mb": peak_memory_mb(),
         }
-        self._pending, self._since, self._images_before = [], now, self.images
         self.lines.append(line)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name in ("loss", "accuracy", "lr", "gradient_norm", "images_per_second"):
-            self._board.add_scalar(name, line[name], step)
-        self._note = (
-            f"loss {line['loss']:.3f}, accuracy {line['accuracy']:.1%}, {line['images_per_second']:.0f} images/s"
-        )
+        scalars = {name: value for name, value in line.items() if name not in _NO_SCALARS and value is not None}
+        bands = enumerate(line["accuracy_by_rank"])
+        scalars |= {f"accuracy_by_rank/{band}": value for band, value in bands if value is not None}
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+        self._note = _note(line)
+
+    def _speed(self) -> dict[str, float]:
+        now, images, waited = time.monotonic(), self.images - self._images_before, self.waited - self._waited_before
+        seconds = max(now - self._since, 1e-9)
+        self._since, self._images_before, self._waited_before = now, self.images, self.waited
+        speed = {"images_per_second": round(images / seconds, 2), "data_wait": round(waited / seconds, 4)}
+        return speed if self._peak is None else {**speed, "mfu": round(images / seconds / self._peak, 4)}
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _means(pending: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a line says of its steps; those that were skipped count in `skipped_steps` only."""
+    done = [metrics for metrics in pending if metrics["problem"] is None]
+    right, guesses = (
+        [sum(band) for band in zip(*(m[name] for m in done), strict=True)] for name in ("right", "guesses")
+    )
+    return {
+        "loss": fmean(metrics["loss"] for metrics in done) if done else None,
+        "accuracy": sum(right) / sum(guesses) if done else None,
+        "accuracy_by_rank": [a / b if b else None for a, b in zip(right, guesses, strict=True)],
+        "lr": pending[-1]["lr"],
+        "gradient_norm": fmean(metrics["gradient_norm"] for metrics in done) if done else None,
+        "skipped_steps": len(pending) - len(done),
+    }
+
+
+def _note(line: dict[str, Any]) -> str:
+    speed = f"{line['images_per_second']:.0f} images/s"
+    if line["loss"] is None:
+        return f"all {line['skipped_steps']} steps skipped, {speed}"
+    return f"loss {line['loss']:.3f}, accuracy {line['accuracy']:.1%}, {speed}"
+
+
+def peak_memory_mb() -> int:
+    """MiB: the most that PyTorch held on the GPU, or that was resident where there is none."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved() >> 20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20
+
+
+def _start_wandb(project: str, out: Path, settings: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UsageError("train.wandb needs Weights & Biases; pip install wandb, or leave the setting out.") from None
+    known = out / "wandb-id.txt"  # so that a run which goes on is the same one there
+    if not known.exists():
+        with written_whole(known) as partial:
+            partial.write_text(wandb.util.generate_id())
+    return wandb.init(
+        project=project,
+        name=out.absolute().name,
+        id=known.read_text(),
+        resume="allow",
+        dir=str(out),
+        config=dict(settings),
+    )
+
+
+def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keeps the lines of a .jsonl file up to `step` and returns them; what came later is about to happen again."""
+    lines = [line for line in read_lines(path) if line["step"] <= step]
+    with written_whole(path) as partial:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file, up to one that a process which was killed left half written; [] without a file."""
     if not path.exists():
         return []
     lines = []
     for text in path.read_text().splitlines():
         try:
             lines.append(json.loads(text))
-        except ValueError:  # a process that was killed may have left half a line at the end
+        except ValueError:
             break
     return lines

@@ -1,34 +1,36 @@
-"""pretrain: images and their stored tokens -> a pre-trained MaPeT. One process; no teacher, no masks in the loader."""
+"""pretrain: images and their stored tokens -> a pre-trained MaPeT. No teacher, no masks in the loader."""
 
 import json
 import signal
-import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NoReturn
 
-import torch
 from omegaconf import OmegaConf
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 from ..shared.console import progress, say, table
-from ..shared.devices import choose_device, choose_workers, refuse_many_processes, refuse_missing_compiler
-from ..shared.errors import Interrupted, UsageError
+from ..shared.devices import choose_device, choose_workers, peak_flops
+from ..shared.errors import DataError, Interrupted
 from ..shared.files import written_whole
 from ..shared.loading import batches
 from ..shared.token_store import TokenStore
-from .checkpoint import load_checkpoint, newest_checkpoint, prune, read_state, save_checkpoint
+from ..shared.world import Vote, World, joined_world
+from .checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, load_tensors
 from .data import LoadSample, TokenisedImages, batch_places, check_grid, join
 from .interchange import start_from
-from .logbook import Logbook, StepMetrics
-from .loss import token_loss
-from .model import Layout, MaPeT, drop_path_keep
-from .objectives import step_layout
+from .logbook import Logbook, StepMetrics, drop_lines_after
+from .parallel import peers_explained
+from .plan import Plan, flops_per_image, make_plan
+from .probe import RunProbe
+from .record import write_record
 from .resume import find_resumable, refuse_other_images, refuse_other_start
-from .settings import OptimizerSettings, Settings, resolve
+from .settings import Settings, resolve
+from .trainer import Trainer
+from .watch import BadStep
 
 
 def pretrain(
@@ -45,6 +47,8 @@ def pretrain(
 ) -> Path:
     """Pre-trains MaPeT (arXiv 2306.07346) and returns the folder of the last checkpoint.
 
+    Under torchrun all processes work on one run; the batches, and what is in them, do not depend on how many they are.
+
     Args:
         images: a tar, a folder, a brace pattern of tars, or a list of tars; None if the token store holds the images.
         tokens: the token store of these images.
@@ -53,94 +57,45 @@ def pretrain(
         objective: "mapet", "pim" or "mim"; the same as the setting objective.name.
         init: weights to start from (a run, a checkpoint, an import, an export or a published `.pth.tar`); positions
             are resampled to the model's grid, and what the weights lack or have for another K starts fresh.
-        resume: "auto" goes on from the newest checkpoint in `out`, if there is one; "never" refuses if there is.
+        resume: "auto" goes on from the newest whole checkpoint in `out`, if there is one; "never" refuses if there is.
         device: "auto", "cpu" or "cuda".
 
     Raises:
         UsageError for settings that cannot be or that differ from those of the run to go on with, DataError for
-        images or tokens that are missing or damaged, FingerprintMismatch for tokens of another codebook than before.
+        images or tokens that are missing or damaged, or a loss that is no number, FingerprintMismatch for tokens of
+        another codebook than before, Interrupted after Ctrl-C or SIGTERM, with a checkpoint written.
     """
-    refuse_many_processes()
     chosen = [] if objective is None else [f"objective.name={objective}"]
     settings = resolve(recipe, [*overrides, *chosen])
-    store, out = TokenStore(tokens), Path(out)
-    check_grid(store, settings.model)
-    last = find_resumable(out, resume, settings, store)
     device = choose_device(device)
-    data = join(images, store, settings.data.skip_missing)
-    run = _Run(settings, data, store, out, device)
-    start, pending = 0, []
-    if last:
-        state = read_state(last)
-        refuse_other_images(last, state, data)
-        refuse_other_start(last, state["init"], init)
-        start, pending, run.init = load_checkpoint(last, run.model, run.optimizer), state["pending"], state["init"]
-        say(f"Going on from {last} (step {start} of {run.steps}).")
-    elif init is not None:
-        run.init = start_from(run.model, init)
-    _write_record(run)
-    logbook = Logbook(
-        out,
-        start,
-        [StepMetrics(**metrics) for metrics in pending],
-        every=settings.train.log_every,
-        steps=run.steps,
-        steps_per_epoch=run.steps_per_epoch,
-    )
-    with logbook:
-        path = _train(run, start, logbook)
-    _summary(run, path, logbook)
+    with joined_world(device) as world, peers_explained(world):
+        run = _open(images, tokens, Path(out), settings, init, resume, device, world)
+        with run.logbook as logbook:
+            path = _train(run, logbook)
+        _summary(run, path)
     return path
 
 
 class _Run:
-    """What a run is made of: settings, data, model, optimizer, schedule; and how its state is saved."""
+    """What a run is made of, as it is when training begins or goes on."""
 
-    def __init__(self, settings: Settings, data: TokenisedImages, store: TokenStore, out: Path, device: str):
-        self.settings, self.data, self.store, self.out, self.device = settings, data, store, out, device
+    def __init__(
+        self, settings: Settings, store: TokenStore, data: TokenisedImages, out: Path, device: str, world: World
+    ):
+        self.settings, self.store, self.data, self.out, self.world = settings, store, data, out, world
+        self.device = device
+        self.plan = make_plan(settings, len(data), world.size)
+        self.probe = RunProbe(settings, device) if world.is_first and settings.probe.images is not None else None
+        self.trainer = Trainer(settings, store.k, self.plan, world, device)
+        self.start = 0
         self.init: dict[str, str] | None = None
-        train, optimizer = settings.train, settings.optimizer
-        self.steps_per_epoch = len(data) // train.batch_size
-        if not self.steps_per_epoch:
-            raise UsageError(f"train.batch_size {train.batch_size} is larger than the {len(data)} images.")
-        self.steps = train.epochs * self.steps_per_epoch
-        warmup = round(optimizer.warmup_epochs * self.steps_per_epoch)
-        if warmup >= self.steps:
-            raise UsageError(
-                f"optimizer.warmup_epochs {optimizer.warmup_epochs} is not shorter than {train.epochs} epochs."
-            )
-        torch.manual_seed(train.seed)
-        self.model = MaPeT(settings.model.shape(store.k)).to(device).train()
-        self.model.grad_checkpointing = settings.execution.grad_checkpointing
-        if settings.execution.compile:
-            refuse_missing_compiler()
-            for block in self.model.blocks:
-                block.compile()
-        self.optimizer = _adamw(self.model, optimizer)
-        self.schedule = CosineLRScheduler(
-            self.optimizer,
-            t_initial=self.steps - warmup,
-            lr_min=optimizer.min_lr,
-            warmup_t=warmup,
-            warmup_lr_init=optimizer.warmup_lr,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
-        chosen = train.precision if train.precision != "auto" else "bfloat16" if device == "cuda" else "float32"
-        self.autocast = torch.autocast(device, torch.bfloat16, enabled=chosen == "bfloat16")
-        self.mean = torch.tensor(settings.data.mean, device=device).view(1, 3, 1, 1)
-        self.std = torch.tensor(settings.data.std, device=device).view(1, 3, 1, 1)
+        self.checkpoints: Checkpoints
+        self.logbook: Logbook
 
-    def layout(self, step: int) -> Layout:
+    def about(self, pending: list[dict[str, Any]]) -> dict[str, Any]:
+        """What a checkpoint says besides tensors; `pending` are the metrics since the last line of metrics.jsonl."""
         settings = self.settings
-        return step_layout(
-            settings.objective, self.model.shape.patches, settings.train.seed, step, self.steps, self.device
-        )
-
-    def save(self, step: int, pending: list[dict[str, float]]) -> Path:
-        """Writes a checkpoint; `pending` are the metrics since the last line of metrics.jsonl."""
-        settings = self.settings
-        about = {
+        return {
             "model": settings.model.shape(self.store.k).to_json(),
             "input": {name: getattr(settings.data, name) for name in ("mean", "std", "interpolation")},
             "seed": settings.train.seed,
@@ -150,41 +105,99 @@ class _Run:
             "images": len(self.data),
             "keys_sha256": self.data.keys_sha256,
             "init": self.init,
+            "loss_watch": self.trainer.watch.to_json(),
             "pending": pending,
         }
-        path = save_checkpoint(self.out, step, self.model, self.optimizer, about)
-        prune(self.out, settings.train.keep_last)
-        return path
+
+    def save(self, step: int) -> None:
+        """Has a checkpoint written while training goes on."""
+        pending, tensors = self.logbook.pending(step), self.trainer.tensors()
+        if self.world.is_first:
+            self.checkpoints.save(step, tensors, self.about(pending))
 
 
-def _adamw(model: MaPeT, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Weight decay on matrices only: not on biases, norms, LayerScale, positions and class token."""
-    decayed, plain = [], []
-    for name, parameter in model.named_parameters():
-        exempt = parameter.ndim == 1 or name in ("pos_embed", "cls_token")
-        (plain if exempt else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps)
+def _open(
+    images: str | Path | Sequence[str | Path] | None,
+    tokens: str | Path,
+    out: Path,
+    settings: Settings,
+    init: str | Path | None,
+    resume: str,
+    device: str,
+    world: World,
+) -> _Run:
+    """The run, new or as its newest checkpoint left it."""
+    store = TokenStore(tokens)
+    check_grid(store, settings.model)
+    found = world.from_first(lambda: find_resumable(out, resume, settings, store))
+    data = world.together(lambda: join(images, store, settings.data.skip_missing))
+    run = world.together(lambda: _Run(settings, store, data, out, device, world))
+    pending: list[StepMetrics] = []
+    if found:
+        path, state = found
+        world.together(lambda: refuse_other_images(path, state, data))
+        world.together(lambda: refuse_other_start(path, state["init"], init))
+        run.trainer.prepare()
+        names = [MODEL, OPTIMIZER, *([EMA] if settings.train.ema is not None else [])]
+        run.trainer.restore({name: load_tensors(path, name) for name in names}, state["loss_watch"])
+        run.start, run.init = state["step"], state["init"]
+        pending = [StepMetrics(**metrics) for metrics in state["pending"]]
+        say(f"Going on from {path} (step {run.start} of {run.plan.steps}).")
+    else:
+        if init is not None:
+            run.init = world.together(lambda: start_from(run.trainer.model, init))
+        run.trainer.prepare()
+    if world.is_first:
+        _begin_folder(run)
+    train = settings.train
+    run.checkpoints = Checkpoints(out, train.keep_last, train.keep_every)
+    run.logbook = Logbook(
+        out,
+        run.start,
+        pending,
+        every=train.log_every,
+        steps=run.plan.steps,
+        steps_per_epoch=run.plan.steps_per_epoch,
+        peak_images_per_second=_peak_images_per_second(run),
+        wandb=train.wandb,
+        settings=settings.to_json(),
+        writes=world.is_first,
+    )
+    world.wait()
+    return run
 
 
-def _write_record(run: _Run) -> None:
+def _peak_images_per_second(run: _Run) -> float | None:
+    """At the GPUs' greatest bfloat16 FLOP/s, where the maker states it."""
+    peak = peak_flops(run.device)
+    return peak and run.world.size * peak / flops_per_image(run.settings, run.store.k)
+
+
+def _begin_folder(run: _Run) -> None:
     run.out.mkdir(parents=True, exist_ok=True)
     with written_whole(run.out / "settings.yaml") as partial:
         OmegaConf.save(OmegaConf.structured(run.settings), partial)
-    record = {
-        "command": sys.argv,
+    about = {
         "images": len(run.data),
+        "keys_sha256": run.data.keys_sha256,
         "tokens": str(run.store.path),
+        "view": run.store.view,
         "codebook_fingerprint": run.store.fingerprint,
         "init": run.init,
-        "versions": {name: version(name) for name in ("torch", "timm", "numpy", "pillow")},
+        "processes": run.world.size,
     }
-    with written_whole(run.out / "run.json") as partial:
-        partial.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(run.out, run.start, about)
+    # What was written down after the checkpoint is about to happen again.
+    for path in (*_keys_folder(run).glob("*.jsonl"), *run.out.glob("bad-steps.jsonl"), *run.out.glob("probe.jsonl")):
+        drop_lines_after(path, run.start)
+
+
+def _keys_folder(run: _Run) -> Path:
+    return run.out / "keys"
 
 
 @contextmanager
-def _stop_between_steps() -> Iterator[threading.Event]:
+def _stop_asked() -> Iterator[threading.Event]:
     """Yields an event that Ctrl-C or SIGTERM sets, so that a step is never cut in two."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -198,69 +211,131 @@ def _stop_between_steps() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _train(run: _Run, start: int, logbook: Logbook) -> Path:
-    train = run.settings.train
-    places = batch_places(len(run.data), train.batch_size, train.epochs, train.seed, train.accumulate, start)
+def _my_parts(run: _Run) -> Iterator[list]:
+    """Yields the places of each part of this process's share of each batch, from the step to go on at."""
+    settings, plan, world = run.settings, run.plan, run.world
+    train = settings.train
+    every = batch_places(plan.images, train.batch_size, train.epochs, train.seed, world.size * plan.parts, run.start)
+    for index, part in enumerate(every):
+        if index // plan.parts % world.size == world.rank:
+            yield part
+
+
+def _train(run: _Run, logbook: Logbook) -> Path:
+    settings, plan = run.settings, run.plan
     loader = batches(
-        LoadSample(run.data, run.settings),
-        places,
-        choose_workers(run.settings.data.workers, run.device),
+        LoadSample(run.data, settings),
+        _my_parts(run),
+        choose_workers(settings.data.workers, run.device),
         pin_memory=run.device == "cuda",
     )
-    path = newest_checkpoint(run.out)
-    with _stop_between_steps() as stop, progress("pre-training", run.steps, "steps", start) as advance:
-        for step in range(start, run.steps):
-            metrics = _step(run, step, [next(loader) for _ in range(train.accumulate)])
-            advance(1, logbook.note(step + 1, metrics))
-            done = step + 1 == run.steps
-            if done or stop.is_set() or (step + 1) % train.checkpoint_every == 0:
-                path = run.save(step + 1, logbook.pending())
-            if stop.is_set() and not done:
-                raise Interrupted(
-                    f"Stopped after step {step + 1} of {run.steps}; {path} is written. Give the same command to go on."
-                )
-    return path
+    vote = Vote(run.world)
+    with _stop_asked() as asked, progress("pre-training", plan.steps, "steps", run.start) as advance:
+        for step in range(run.start, plan.steps):
+            parts, waited = _next(loader, plan)
+            metrics = _step(run, step, parts)
+            try:
+                note = logbook.note(step + 1, metrics, waited)
+                advance(1, note)
+                done = step + 1 == plan.steps
+                stop = vote.ask(asked.is_set()) and not done
+                if done or stop or (step + 1) % settings.train.checkpoint_every == 0:
+                    run.save(step + 1)
+            except BadStep as bad:
+                _give_up(run, bad)
+            if _is_probed(run, step + 1):
+                _probe(run, step + 1)
+            if stop:
+                _stop(run, step + 1)
+    return run.world.from_first(run.checkpoints.finish)
+
+
+def _next(loader: Iterator[dict[str, Tensor]], plan: Plan) -> tuple[list[dict[str, Tensor]], float]:
+    """The parts of this process's share of the next batch, and the seconds it took until they were there."""
+    began = time.perf_counter()
+    parts = [next(loader) for _ in range(plan.parts)]
+    return parts, time.perf_counter() - began
 
 
 def _step(run: _Run, step: int, parts: list[dict[str, Tensor]]) -> StepMetrics:
-    """One optimizer step on one global batch, in `parts` of equal size."""
-    run.schedule.step_update(step)
-    layout = run.layout(step)
-    loss_sum = correct = torch.zeros((), device=run.device)
-    for part in parts:
-        loss, hits = _part(run, layout, part)
-        (loss / len(parts)).backward()
-        loss_sum, correct = loss_sum + loss.detach() / len(parts), correct + hits
-    limit = run.settings.optimizer.clip_grad
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit or float("inf"))
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    images = sum(len(part["tokens"]) for part in parts)
-    lr = run.optimizer.param_groups[0]["lr"]
-    return StepMetrics(loss_sum, correct, norm, images * len(layout.ranks), images, lr)
+    try:
+        metrics = run.trainer.step(step, parts)
+    except BadStep as bad:
+        _give_up(run, bad)
+    if metrics.problem is not None:
+        _list_bad_step(run, step + 1, metrics.problem)
+    if run.settings.train.log_keys:
+        keys = [run.data.key(int(index)) for part in parts for index in part["index"]]
+        _append(_keys_folder(run) / f"process-{run.world.rank}.jsonl", {"step": step + 1, "keys": keys})
+    return metrics
 
 
-def _part(run: _Run, layout: Layout, part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(mean cross-entropy over the predicted tokens, how many of them were guessed right) of one micro-batch."""
-    moved = {name: tensor.to(run.device, non_blocking=True) for name, tensor in part.items()}
-    pixels = moved["pixels"].float().div_(255).sub_(run.mean).div_(run.std)
-    targets = moved["tokens"][:, layout.visible :][:, layout.ranks]
-    with run.autocast:
-        keep = drop_path_keep(moved["draws"], run.settings.model.drop_path)
-        rows = run.model.predict_rows(pixels, moved["order"], layout, keep)
-        return token_loss(rows, run.model.decoder, targets, run.settings.execution.loss_chunk)
+def _append(path: Path, line: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
-def _summary(run: _Run, path: Path, logbook: Logbook) -> None:
-    first, last = logbook.lines[0], logbook.lines[-1]
-    table(
-        "Pre-training",
-        [
-            ("images", f"{len(run.data):,}, {run.settings.train.epochs} epochs, {run.steps:,} steps"),
-            ("parameters", f"{sum(p.numel() for p in run.model.parameters()):,}"),
-            ("loss", f"{first['loss']:.3f} (steps to {first['step']}) -> {last['loss']:.3f} (steps to {last['step']})"),
-            ("masked-token accuracy", f"{first['accuracy']:.2%} -> {last['accuracy']:.2%}"),
-            ("images/s", f"{logbook.images_per_second:.1f}" if logbook.images else "nothing left to do"),
-            ("checkpoint", str(path)),
-        ],
+def _list_bad_step(run: _Run, step: int, problem: str) -> None:
+    """Adds a step's images to RUN/bad-steps.jsonl, those of all processes."""
+    if not run.world.is_first:
+        return
+    train = run.settings.train
+    places = next(batch_places(run.plan.images, train.batch_size, train.epochs, train.seed, 1, step - 1))
+    keys = [run.data.key(index) for _, index in places]
+    _append(run.out / "bad-steps.jsonl", {"step": step, "problem": problem, "keys": keys})
+
+
+def _give_up(run: _Run, bad: BadStep) -> NoReturn:
+    _list_bad_step(run, bad.step, bad.problem)
+    run.world.raise_agreed(
+        DataError(
+            f"Step {bad.step} has {bad.problem}; its images are listed in {run.out / 'bad-steps.jsonl'}. Lower "
+            "optimizer.lr, set train.precision=float32, or leave such steps out with --set train.on_bad_step=skip."
+        )
     )
+
+
+def _stop(run: _Run, step: int) -> NoReturn:
+    path = run.world.from_first(run.checkpoints.finish)
+    run.world.raise_agreed(
+        Interrupted(
+            f"Stopped after step {step} of {run.plan.steps}; {path} is written. Give the same command to go on."
+        )
+    )
+
+
+def _is_probed(run: _Run, step: int) -> bool:
+    probe = run.settings.probe
+    return probe.images is not None and (step % probe.every == 0 or step == run.plan.steps)
+
+
+def _probe(run: _Run, step: int) -> None:
+    weights = run.trainer.weights()
+    if run.probe is not None:
+        found = run.probe.measure(weights, run.store.k)
+        _append(run.out / "probe.jsonl", {"step": step, **found})
+        run.logbook.probed(step, found)
+
+
+def _summary(run: _Run, path: Path) -> None:
+    if not run.world.is_first:
+        return
+    logbook = run.logbook
+    done = [line for line in logbook.lines if line["loss"] is not None]
+    rows = [
+        ("images", f"{len(run.data):,}, {run.settings.train.epochs} epochs, {run.plan.steps:,} steps"),
+        ("parameters", f"{sum(p.numel() for p in run.trainer.model.parameters()):,}"),
+    ]
+    if done:
+        first, last = done[0], done[-1]
+        losses = f"{first['loss']:.3f} (steps to {first['step']}) -> {last['loss']:.3f} (steps to {last['step']})"
+        rows += [
+            ("loss", losses),
+            ("masked-token accuracy", f"{first['accuracy']:.2%} -> {last['accuracy']:.2%}"),
+        ]
+    skipped = sum(line["skipped_steps"] for line in logbook.lines)
+    rows += [("steps skipped", str(skipped))] if skipped else []
+    speed = f"{logbook.images_per_second:.1f}, {logbook.data_wait:.1%} of the time waiting for images"
+    rows += [("images/s", speed if logbook.images else "nothing left to do"), ("checkpoint", str(path))]
+    table("Pre-training", rows)

@@ -13,12 +13,14 @@ from ..shared.console import progress, results
 from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError
 from ..shared.images import ImageRecord
+from ..shared.randomness import generator
 from ..shared.sources import read_records
 from ..shared.views import Preprocess
 from .features import embed, normalised_views
 from .interchange import load_weights
 from .model import MaPeT
-from .weights import Weights
+from .settings import Settings
+from .weights import Input, Weights
 
 _WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _SHARE_TO_CHOOSE = 0.1
@@ -81,6 +83,36 @@ def probe(
     return outcome
 
 
+class RunProbe:
+    """Probes a run as it goes on: k-NN, and the linear probe if wanted, on seeded subsets of two labelled sets."""
+
+    def __init__(self, settings: Settings, device: str):
+        """Raises DataError if the sets cannot be read or have no labels."""
+        self._settings, self._device = settings, device
+        chosen = settings.probe
+        sizes = (chosen.max_images, max(chosen.max_images // 4, 1))
+        self._sources = [
+            sorted(_labelled(source), key=lambda record: generator("probe", record.key).random())[:size]
+            for source, size in zip((chosen.images, chosen.val), sizes, strict=True)
+        ]
+
+    def measure(self, tensors: dict[str, Tensor], k: int) -> dict[str, float]:
+        """Top-1 accuracies in [0, 1] of features of these weights (published names), as "knn" and "linear"."""
+        settings, data = self._settings, self._settings.data
+        shape, seen = settings.model.shape(k), Input(tuple(data.mean), tuple(data.std), data.interpolation)
+        cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        weights = Weights(Path("the run's weights"), shape, cpu, seen, settings.train.seed)
+        labels = [torch.tensor([record.label for record in records]) for records in self._sources]
+        workers = choose_workers(data.workers, self._device)
+        functions = [_pooled(weights, self._device)]
+        with torch.no_grad():
+            ((train, test),) = _passes(self._sources, weights.preprocess, functions, 128, workers, self._device)
+        found = {"knn": knn(train, labels[0], test, labels[1])}
+        if settings.probe.linear:
+            found["linear"] = linear_probe(train, labels[0], test, labels[1])
+        return found
+
+
 def _pooled(weights: Weights, device: str) -> Callable[[Tensor], Tensor]:
     model = weights.vit().to(device)
     return lambda shown: embed(model, shown)[0]
@@ -115,13 +147,25 @@ def _extract(
 ) -> list[list[Tensor]]:
     """For each function, its features (n, dim) float32 on `device` of the training and of the validation images."""
     with progress("extracting features", sum(map(len, sources))) as advance:
-        passes = []
-        for records in sources:
-            parts = []
-            for shown in normalised_views(records, preprocess, batch_size, workers, device):
-                parts.append([function(shown) for function in functions])
-                advance(len(shown))
-            passes.append([torch.cat(column) for column in zip(*parts, strict=True)])
+        return _passes(sources, preprocess, functions, batch_size, workers, device, advance)
+
+
+def _passes(
+    sources: list[list[ImageRecord]],
+    preprocess: Preprocess,
+    functions: list[Callable[[Tensor], Tensor]],
+    batch_size: int,
+    workers: int,
+    device: str,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[list[Tensor]]:
+    passes = []
+    for records in sources:
+        parts = []
+        for shown in normalised_views(records, preprocess, batch_size, workers, device):
+            parts.append([function(shown) for function in functions])
+            advance(len(shown))
+        passes.append([torch.cat(column) for column in zip(*parts, strict=True)])
     return [list(pair) for pair in zip(*passes, strict=True)]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..shared.errors import DataError, FingerprintMismatch, UsageError
 from ..shared.token_store import TokenStore
-from .checkpoint import newest_checkpoint, read_state
+from .checkpoint import newest_checkpoint, newest_whole_checkpoint
 from .data import TokenisedImages
 from .interchange import load_weights
 from .settings import Settings
@@ -13,26 +13,26 @@ from .settings import Settings
 RESUME = ("auto", "never")
 
 
-def find_resumable(out: Path, resume: str, settings: Settings, store: TokenStore) -> Path | None:
-    """The checkpoint in `out` to go on from, or None.
+def find_resumable(out: Path, resume: str, settings: Settings, store: TokenStore) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint in `out` to go on from, and its state; or None.
 
     Raises UsageError if `resume` forbids it, or settings or stored views differ that change what is computed,
     FingerprintMismatch if the tokens are of another codebook.
     """
     if resume not in RESUME:
         raise UsageError(f"--resume {resume} is unknown; choose {' or '.join(RESUME)}.")
-    last = newest_checkpoint(out)
-    if last is None:
-        return None
-    if resume == "never":
+    if resume == "never" and newest_checkpoint(out):
         raise UsageError(f"{out} already holds a run; choose another --out, or --resume auto to go on with it.")
-    before = read_state(last)
+    found = newest_whole_checkpoint(out)
+    if found is None:
+        return None
+    _, before = found
     if before["codebook_fingerprint"] != store.fingerprint:
         raise FingerprintMismatch(
             f"{out} was trained on tokens of codebook {before['codebook_fingerprint'][:12]} and {store.path} holds "
             f"tokens of {store.fingerprint[:12]}; give the same tokens or another --out."
         )
-    view = before.get("view", store.view)
+    view = before["view"]
     if view != store.view:
         raise UsageError(
             f"{out} was begun with the views {view} of each image and {store.path} now has {store.view}; "
@@ -43,7 +43,7 @@ def find_resumable(out: Path, resume: str, settings: Settings, store: TokenStore
         raise UsageError(
             f"{out} was begun with other settings ({'; '.join(changed)}); give the same ones or another --out."
         )
-    return last
+    return found
 
 
 def refuse_other_images(last: Path, before: dict[str, Any], data: TokenisedImages) -> None:
@@ -56,15 +56,20 @@ def refuse_other_images(last: Path, before: dict[str, Any], data: TokenisedImage
 
 
 # These change how a run is executed or written down, never what is computed.
-_FREE_TO_CHANGE = {"data.workers", "train.log_every", "train.checkpoint_every", "train.keep_last"}
-_FREE_GROUP = "execution"
+_FREE_TO_CHANGE = {
+    "data.workers",
+    *(f"train.{name}" for name in ("log_every", "log_keys", "checkpoint_every", "keep_last", "keep_every", "wandb")),
+    # What is done about a bad step may be decided when one has come.
+    *("train.on_bad_step", "train.spike"),
+}
+_FREE_GROUPS = ("execution", "probe")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
         f"{group}.{name} was {before.get(group, {}).get(name)} and is {value}"
         for group, values in now.items()
-        if group != _FREE_GROUP
+        if group not in _FREE_GROUPS
         for name, value in values.items()
         if before.get(group, {}).get(name) != value and f"{group}.{name}" not in _FREE_TO_CHANGE
     ]

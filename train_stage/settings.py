@@ -25,6 +25,8 @@ _CHOICES = {
     "objective.masking": ("block", "uniform"),
     "data.interpolation": ("bicubic", "bilinear"),
     "train.precision": ("auto", "float32", "bfloat16"),
+    "train.on_bad_step": ("stop", "skip"),
+    "execution.parallel": ("ddp", "fsdp"),
 }
 
 
@@ -169,33 +171,71 @@ class DataSettings:
 class TrainSettings:
     epochs: int = 300
     batch_size: int = 2048
-    """Global batch: images per optimizer step."""
-    accumulate: int = 1
-    """Split each batch into this many equal parts, to fit in memory; the gradient stays the same."""
+    """Global batch: images per optimizer step, whatever the number of processes."""
     precision: str = "auto"
     """auto (bfloat16 autocast on CUDA, float32 on the CPU), float32 or bfloat16."""
     seed: int = 0
+    ema: float | None = None
+    """Keep an exponential moving average of the weights with this decay, such as 0.9999; what probe, features and
+    export then use. null keeps none."""
+    on_bad_step: str = "stop"
+    """At a loss that is NaN, infinite or a spike: stop (with the step and its keys), or skip (no update; counted)."""
+    spike: float | None = None
+    """A loss this many times the running mean of the losses before it is a spike; null looks for none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl; losses are means over them."""
+    log_keys: bool = False
+    """Write the keys of every step's images to RUN/keys/."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; one is always written at the end."""
     keep_last: int = 2
-    """How many checkpoints stay on disk."""
+    """How many of the newest checkpoints stay on disk."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this many steps stay as well."""
+    wandb: str | None = None
+    """Weights & Biases project that the metrics go to as well; needs `pip install wandb`."""
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_last"):
-            _require(getattr(self, name) >= 1, f"train.{name} {getattr(self, name)} must be at least 1.")
-        _require(
-            self.batch_size % self.accumulate == 0,
-            f"train.batch_size {self.batch_size} is no multiple of train.accumulate {self.accumulate}.",
-        )
+        counts = ("epochs", "batch_size", "log_every", "checkpoint_every", "keep_last", "keep_every")
+        for name in counts:
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"train.{name} {value} must be at least 1.")
+        _require(self.ema is None or 0 < self.ema < 1, f"train.ema {self.ema} must lie between 0 and 1, or be null.")
+        _require(self.spike is None or self.spike > 1, f"train.spike {self.spike} must be larger than 1, or null.")
         _check_choices("train", self)
+
+
+@dataclass
+class ProbeSettings:
+    """How good the frozen features are, measured while the run goes on; written to RUN/probe.jsonl."""
+
+    images: str | None = None
+    """Labelled training images: a tar, a folder of class folders, or a pattern of tars."""
+    val: str | None = None
+    """Labelled validation images."""
+    every: int = 1000
+    """Steps between probes; one more is made at the end."""
+    linear: bool = False
+    """Also fit the linear probe; k-NN alone is much faster."""
+    max_images: int = 20000
+    """A seeded subset of this many training images is used, and of a quarter as many validation images."""
+
+    def __post_init__(self):
+        _require((self.images is None) == (self.val is None), "probe.images and probe.val are given together.")
+        _require(self.every >= 1, f"probe.every {self.every} must be at least 1.")
+        _require(self.max_images >= 4, f"probe.max_images {self.max_images} must be at least 4.")
 
 
 @dataclass
 class ExecutionSettings:
     """How a step is computed, never what: losses and gradients are equal to rounding, and a run may change these."""
 
+    micro_batch: int | None = None
+    """Images that a process computes at once; its share of the batch is accumulated in equal parts of at most so many.
+    null computes the whole share at once."""
+    parallel: str = "ddp"
+    """With several processes: ddp (each has the whole model), or fsdp (FSDP2: weights, gradients and optimizer are
+    sharded, for what does not fit)."""
     grad_checkpointing: bool = False
     """Keep only the rows between blocks for backward and compute the rest again: far less memory, a third slower."""
     compile: bool = False
@@ -205,6 +245,10 @@ class ExecutionSettings:
 
     def __post_init__(self):
         _require(self.loss_chunk is None or self.loss_chunk >= 1, "execution.loss_chunk must be at least 1, or null.")
+        _require(
+            self.micro_batch is None or self.micro_batch >= 1, "execution.micro_batch must be at least 1, or null."
+        )
+        _check_choices("execution", self)
 
 
 @dataclass
@@ -214,6 +258,7 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    probe: ProbeSettings = field(default_factory=ProbeSettings)
     execution: ExecutionSettings = field(default_factory=ExecutionSettings)
 
     def to_json(self) -> dict[str, Any]:

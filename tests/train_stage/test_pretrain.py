@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(chain, undist
 
 
 def test_accumulation_gives_the_losses_of_the_whole_batch(chain, undisturbed: Path, tmp_path: Path):
-    run(chain, tmp_path, "train.accumulate=4")
+    run(chain, tmp_path, "execution.micro_batch=4")
     assert losses(tmp_path) == pytest.approx(losses(undisturbed), rel=1e-5)
 
 
@@ -244,13 +244,19 @@ def test_a_finished_run_is_not_trained_again(chain, tmp_path: Path):
     assert (path / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_torn_checkpoint_is_never_taken(chain, tmp_path: Path):
+def test_a_damaged_checkpoint_is_passed_over(chain, tmp_path: Path, capfd):
     path = run(chain, tmp_path, "train.epochs=1")
     torn = path.with_name(".step-0000099.partial")
     torn.mkdir()
     assert newest_checkpoint(tmp_path) == path
-    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(DataError, match="is damaged"):
+    whole = {name: (path / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
+    (path / "model.safetensors").write_bytes(whole["model.safetensors"][:1000])
+    assert run(chain, tmp_path, "train.epochs=1") == path
+    assert f"{path / 'model.safetensors'} is damaged" in capfd.readouterr().err
+    assert {name: (path / name).read_bytes() for name in whole} == whole
+    for one in (tmp_path / "checkpoints").iterdir():
+        (one / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"All checkpoints in .* are damaged"):
         run(chain, tmp_path, "train.epochs=1")
 
 

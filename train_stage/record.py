@@ -1,0 +1,55 @@
+"""RUN/run.json: what began a run and each time it went on, so that the folder is enough to do it again."""
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..shared.files import written_whole
+
+_PACKAGE = Path(__file__).parent.parent
+_LIBRARIES = ("mapet", "torch", "torchvision", "timm", "numpy", "pillow")
+
+
+def write_record(out: Path, step: int, about: dict[str, Any]) -> None:
+    """Adds to `starts` in RUN/run.json: the command, versions and state of the code that goes on at `step`.
+
+    `about` is what does not change between them: data, tokens, codebook.
+    """
+    path = out / "run.json"
+    try:
+        starts = json.loads(path.read_text())["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        starts = []
+    start = {
+        "step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in _LIBRARIES},
+        "git": git_state(_PACKAGE),
+    }
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps({**about, "starts": [*starts, start]}, indent=1) + "\n")
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that `folder` is the root of, and which files differ from it; None if it is none."""
+    if not (folder / ".git").exists():
+        return None
+    try:
+        commit, changed = (
+            subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit.strip(), "changed": [line[3:] for line in changed.splitlines()]}

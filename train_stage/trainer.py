@@ -1,0 +1,173 @@
+"""The state of a run and what a step does to it: model, optimizer, schedule, moving average."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ..shared.devices import refuse_missing_compiler
+from ..shared.errors import DataError
+from ..shared.world import World
+from .checkpoint import EMA, MODEL, OPTIMIZER, Tensors
+from .logbook import StepMetrics
+from .loss import token_loss
+from .model import Layout, MaPeT, drop_path_keep
+from .objectives import step_layout
+from .parallel import exchange, fill, fill_optimizer, optimizer_tensors, spread, whole
+from .plan import Plan
+from .settings import OptimizerSettings, Settings
+from .watch import BadStep, LossWatch
+
+BANDS = 8
+"""Into how many bands the ranks of the permutation are divided for the accuracy by rank."""
+_MOST_BAD_STEPS = 100
+
+
+class Trainer:
+    """Everything that changes from step to step."""
+
+    def __init__(self, settings: Settings, k: int, plan: Plan, world: World, device: str):
+        self.settings, self.plan, self.world, self.device = settings, plan, world, device
+        torch.manual_seed(settings.train.seed)
+        self.model = MaPeT(settings.model.shape(k)).to(device).train()
+        self.model.grad_checkpointing = settings.execution.grad_checkpointing
+        if settings.execution.compile:
+            refuse_missing_compiler()
+            for block in self.model.blocks:
+                block.compile()
+        self._loss: nn.Module | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.ema: dict[str, Tensor] = {}
+        self.watch = LossWatch(settings.train.spike)
+
+    def prepare(self) -> None:
+        """Spreads the model over the processes and makes the optimizer; what `model` holds now is where it starts."""
+        settings, plan = self.settings, self.plan
+        inner = PretrainingLoss(self.model, settings, self.device)
+        self._loss = spread(inner, self.model.blocks, settings.execution.parallel, self.world, self.device)
+        self.optimizer = _adamw(self.model, settings.optimizer)
+        self.schedule = CosineLRScheduler(
+            self.optimizer,
+            t_initial=plan.steps - plan.warmup,
+            lr_min=settings.optimizer.min_lr,
+            warmup_t=plan.warmup,
+            warmup_lr_init=settings.optimizer.warmup_lr,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        if settings.train.ema is not None:
+            self.ema = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
+            self._average = get_ema_multi_avg_fn(settings.train.ema)
+
+    def layout(self, step: int) -> Layout:
+        """What step `step` predicts from what."""
+        settings = self.settings
+        return step_layout(
+            settings.objective, self.model.shape.patches, settings.train.seed, step, self.plan.steps, self.device
+        )
+
+    def step(self, step: int, parts: Iterable[dict[str, Tensor]]) -> StepMetrics:
+        """One optimizer step on this process's share of a global batch, in `plan.parts` parts of equal size.
+
+        Raises DataError for the hundredth bad step in a row if they are skipped.
+        """
+        self.schedule.step_update(step)
+        layout, count = self.layout(step), self.plan.parts
+        bands = layout.ranks * BANDS // (self.model.shape.patches - layout.visible)
+        of_band = one_hot(bands, BANDS).float()
+        sums = torch.zeros(1 + BANDS, device=self.device)
+        for index, part in enumerate(parts):
+            moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()}
+            with exchange(self._loss, now=index == count - 1):
+                loss, right = self._loss(moved, layout)
+                (loss / count).backward()
+            sums += torch.cat([loss.detach()[None] / count, right.float().sum(0) @ of_band])
+        if self.world.size > 1:
+            torch.distributed.all_reduce(sums)
+        loss, right = sums[0] / self.world.size, sums[1:]
+        limit = self.settings.optimizer.clip_grad
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit or float("inf")))
+        problem = self._reason_to_skip(step, loss, norm)
+        if problem is None:
+            self.optimizer.step()
+            if self.ema:
+                self._average(list(self.ema.values()), [p.detach() for p in self.model.parameters()], None)
+        self.optimizer.zero_grad(set_to_none=True)
+        guesses = (of_band.sum(0).int() * self.settings.train.batch_size).tolist()
+        lr = self.optimizer.param_groups[0]["lr"]
+        return StepMetrics(loss, right, guesses, norm, self.settings.train.batch_size, lr, problem)
+
+    def _reason_to_skip(self, step: int, loss: Tensor, norm: Tensor) -> str | None:
+        """Why this step's update is left out, or None. All processes know the same loss and norm, so they agree."""
+        train = self.settings.train
+        if train.on_bad_step == "stop" and train.spike is None:
+            return None  # nobody need wait for the loss: `Logbook` finds the NaN before anything is written
+        problem = self.watch.problem(loss.item(), norm.item())
+        if problem and train.on_bad_step == "stop":
+            raise BadStep(step + 1, problem)
+        if self.watch.in_a_row >= _MOST_BAD_STEPS:
+            raise DataError(
+                f"{self.watch.in_a_row} steps in a row were bad, the last one with {problem}; lower optimizer.lr, or "
+                "set train.precision=float32."
+            )
+        return problem
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights to use, whole: their moving average, where there is one. Every process must ask for them."""
+        return {name: whole(tensor) for name, tensor in (self.ema or self.model.state_dict()).items()}
+
+    def tensors(self) -> Tensors:
+        """What a checkpoint holds, whole; every process must ask for it."""
+        content = {MODEL: self.model.state_dict(), OPTIMIZER: optimizer_tensors(self.model, self.optimizer)}
+        if self.ema:
+            content[EMA] = self.ema
+        return {name: {key: whole(tensor) for key, tensor in tensors.items()} for name, tensors in content.items()}
+
+    def restore(self, tensors: Tensors, loss_watch: dict[str, Any]) -> None:
+        """Puts back what `tensors` and `watch.to_json` gave; call it after `prepare`."""
+        parameters = dict(self.model.named_parameters())
+        for target, name in ((parameters, MODEL), (self.ema, EMA)):
+            for key in target:
+                fill(target[key], tensors[name][key])
+        fill_optimizer(self.model, self.optimizer, tensors[OPTIMIZER])
+        self.watch.restore(loss_watch)
+
+
+class PretrainingLoss(nn.Module):
+    """What is around the model in a step: normalisation before it, head and cross-entropy behind it."""
+
+    def __init__(self, model: MaPeT, settings: Settings, device: str):
+        super().__init__()
+        self.model, self.settings, self.device = model, settings, device
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(settings.data, name), device=device)
+            self.register_buffer(name, values.view(1, 3, 1, 1), persistent=False)
+        precision = settings.train.precision
+        chosen = precision if precision != "auto" else "bfloat16" if device == "cuda" else "float32"
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=chosen == "bfloat16")
+
+    def forward(self, part: dict[str, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
+        """(mean cross-entropy over the predicted tokens, which were guessed right: bool (B, P)) of a part of a batch.
+
+        `part` is what `data.LoadSample` gives, collated.
+        """
+        pixels = part["pixels"].float().div_(255).sub_(self.mean).div_(self.std)
+        targets = part["tokens"][:, layout.visible :][:, layout.ranks]
+        with self.autocast:
+            keep = drop_path_keep(part["draws"], self.settings.model.drop_path)
+            rows = self.model.predict_rows(pixels, part["order"], layout, keep)
+            return token_loss(rows, self.model.decoder, targets, self.settings.execution.loss_chunk)
+
+
+def _adamw(model: MaPeT, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """Weight decay on matrices only: not on biases, norms, LayerScale, positions and class token."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim == 1 or name in ("pos_embed", "cls_token")
+        (plain if exempt else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, fused=True)
