@@ -381,5 +381,8 @@ def main() -> None:
 
 
 def _fail(sentence: str, code: int) -> None:
+    # What remains is Python's own end, in which a second Ctrl-C or torchrun's SIGTERM would print a traceback.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     print(f"mapet: {sentence}", file=sys.stderr)
     sys.exit(code)
