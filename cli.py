@@ -251,6 +251,9 @@ def pretrain(
         str | None, typer.Option(help="Start a new run from a run, checkpoint, import, export or .pth.tar.")
     ] = None,
     resume: Annotated[str, typer.Option(help="auto: go on with the run in --out, if there is one; never.")] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say steps, FLOPs, memory and hours; write nothing.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Pre-train MaPeT on images and their precomputed tokens."""
@@ -265,6 +268,7 @@ def pretrain(
         objective=objective,
         init=init,
         resume=resume,
+        dry_run=dry_run,
         device=device,
     )
 

@@ -20,6 +20,7 @@ from typing import Annotated
 import faiss
 import numpy as np
 import typer
+from mapet.shared.memory import memory_budget
 from mapet.tokenize_stage.kmeans import (
     KMeansSettings,
     block_rows,
@@ -28,7 +29,6 @@ from mapet.tokenize_stage.kmeans import (
     least_bytes,
     train_kmeans,
 )
-from mapet.tokenize_stage.memory import memory_budget
 
 app = typer.Typer(pretty_exceptions_enable=False)
 _BLOCK = 1 << 18

@@ -16,7 +16,7 @@ from mapet.train_stage.model import SIZES, MaPeT, Shape
 from mapet.train_stage.objectives import make_layout
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 K, VISIBLE, PATCHES = 8192, 49, 196
 CHUNK = 4096
@@ -148,21 +148,6 @@ def peak_bytes(step: Step, device: str = "cpu") -> int:
 def _resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
-@register_flop_formula(torch.ops.mapet.attend_on_cpu)
-def _attention_flops(keys_values, streams, counts, bounds, masks, out_shape=None, **_) -> int:
-    """What the counter's own formula of SDPA gives for each window: two products of rows x keys x d."""
-    images, doubled_heads, _, d = keys_values
-    edges = torch.tensor(bounds).view(-1, 4)
-    pairs = ((edges[:, 1] - edges[:, 0]) * (edges[:, 3] - edges[:, 2])).sum().item()
-    return 2 * 2 * pairs * d * images * doubled_heads // 2
-
-
-@register_flop_formula(torch.ops.mapet.attend_on_cpu_backward)
-def _attention_backward_flops(keys_values, streams, outputs, log_sums, gradients, counts, bounds, masks, **_) -> int:
-    """Five products, as the counter counts SDPA's backward pass (the scores are computed again)."""
-    return _attention_flops(keys_values, streams, counts, bounds, masks) * 5 // 2
 
 
 def count_flops(step: Step) -> int:

@@ -27,6 +27,10 @@ RESEARCH_DATA = REPOSITORY.parent / "shared"
 K = 16
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-baselines", action="store_true", help="Write down the losses of test_baselines.py.")
+
+
 @dataclass(frozen=True)
 class Chain:
     """The artifacts of a small chain: 3 tars of 32 drawings (64 px), a codebook with K = 16 (8x8 grid), a store."""

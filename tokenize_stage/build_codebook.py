@@ -19,13 +19,13 @@ from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError, UsageError
 from ..shared.files import canonical_json, written_whole
 from ..shared.images import keys_sha256
+from ..shared.memory import memory_budget
 from ..shared.sources import Skipped, open_source
 from ..shared.world import World, joined_world
 from .extract import skips
 from .feature_cache import FeatureCache
 from .kmeans import KMeansSettings, block_rows, float_blocks, refuse_little_memory, train_kmeans
 from .kmeans_state import KMeansRun
-from .memory import memory_budget
 from .sample import PatchSample, choose_images, draw_sample
 from .sample_features import Sampler, Survey, survey
 from .towers import Tower, TowerSettings, open_tower

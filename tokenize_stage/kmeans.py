@@ -12,8 +12,8 @@ import numpy as np
 from ..shared.codebook import MAX_K, faiss_gpus, import_faiss
 from ..shared.console import progress
 from ..shared.errors import DataError, UsageError
+from ..shared.memory import as_text
 from .kmeans_state import KMeansRun, SavedState
-from .memory import as_text
 
 METRICS = ("l2", "cosine")
 INITS = ("random", "k-means++")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import register_flop_formula
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -176,3 +177,18 @@ def _joined(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Unfilled (B, heads, rows, d) with the heads side by side in memory, so that joining them is free."""
     batch, heads, rows, d = like.shape
     return like.new_empty(batch, rows, heads, d, dtype=dtype).transpose(1, 2)
+
+
+@register_flop_formula(torch.ops.mapet.attend_on_cpu)
+def _attention_flops(keys_values, streams, counts, bounds, masks, out_shape=None, **_) -> int:
+    """What the counter's own formula of SDPA gives for each window: two products of rows x keys x d."""
+    images, doubled_heads, _, d = keys_values
+    windows = zip(*(iter(bounds),) * 4, strict=True)
+    pairs = sum((bottom - top) * (last - first) for top, bottom, first, last in windows)
+    return 2 * 2 * pairs * d * images * doubled_heads // 2
+
+
+@register_flop_formula(torch.ops.mapet.attend_on_cpu_backward)
+def _attention_backward_flops(keys_values, streams, outputs, log_sums, gradients, counts, bounds, masks, **_) -> int:
+    """Five products, as the counter counts SDPA's backward pass (the scores are computed again)."""
+    return _attention_flops(keys_values, streams, counts, bounds, masks) * 5 // 2

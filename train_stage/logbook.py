@@ -3,6 +3,7 @@ whether it was stopped or not."""
 
 import json
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from ..shared.errors import UsageError
 from ..shared.files import written_whole
 from .watch import BadStep
 
+BANDS = 8
+"""Into how many bands the ranks of the permutation are divided for the accuracy by rank."""
 _NO_SCALARS = ("step", "epoch", "accuracy_by_rank")
 
 
@@ -202,7 +205,7 @@ def _start_wandb(project: str, out: Path, settings: Mapping[str, Any]) -> Any:
     known = out / "wandb-id.txt"  # so that a run which goes on is the same one there
     if not known.exists():
         with written_whole(known) as partial:
-            partial.write_text(wandb.util.generate_id())
+            partial.write_text(secrets.token_hex(4))
     return wandb.init(
         project=project,
         name=out.absolute().name,

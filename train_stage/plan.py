@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..shared.errors import UsageError
@@ -58,13 +59,14 @@ def flops_per_image(settings: Settings, k: int) -> int:
     What gradient checkpointing computes again does not count.
     """
     shape = settings.model.shape(k)
-    with torch.device("meta"):  # shapes only: nothing is computed, nothing is held
+    layout = step_layout(settings.objective, shape.patches, settings.train.seed, 0, 1, "cpu")
+    with torch.device("meta"):
         model = MaPeT(shape)
-        layout = step_layout(settings.objective, shape.patches, settings.train.seed, 0, 1, "meta")
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:  # nothing is computed
+        model.to_empty(device="cpu")
         images = torch.empty(1, 3, shape.image_size, shape.image_size)
         order = torch.empty(1, shape.patches, dtype=torch.int64)
         targets = torch.empty(1, len(layout.ranks), dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter:
         token_loss(model.predict_rows(images, order, layout), model.decoder, targets)[0].backward()
     return counter.get_total_flops()
 

@@ -21,6 +21,7 @@ from ..shared.token_store import TokenStore
 from ..shared.world import Vote, World, joined_world
 from .checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, load_tensors
 from .data import LoadSample, TokenisedImages, batch_places, check_grid, join
+from .dry_run import measure, show_plan
 from .interchange import start_from
 from .logbook import Logbook, StepMetrics, drop_lines_after
 from .parallel import peers_explained
@@ -43,8 +44,9 @@ def pretrain(
     objective: str | None = None,
     init: str | Path | None = None,
     resume: str = "auto",
+    dry_run: bool = False,
     device: str = "auto",
-) -> Path:
+) -> Path | None:
     """Pre-trains MaPeT (arXiv 2306.07346) and returns the folder of the last checkpoint.
 
     Under torchrun all processes work on one run; the batches, and what is in them, do not depend on how many they are.
@@ -58,6 +60,7 @@ def pretrain(
         init: weights to start from (a run, a checkpoint, an import, an export or a published `.pth.tar`); positions
             are resampled to the model's grid, and what the weights lack or have for another K starts fresh.
         resume: "auto" goes on from the newest whole checkpoint in `out`, if there is one; "never" refuses if there is.
+        dry_run: print the resolved plan, memory and time (from ten measured steps); write nothing and return None.
         device: "auto", "cpu" or "cuda".
 
     Raises:
@@ -69,6 +72,9 @@ def pretrain(
     settings = resolve(recipe, [*overrides, *chosen])
     device = choose_device(device)
     with joined_world(device) as world, peers_explained(world):
+        if dry_run:
+            _dry_run(images, TokenStore(tokens), settings, device, world)
+            return None
         run = _open(images, tokens, Path(out), settings, init, resume, device, world)
         with run.logbook as logbook:
             path = _train(run, logbook)
@@ -211,24 +217,32 @@ def _stop_asked() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _my_parts(run: _Run) -> Iterator[list]:
-    """Yields the places of each part of this process's share of each batch, from the step to go on at."""
-    settings, plan, world = run.settings, run.plan, run.world
+def _load(
+    settings: Settings, plan: Plan, data: TokenisedImages, world: World, device: str, start: int
+) -> Iterator[dict[str, Tensor]]:
+    """Yields each part of this process's share of each batch, from step `start` on."""
     train = settings.train
-    every = batch_places(plan.images, train.batch_size, train.epochs, train.seed, world.size * plan.parts, run.start)
-    for index, part in enumerate(every):
-        if index // plan.parts % world.size == world.rank:
-            yield part
+    every = batch_places(plan.images, train.batch_size, train.epochs, train.seed, world.size * plan.parts, start)
+    mine = (part for index, part in enumerate(every) if index // plan.parts % world.size == world.rank)
+    workers = choose_workers(settings.data.workers, device)
+    return batches(LoadSample(data, settings), mine, workers, pin_memory=device == "cuda")
+
+
+def _dry_run(
+    images: str | Path | Sequence[str | Path] | None, store: TokenStore, settings: Settings, device: str, world: World
+) -> None:
+    check_grid(store, settings.model)
+    data = world.together(lambda: join(images, store, settings.data.skip_missing))
+    plan = world.together(lambda: make_plan(settings, len(data), world.size))
+    memory = show_plan(settings, store.k, plan, world, device)
+    trainer = Trainer(settings, store.k, plan, world, device)
+    measure(trainer, _load(settings, plan, data, world, device, 0), memory)
+    say("Dry run: nothing was written.")
 
 
 def _train(run: _Run, logbook: Logbook) -> Path:
     settings, plan = run.settings, run.plan
-    loader = batches(
-        LoadSample(run.data, settings),
-        _my_parts(run),
-        choose_workers(settings.data.workers, run.device),
-        pin_memory=run.device == "cuda",
-    )
+    loader = _load(settings, plan, run.data, run.world, run.device, run.start)
     vote = Vote(run.world)
     with _stop_asked() as asked, progress("pre-training", plan.steps, "steps", run.start) as advance:
         for step in range(run.start, plan.steps):

@@ -91,10 +91,8 @@ class RunProbe:
         self._settings, self._device = settings, device
         chosen = settings.probe
         sizes = (chosen.max_images, max(chosen.max_images // 4, 1))
-        self._sources = [
-            sorted(_labelled(source), key=lambda record: generator("probe", record.key).random())[:size]
-            for source, size in zip((chosen.images, chosen.val), sizes, strict=True)
-        ]
+        pairs = zip((chosen.images, chosen.val), sizes, strict=True)
+        self._sources = [_subset(_labelled(source), size) for source, size in pairs]
 
     def measure(self, tensors: dict[str, Tensor], k: int) -> dict[str, float]:
         """Top-1 accuracies in [0, 1] of features of these weights (published names), as "knn" and "linear"."""
@@ -111,6 +109,12 @@ class RunProbe:
         if settings.probe.linear:
             found["linear"] = linear_probe(train, labels[0], test, labels[1])
         return found
+
+
+def _subset(records: list[ImageRecord], size: int) -> list[ImageRecord]:
+    """At most `size` of the records, drawn by key, in their order."""
+    drawn = sorted(range(len(records)), key=lambda at: generator("probe", records[at].key).random())[:size]
+    return [records[at] for at in sorted(drawn)]
 
 
 def _pooled(weights: Weights, device: str) -> Callable[[Tensor], Tensor]:

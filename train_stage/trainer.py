@@ -13,7 +13,7 @@ from ..shared.devices import refuse_missing_compiler
 from ..shared.errors import DataError
 from ..shared.world import World
 from .checkpoint import EMA, MODEL, OPTIMIZER, Tensors
-from .logbook import StepMetrics
+from .logbook import BANDS, StepMetrics
 from .loss import token_loss
 from .model import Layout, MaPeT, drop_path_keep
 from .objectives import step_layout
@@ -22,8 +22,6 @@ from .plan import Plan
 from .settings import OptimizerSettings, Settings
 from .watch import BadStep, LossWatch
 
-BANDS = 8
-"""Into how many bands the ranks of the permutation are divided for the accuracy by rank."""
 _MOST_BAD_STEPS = 100
 
 

@@ -1,10 +1,10 @@
-"""How much memory a stage may use: what the user said, or most of what is free."""
+"""How much memory a command may use: what the user said, or most of what is free."""
 
 import os
 import re
 from pathlib import Path
 
-from ..shared.errors import UsageError
+from .errors import UsageError
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?i?)B?")

@@ -1,0 +1,160 @@
+"""pretrain --dry-run: what a run amounts to, how much memory and time it will take; nothing is written."""
+
+import statistics
+import time
+import weakref
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from ..shared.console import say, table
+from ..shared.memory import as_text, free_bytes
+from ..shared.world import World
+from .model import MaPeT
+from .objectives import step_layout
+from .plan import Plan, flops_per_image, parameters_of
+from .settings import Settings
+from .trainer import PretrainingLoss, Trainer
+
+WARM_UP, MEASURED = 2, 10
+# What a process holds beside its tensors, measured on the CPU (benchmarks/dry_run.py): kernels and thread pools that
+# are loaded at their first use, and memory that the allocator cannot use again.
+_LIBRARIES, _ALLOCATOR = 95 << 20, 1.15
+
+
+def show_plan(settings: Settings, k: int, plan: Plan, world: World, device: str) -> int:
+    """Prints the resolved plan; returns the bytes that a process will hold, imports aside."""
+    shape, train, optimizer = settings.model.shape(k), settings.train, settings.optimizer
+    layout = step_layout(settings.objective, shape.patches, train.seed, 0, plan.steps, "cpu")
+    content = layout.content_windows[-1].rows.stop
+    flops = flops_per_image(settings, k)
+    parameters = parameters_of(shape)
+    memory = estimate_memory(settings, k, plan, world)
+    queries = f" + {len(layout.ranks)} query rows" if layout.queries else ""
+    split = f"{world.size} process(es) x {plan.parts} part(s) x {plan.micro_batch} images"
+    table(
+        "Plan of the run",
+        [
+            ("model", f"dim {shape.dim}, depth {shape.depth}, {shape.heads} heads, {parameters:,} parameters"),
+            ("objective", f"{settings.objective.name}: {layout.visible} of {shape.patches} patches given"),
+            ("rows an image", f"{content} content rows{queries}; {len(layout.ranks)} tokens predicted, K = {k}"),
+            ("FLOPs", f"{flops / 1e9:,.2f} G an image, {flops * train.batch_size / 1e12:,.2f} T a step"),
+            ("images", f"{plan.images:,}; {plan.steps_per_epoch * train.batch_size:,} an epoch"),
+            ("batch", f"{train.batch_size} = {split}"),
+            ("steps", f"{plan.steps:,} = {train.epochs} epochs x {plan.steps_per_epoch:,}"),
+            ("warm-up", f"{plan.warmup:,} steps from {optimizer.warmup_lr:g} to {optimizer.lr:g}"),
+            ("then", f"{plan.steps - plan.warmup:,} steps along a cosine to {optimizer.min_lr:g}"),
+            ("memory, estimated", f"{as_text(memory)} a process, beside Python's and PyTorch's own"),
+        ],
+    )
+    return memory
+
+
+def estimate_memory(settings: Settings, k: int, plan: Plan, world: World) -> int:
+    """Bytes that one process will hold at its peak, imports aside.
+
+    All tensors of a step at their peak, from a step on tensors without content, plus the copies that checkpoints are
+    written from, plus what libraries and allocator hold. On a GPU the copies are in the host's memory.
+    """
+    weights = 4 * parameters_of(settings.model.shape(k))
+    averages = settings.train.ema is not None
+    shards = world.size if settings.execution.parallel == "fsdp" else 1
+    tensors = _peak_of_step(settings, k, plan)
+    # Of weights, gradients, two moments and the average every process keeps its shard.
+    tensors -= (4 + averages) * weights * (shards - 1) // shards
+    copies = (3 + averages) * weights if world.is_first else 0
+    return round(_ALLOCATOR * (tensors + copies)) + _LIBRARIES
+
+
+def _peak_of_step(settings: Settings, k: int, plan: Plan) -> int:
+    shape = settings.model.shape(k)
+    # Outside of the fake mode, as the mask is looked at to see whether it masks anything.
+    layout = step_layout(settings.objective, shape.patches, settings.train.seed, 0, plan.steps, "cpu")
+    with torch.device("meta"):
+        model = MaPeT(shape).train()
+    model.grad_checkpointing = settings.execution.grad_checkpointing
+    live = _LiveBytes()
+    with FakeTensorMode(allow_non_fake_inputs=True), live:
+        model.to_empty(device="cpu")
+        loss = PretrainingLoss(model, settings, "cpu")
+        count, patches = plan.micro_batch, shape.patches
+        part = {
+            "pixels": torch.empty(count, 3, shape.image_size, shape.image_size, dtype=torch.uint8),
+            "order": torch.empty(count, patches, dtype=torch.int64),
+            "tokens": torch.empty(count, patches, dtype=torch.int64),
+            "draws": torch.empty(count, shape.depth, 2),
+        }
+        kept = [[torch.empty_like(p) for p in model.parameters()] for _ in range(2 + (settings.train.ema is not None))]
+        for _ in range(min(plan.parts, 2)):  # from the second part on, gradients are there
+            loss(part, layout)[0].backward()
+        del kept
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+
+    def _drop(self, identity: int, count: int) -> None:
+        self._known.discard(identity)
+        self.now -= count
+
+
+def measure(trainer: Trainer, loader: Iterator[dict[str, Tensor]], memory: int) -> None:
+    """Takes twelve steps, times the last ten of them, and prints what all steps will take.
+
+    Takes none where there is less memory than estimated.
+    """
+    plan, world = trainer.plan, trainer.world
+    room = torch.cuda.mem_get_info()[0] if trainer.device == "cuda" else free_bytes()
+    if memory > room:
+        say(
+            f"No steps were measured: about {as_text(memory)} are needed and {as_text(room)} are free. Lower "
+            "execution.micro_batch, or set execution.grad_checkpointing=true."
+        )
+        return
+    trainer.prepare()
+    spent = []
+    for step in range(min(WARM_UP + MEASURED, plan.steps)):
+        began = time.perf_counter()
+        trainer.step(step, [next(loader) for _ in range(plan.parts)])
+        if trainer.device == "cuda":
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - began)
+    timed = spent[WARM_UP:] or spent
+    a_step = statistics.mean(timed)
+    table(
+        f"Measured in {len(timed)} steps",
+        [
+            ("a step", f"{a_step:.3f} s, {trainer.settings.train.batch_size / a_step:,.1f} images/s"),
+            (
+                "all steps",
+                f"{timedelta(seconds=round(a_step * plan.steps))} (h:mm:ss) on {world.size} such process(es)",
+            ),
+        ],
+    )
