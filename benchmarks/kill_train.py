@@ -1,0 +1,166 @@
+"""Kills pretrain again and again and compares what it ends with. Prints one JSON line for each way to run it.
+
+python benchmarks/kill_train.py [--kills 20] [--stops 5] [--seed 0]
+
+`kills` SIGKILLs (of one torchrun worker or of everything) and `stops` SIGTERMs at random moments of runs of 300 steps,
+in turns with 1 and 2 processes (gloo) and 0, 1 and 2 loader workers; then the run goes on, and when it ends its
+weights, the optimizer's state and the keys of every step are compared with those of a run that nobody disturbed.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from mapet.demo import TOWER
+from mapet.shared.drawings import write_drawings
+from mapet.tokenize_stage.build_codebook import build_codebook
+from mapet.tokenize_stage.encode_shards import encode_shards
+from mapet.train_stage.checkpoint import newest_checkpoint
+
+IMAGES, STEPS = 96, 300
+SETTINGS = {
+    "model.name": "null",
+    "model.dim": 64,
+    "model.depth": 3,
+    "model.heads": 4,
+    "model.image_size": 64,
+    "model.patch_size": 8,
+    "train.batch_size": 16,
+    "train.epochs": STEPS * 16 // IMAGES,
+    "train.log_every": 7,
+    "train.checkpoint_every": 20,
+    "train.log_keys": "true",
+    "train.ema": 0.99,
+    "optimizer.warmup_epochs": 1,
+}
+WAYS = [(processes, workers) for processes in (1, 2) for workers in (0, 1, 2)]
+FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
+
+
+def main(
+    kills: Annotated[int, typer.Option(help="SIGKILLs, spread over all ways.")] = 20,
+    stops: Annotated[int, typer.Option(help="SIGTERMs, spread over all ways.")] = 5,
+    seed: int = 0,
+) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    draw = random.Random(seed)
+    plan = [[] for _ in WAYS]
+    for at, number in enumerate([signal.SIGKILL] * kills + [signal.SIGTERM] * stops):
+        plan[at % len(WAYS)].append(number)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_drawings(root / "images", IMAGES, seed=1, per_tar=32)
+        build_codebook(root / "images", root / "codebook", tower=f"local-dir:{TOWER}", k=32, restarts=1, iterations=5)
+        encode_shards(root / "images", root / "codebook", root / "tokens")
+        undisturbed = {}
+        for (processes, workers), signals in zip(WAYS, plan, strict=True):
+            if processes not in undisturbed:
+                whole = root / f"whole-{processes}"
+                began = time.monotonic()
+                run(root, whole, processes, 0).wait()
+                undisturbed[processes] = (whole, time.monotonic() - began)
+            print(json.dumps(campaign(root, processes, workers, signals, *undisturbed[processes], draw)), flush=True)
+
+
+def run(root: Path, out: Path, processes: int, workers: int) -> subprocess.Popen:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [
+        *([*launch, "--no-python"] if processes > 1 else []),
+        sys.executable,
+        "-c",
+        "from mapet.cli import main; main()",
+    ]
+    options = ["train", "pretrain", "--images", root / "images", "--tokens", root / "tokens", "--out", out]
+    settings = {**SETTINGS, "data.workers": workers}
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    with open(f"{out}.log", "a") as log:
+        return subprocess.Popen(
+            list(map(str, [*command, *options, "--device", "cpu", *words])),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def campaign(
+    root: Path, processes: int, workers: int, signals: list[int], whole: Path, seconds: float, draw: random.Random
+) -> dict:
+    out = root / "killed"
+    done, finished, different, wrong_keys = 0, 0, 0, 0
+    while done < len(signals):
+        process = run(root, out, processes, workers)
+        try:
+            process.wait(draw.uniform(0.3, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            kill(process, signals[done], draw)
+            done += 1
+            if done < len(signals):
+                continue
+            run(root, out, processes, workers).wait()
+        finished += 1
+        different += not same(whole, out)
+        wrong_keys += keys_of_steps(whole) != keys_of_steps(out) or not once_an_epoch(out)
+        log = Path(f"{out}.log").read_text()
+        shutil.rmtree(out)
+        Path(f"{out}.log").unlink()
+    return {
+        "figure": "kill campaign, pretrain",
+        "processes": processes,
+        "workers": workers,
+        "sigkill": sum(number == signal.SIGKILL for number in signals),
+        "sigterm": sum(number == signal.SIGTERM for number in signals),
+        "finished": finished,
+        "different": different,
+        "wrong_keys": wrong_keys,
+        "resumed_in_last_run": log.count("Going on from"),
+        "torn_checkpoints_met": log.count("is damaged"),
+        "seconds_undisturbed": round(seconds, 1),
+    }
+
+
+def kill(process: subprocess.Popen, number: int, draw: random.Random) -> None:
+    """One worker of torchrun's (torchrun then ends the others), or everything; SIGTERM as a scheduler sends it."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if b"mapet.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    if number == signal.SIGTERM:
+        os.kill(process.pid, number)
+    elif workers and draw.random() < 0.5:
+        os.kill(int(draw.choice(workers)), number)
+    else:
+        os.killpg(process.pid, number)
+    process.wait()
+    time.sleep(0.5)  # loader workers notice that their parent is gone
+
+
+def same(one: Path, other: Path) -> bool:
+    one, other = newest_checkpoint(one), newest_checkpoint(other)
+    return one.name == other.name and all((one / name).read_bytes() == (other / name).read_bytes() for name in FILES)
+
+
+def keys_of_steps(out: Path) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for path in (out / "keys").glob("*.jsonl"):
+        for line in map(json.loads, path.read_text().splitlines()):
+            found[line["step"]] = sorted([*found.get(line["step"], []), *line["keys"]])
+    return found
+
+
+def once_an_epoch(out: Path) -> bool:
+    steps, an_epoch = keys_of_steps(out), IMAGES // 16
+    return len(steps) == STEPS and all(
+        len({key for step in range(first, first + an_epoch) for key in steps[step]}) == IMAGES
+        for first in range(1, STEPS, an_epoch)
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
