@@ -33,7 +33,7 @@ def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(whe
         for room in ("shared", "tokenize_stage", "train_stage")
         for path in (ROOT / room).glob("*.py")
     } | {"mapet/__init__.py", "mapet/cli.py", "mapet/demo.py"}
-    recipes = {f"mapet/recipes/vit-{size}-16.yaml" for size in ("tiny", "small", "base")}
+    recipes = {f"mapet/recipes/vit-{name}.yaml" for name in ("tiny-16", "small-16", "small-16-one-gpu", "base-16")}
     tower = {
         f"mapet/demo_assets/tower/{name}"
         for name in ("README.md", "open_clip_config.json", "open_clip_model.safetensors")

@@ -230,9 +230,9 @@ class ProbeSettings:
 class ExecutionSettings:
     """How a step is computed, never what: losses and gradients are equal to rounding, and a run may change these."""
 
-    micro_batch: int | None = None
-    """Images that a process computes at once; its share of the batch is accumulated in equal parts of at most so many.
-    null computes the whole share at once."""
+    micro_batch: int | None = 256
+    """Images that a process computes at once: its share of a batch is accumulated in equal parts of at most so many, so
+    that one batch_size serves any number of GPUs. null computes the whole share at once."""
     parallel: str = "ddp"
     """With several processes: ddp (each has the whole model), or fsdp (FSDP2: weights, gradients and optimizer are
     sharded, for what does not fit)."""

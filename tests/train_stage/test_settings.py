@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mapet.shared.errors import UsageError
+from mapet.train_stage.plan import make_plan
 from mapet.train_stage.settings import RECIPES, resolve
 
 
@@ -22,11 +25,41 @@ def test_the_base_recipe_says_what_the_defaults_are():
 
 
 def test_every_shipped_recipe_resolves():
-    assert [resolve(path).model.name for path in sorted(RECIPES.glob("*.yaml"))] == [
-        "vit-base",
-        "vit-small",
-        "vit-tiny",
-    ]
+    assert {path.stem: resolve(path).model.name for path in RECIPES.glob("*.yaml")} == {
+        "vit-base-16": "vit-base",
+        "vit-small-16": "vit-small",
+        "vit-small-16-one-gpu": "vit-small",
+        "vit-tiny-16": "vit-tiny",
+    }
+
+
+def test_the_recipe_for_one_gpu_scales_the_published_learning_rate_with_the_batch():
+    one, papers = resolve("vit-small-16-one-gpu"), resolve("vit-small-16")
+    assert one.optimizer.lr / papers.optimizer.lr == one.train.batch_size / papers.train.batch_size
+    assert one.model == papers.model
+
+
+@pytest.mark.parametrize(
+    ("processes", "parts", "micro_batch"), [(1, 8, 256), (2, 4, 256), (8, 1, 256), (64, 1, 32), (512, 1, 4)]
+)
+def test_the_published_batch_is_shared_by_any_number_of_processes(processes: int, parts: int, micro_batch: int):
+    plan = make_plan(resolve("vit-base-16"), 1_281_167, processes)
+    assert (plan.steps_per_epoch, plan.steps, plan.warmup) == (625, 187_500, 6_250)
+    assert (plan.parts, plan.micro_batch, plan.share) == (parts, micro_batch, 2048 // processes)
+
+
+@given(st.integers(1, 4096), st.integers(1, 16), st.none() | st.integers(1, 500))
+def test_parts_are_equal_and_as_few_as_the_micro_batch_allows(batch: int, processes: int, micro: int | None):
+    settings = resolve(overrides=[f"train.batch_size={batch}", f"execution.micro_batch={micro or 'null'}"])
+    if batch % processes:
+        with pytest.raises(UsageError, match=f"no multiple of the {processes} processes"):
+            make_plan(settings, 5000, processes)
+        return
+    plan = make_plan(settings, 5000, processes)
+    assert plan.micro_batch * plan.parts * processes == batch
+    assert plan.micro_batch <= (micro or batch)
+    fewer = [parts for parts in range(1, plan.parts) if plan.share % parts == 0]
+    assert all(plan.share // parts > micro for parts in fewer)
 
 
 def test_overrides_win_over_the_recipe_and_keep_their_types(tmp_path: Path):
@@ -89,7 +122,7 @@ def test_compiling_for_a_changing_number_of_rows_is_refused():
 
 
 def test_an_unknown_recipe_lists_the_shipped_ones():
-    with pytest.raises(UsageError, match="vit-base-16, vit-small-16, vit-tiny-16"):
+    with pytest.raises(UsageError, match="vit-base-16, vit-small-16, vit-small-16-one-gpu, vit-tiny-16"):
         resolve("vit-giant")
 
 

@@ -1,0 +1,75 @@
+"""--dry-run says what a run amounts to, and writes nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mapet.shared.world import World
+from mapet.train_stage import dry_run
+from mapet.train_stage.dry_run import estimate_memory
+from mapet.train_stage.loss import token_loss
+from mapet.train_stage.model import MaPeT
+from mapet.train_stage.objectives import step_layout
+from mapet.train_stage.plan import flops_per_image, make_plan, parameters_of
+from mapet.train_stage.pretrain import pretrain
+from mapet.train_stage.settings import resolve
+from torch.utils.flop_counter import FlopCounterMode
+
+from .conftest import SHORT, TINY
+
+SETTINGS = [*TINY, *SHORT, "train.batch_size=16", "train.epochs=4", "optimizer.warmup_epochs=1"]
+
+
+def test_the_plan_is_printed_and_nothing_is_written(chain, tmp_path: Path, capsys):
+    out = tmp_path / "run"
+    assert pretrain(chain.images, chain.tokens, out, overrides=SETTINGS, dry_run=True, device="cpu") is None
+    assert not out.exists()
+    text = capsys.readouterr().out
+    for words in (
+        "dim 32, depth 2, 2 heads, 34,448 parameters",
+        "16 of 64 patches given",
+        "113 content rows + 48 query rows",  # 1 + 64 and 48 auxiliary; 48
+        "96; 96 an epoch",
+        "16 = 1 process(es) x 1 part(s) x 16 images",
+        "24 = 4 epochs x 6",
+        "6 steps from 1e-06 to 0.0015",
+        "Measured in 10 steps",
+    ):
+        assert words in text, words
+
+
+def test_nothing_is_measured_where_there_is_too_little_memory(chain, tmp_path: Path, capfd, monkeypatch):
+    monkeypatch.setattr(dry_run, "free_bytes", lambda: 1 << 20)
+    pretrain(chain.images, chain.tokens, tmp_path, overrides=SETTINGS, dry_run=True, device="cpu")
+    output, errors = capfd.readouterr()
+    assert "Measured" not in output
+    assert "are needed and 1.05 MB are free. Lower execution.micro_batch" in errors
+
+
+@pytest.mark.parametrize("objective", ["mapet", "pim", "mim"])
+def test_flops_are_those_of_a_real_step(objective: str):
+    settings = resolve(overrides=[*SETTINGS, f"objective.name={objective}"])
+    model, layout = MaPeT(settings.model.shape(16)), step_layout(settings.objective, 64, 0, 0, 1, "cpu")
+    order, targets = torch.randperm(64).expand(3, 64), torch.zeros(3, len(layout.ranks), dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        rows = model.predict_rows(torch.randn(3, 3, 64, 64), order, layout)
+        token_loss(rows, model.decoder, targets)[0].backward()
+    assert counter.get_total_flops() == 3 * flops_per_image(settings, 16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters_of(settings.model.shape(16))
+
+
+def memory_of(*overrides: str, world: World | None = None) -> int:
+    settings = resolve(overrides=["model.name=vit-tiny", "train.batch_size=64", *overrides])
+    world = world or World()
+    return estimate_memory(settings, 8192, make_plan(settings, 1000, world.size), world)
+
+
+def test_the_memory_estimate_knows_what_saves_memory():
+    whole = memory_of()
+    assert memory_of("execution.micro_batch=8") < 0.4 * whole
+    assert memory_of("execution.grad_checkpointing=true") < 0.5 * whole
+    assert memory_of("train.precision=bfloat16") < whole
+    assert memory_of("train.ema=0.99") > whole
+    assert memory_of("execution.micro_batch=8", "execution.parallel=fsdp", world=World(1, 8)) < memory_of(
+        "execution.micro_batch=8", world=World(1, 8)
+    )
