@@ -68,6 +68,11 @@ class Checkpoints:
         copied, ready = self._copy(tensors)
         self._writing = self._writer.submit(self._write, step, copied, ready, about)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written now."""
+        return self._writing is not None and not self._writing.done()
+
     def finish(self) -> Path | None:
         """Waits until everything is on disk and returns the newest checkpoint, if there is any."""
         if self._writing is not None:
