@@ -1,11 +1,13 @@
 """Batches from worker processes, with errors that arrive as one sentence and not as a worker's traceback."""
 
+import atexit
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -31,6 +33,18 @@ def _signals_wait() -> Iterator[None]:
         signal.raise_signal(number)
 
 
+_GRACE_SECONDS = 30
+"""How long a worker that was asked to stop goes on serving a reader that does not end."""
+_open_loaders: WeakSet = WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Before multiprocessing ends them with the signal that they wait after."""
+    for loaded in list(_open_loaders):
+        loaded._shutdown_workers()
+
+
 class _Guarded(Dataset):
     def __init__(self, load: Callable[[Any], Any]):
         self.load = load
@@ -42,8 +56,13 @@ class _Guarded(Dataset):
             return error
 
 
-def _keep_quiet_once_the_reader_is_gone(worker: int) -> None:
-    """A stopped command closes the connection over which a worker hands out tensors; that is no news."""
+def _leave_stopping_to_the_reader(worker: int) -> None:
+    """A terminal and a scheduler ask all processes to stop; the reader may need further batches until it does.
+
+    When it stops it closes the connection over which a worker hands out tensors; that is no news.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
 
     def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if not issubclass(kind, ConnectionError):
@@ -70,10 +89,12 @@ def batches(
         collate_fn=_collate,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_keep_quiet_once_the_reader_is_gone,
+        worker_init_fn=_leave_stopping_to_the_reader,
     )
     with _signals_wait():
         loaded = iter(loader)
+        if workers:
+            _open_loaders.add(loaded)
     for batch in loaded:
         if isinstance(batch, MapetError):
             raise batch

@@ -175,7 +175,7 @@ def test_weights_of_another_encoder_are_no_start(chain, undisturbed: Path, tmp_p
 COMMAND = "from mapet.cli import main; main()"
 
 
-def start(chain, out: Path, *overrides: str) -> subprocess.Popen:
+def start(chain, out: Path, *overrides: str, group: bool = False) -> subprocess.Popen:
     options = [word for setting in [*TINY, *overrides] for word in ("--set", setting)]
     arguments = [
         "train",
@@ -190,7 +190,10 @@ def start(chain, out: Path, *overrides: str) -> subprocess.Popen:
         "cpu",
     ]
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *map(str, arguments), *options], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", COMMAND, *map(str, arguments), *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=group,
     )
 
 
@@ -235,6 +238,19 @@ def test_a_stopped_run_writes_a_checkpoint_and_says_how_to_go_on(chain, undistur
     assert "Traceback" not in errors
     assert newest_checkpoint(tmp_path) is not None
     assert same_checkpoint(newest_checkpoint(undisturbed), run(chain, tmp_path, "train.checkpoint_every=1000"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_with_all_its_processes_writes_a_checkpoint(chain, tmp_path: Path, number: int):
+    """As a terminal's Ctrl-C does, and a scheduler that signals all processes of a job."""
+    process = start(chain, tmp_path, "data.workers=2", "train.checkpoint_every=1000", "train.epochs=40", group=True)
+    wait_for_step(tmp_path, 4, process)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Give the same command to go on" in errors
+    assert "Traceback" not in errors
+    assert newest_checkpoint(tmp_path) is not None
 
 
 def test_a_finished_run_is_not_trained_again(chain, tmp_path: Path):
