@@ -80,7 +80,8 @@ def read_bytes(record: ImageRecord) -> bytes:
 
 
 @contextmanager
-def _explained(data: bytes, name: str) -> Iterator[None]:
+def decoding(data: bytes, name: str) -> Iterator[None]:
+    """A block whose failures to decode `data` become DataErrors of one sentence about `name`."""
     try:
         with warnings.catch_warnings():
             # Pillow's, about what it reads nevertheless: damaged EXIF, large images, palettes with alpha.
@@ -94,14 +95,19 @@ def _explained(data: bytes, name: str) -> Iterator[None]:
         raise DataError(f"{name} cannot be decoded ({str(error).rstrip('.') or type(error).__name__}).") from None
 
 
+def open_image(data: bytes) -> Image.Image:
+    """The image by its headers; its pixels are decoded when they are asked for. Raises whatever Pillow raises."""
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
 def decode(data: bytes, name: str) -> Image.Image:
     """Decodes JPEG, PNG or WebP bytes to an upright RGB image, EXIF rotation applied, the first frame if animated.
 
     Grey, palette, CMYK and 16-bit images become 8-bit RGB; alpha is dropped, as open_clip and torchvision do.
     Raises DataError naming `name` if the bytes are not such an image, or one of more pixels than Pillow allows.
     """
-    with _explained(data, name):
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    with decoding(data, name):
+        image = open_image(data)
         image.load()
         # Not ImageOps.exif_transpose: it fails on EXIF that can be read but not be written back.
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -114,8 +120,8 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 def upright_size(data: bytes, name: str) -> tuple[int, int]:
     """(width, height) of what `decode` would give, from the headers alone; DataError as there."""
-    with _explained(data, name):
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    with decoding(data, name):
+        image = open_image(data)
         lies = image.getexif().get(ExifTags.Base.Orientation) in _LYING
         return image.size[::-1] if lies else image.size
 

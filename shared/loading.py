@@ -89,6 +89,8 @@ def batches(
         collate_fn=_collate,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
+        # Workers inherit what is mapped into memory; Python's own choice may be to pickle it.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         worker_init_fn=_leave_stopping_to_the_reader,
     )
     with _signals_wait():

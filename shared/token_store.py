@@ -23,7 +23,7 @@ from .errors import DataError, UsageError
 from .files import read_sealed_json, sha256_file, write_sealed_json, written_whole
 from .images import ImageRecord
 from .remote import as_path, exists, explained, file_size, is_remote, on_this_disk, read_whole
-from .token_rows import NO_LABEL, ShardRows, rows_sha256
+from .token_rows import ShardRows, rows_sha256
 from .token_tars import read_tar, write_tar
 from .token_zarr import read_zarr, write_zarr
 
@@ -219,24 +219,23 @@ class TokenStore:
         for name in self.entries:
             yield name, self.read_rows(name)
 
-    def images_of(self, name: str, rows: ShardRows) -> list[ImageRecord]:
-        """Where the images of the rows of one shard lie inside the store.
-
-        Raises UsageError for a store that holds no images, or that is remote.
-        """
+    def tar_of(self, name: str) -> Path | UPath:
+        """The tar inside the store that holds the images of one shard; UsageError if they are not in the store."""
         entry = self.entries[name]
         if entry["storage"] != WEBDATASET:
             raise UsageError(
                 f"{self.path} holds no images, only their tokens; give --images, or encode with --format webdataset."
             )
-        if is_remote(self.path):
-            raise UsageError(f"{self.path} is remote and training needs its images here; copy it, or give --images.")
-        path = self.path / entry["file"]
-        columns = (rows.keys, rows.offsets.tolist(), rows.lengths.tolist(), rows.labels.tolist())
-        return [
-            ImageRecord(key, path, offset, length, None if label == NO_LABEL else label)
-            for key, offset, length, label in zip(*columns, strict=True)
-        ]
+        return self.path / entry["file"]
+
+    def tar_size(self, name: str) -> int | None:
+        """Bytes of the tar in which the images of one shard lie at its rows' offsets; None if that is no tar."""
+        entry = self.entries.get(name)
+        if entry is None:
+            return None
+        if entry["storage"] == WEBDATASET:
+            return entry["bytes"]
+        return entry["source"]["size"] if entry["source"]["kind"] == "tar" else None
 
     def find(self, key: str) -> tuple[ShardRows, int]:
         """The shard's rows and the row that holds `key`; DataError if no image has it."""

@@ -3,87 +3,27 @@
 Images and tokens are joined by key, and an image's bytes must be the ones that were encoded (CRC32).
 """
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
-from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
+import torch
 
-from ..shared.console import say
-from ..shared.errors import DataError, UsageError
-from ..shared.images import ImageRecord, decode, keys_sha256, read_bytes
+from ..shared.errors import UsageError
+from ..shared.images import ImageRecord
+from ..shared.pixels import decode_pixels, replay_pixels
 from ..shared.randomness import generator
-from ..shared.sources import read_records
 from ..shared.token_store import TokenStore
-from ..shared.views import CropBox, replay, to_array, view_of_epoch
+from ..shared.views import CropBox, view_of_epoch
+from .join import TokenisedImages, join
+from .order import global_batches
 from .permutations import draw_permutation
 from .settings import ModelSettings, Settings
 
+__all__ = ["LoadSample", "TokenisedImages", "batch_places", "check_grid", "global_batches", "join"]
 
-@dataclass(frozen=True, eq=False)
-class TokenisedImages:
-    """Images joined with their rows of a token store: parallel sequences over n images, tokens (n, V, H, W) uint16,
-    crops (n, V, 4) float64, flips (n, V) bool, crc32 (n,) uint32."""
-
-    records: list[ImageRecord]
-    tokens: np.ndarray
-    crops: np.ndarray
-    flips: np.ndarray
-    crc32: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def key(self, index: int) -> str:
-        """The key of one image."""
-        return self.records[index].key
-
-    @cached_property
-    def keys_sha256(self) -> str:
-        """Which images these are; computed once, as every checkpoint states it."""
-        return keys_sha256(record.key for record in self.records)
-
-
-def join(
-    images: str | Path | list[str | Path] | None, store: TokenStore, skip_missing: bool = False
-) -> TokenisedImages:
-    """Finds each image's tokens by its key; without `images`, those that the store holds beside its tokens.
-
-    Images that encode-shards was told to skip are counted and left out. Raises DataError naming others that have no
-    tokens, unless `skip_missing`; then they are counted and left out, too.
-    Tokens whose image is not in `images` are not an error (training on some of the shards), but they are counted.
-    """
-    columns, within = [], []
-    for name, shard in store.shards():
-        columns.append((shard.keys, shard.tokens, shard.crops, shard.flips, shard.crc32))
-        if images is None:
-            within += store.images_of(name, shard)
-    keys, tokens, crops, flips, crc32 = (np.concatenate(column) for column in zip(*columns, strict=True))
-    row_of = {key: row for row, key in enumerate(keys)}
-    if len(row_of) != len(keys):
-        raise DataError(f"{store.path} holds {len(keys) - len(row_of)} keys twice; encode each image once.")
-    skipped = {key for _, key, _ in store.skipped()}
-    records = within if images is None else read_records(images, [] if skipped else None)
-    if skipped:
-        say(f"{len(store.skipped())} images were skipped when {store.path} was encoded; they are left out.")
-        records = [record for record in records if record.key in row_of or record.key not in skipped]
-    missing = [record.key for record in records if record.key not in row_of]
-    if missing:
-        named = f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
-        text = f"{len(missing)} of {len(records)} images have no tokens in {store.path}: {named}"
-        if not skip_missing or len(missing) == len(records):
-            raise DataError(f"{text}; encode them (mapet tokenize encode-shards) or --set data.skip_missing=true.")
-        say(f"{text}; they are left out.")
-        records = [record for record in records if record.key in row_of]
-    if len(records) < len(keys):
-        say(f"{len(keys) - len(records)} rows of {store.path} belong to images that were not given; they are not used.")
-    # By key, so that an epoch's order does not depend on how images are spread over tars.
-    records.sort(key=lambda record: record.key)
-    rows = np.array([row_of[record.key] for record in records])
-    return TokenisedImages(records, tokens[rows], crops[rows], flips[rows], crc32[rows])
+_BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
+_GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 def check_grid(store: TokenStore, model: ModelSettings) -> None:
@@ -113,9 +53,9 @@ class LoadSample:
     def __call__(self, place: tuple[int, int]) -> dict[str, np.ndarray]:
         """pixels uint8 (3, S, S); order (N,) int64; tokens (N,) int64 in that order; draws (depth, 2) float32."""
         epoch, index = place
-        record = self.images.records[index]
-        view = view_of_epoch(self.images.tokens.shape[1], self.settings.train.seed, epoch, record.key)
-        tokens = self.images.tokens[index, view]
+        record = self.images.record(index)
+        view = view_of_epoch(self.images.views, self.settings.train.seed, epoch, record.key)
+        tokens = self.images.tokens[self.images.rows[index], view]
         random = self._random("permutation", epoch, record)
         order = draw_permutation(self.settings.objective, len(tokens), random)
         return {
@@ -130,28 +70,38 @@ class LoadSample:
         return generator(self.settings.train.seed, what, epoch, record.key)
 
     def _pixels(self, record: ImageRecord, index: int, view: int, epoch: int) -> np.ndarray:
-        content = read_bytes(record)
-        if zlib.crc32(content) != self.images.crc32[index]:
-            raise DataError(
-                f"{record.path}: image {record.key!r} is not the one that was encoded (its CRC32 differs); "
-                "restore the source or encode it again."
-            )
-        image = decode(content, f"{record.path}: image {record.key!r}")
-        box = CropBox(*self.images.crops[index, view])
+        content = self.images.read(record, index)
+        source = decode_pixels(content, f"{record.path}: image {record.key!r}")
+        row = self.images.rows[index]
+        box, flip = CropBox(*self.images.crops[row, view].tolist()), bool(self.images.flips[row, view])
         size, data = self.settings.model.image_size, self.settings.data
-        student = replay(image, box, bool(self.images.flips[index, view]), size, data.interpolation)
+        student = replay_pixels(source, box, flip, size, data.interpolation).numpy()
         if data.color_jitter:
-            student = _jitter(student, data.color_jitter, self._random("jitter", epoch, record))
-        return to_array(student)
+            student = jitter(student, data.color_jitter, self._random("jitter", epoch, record))
+        return student
 
 
-def _jitter(image, strength: float, random: np.random.Generator):
-    """Brightness, contrast and saturation by factors from [1 - strength, 1 + strength], in random order, no hue."""
-    adjustments = (adjust_brightness, adjust_contrast, adjust_saturation)
-    factors = random.uniform(1 - strength, 1 + strength, size=len(adjustments))
-    for which in random.permutation(len(adjustments)):
-        image = adjustments[which](image, factors[which])
-    return image
+def jitter(pixels: np.ndarray, strength: float, random: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast and saturation by factors from [1 - strength, 1 + strength], in random order, no hue.
+
+    Takes and gives uint8 (3, height, width). As torchvision's adjustments, but rounded once, at the end.
+    """
+    factors = random.uniform(1 - strength, 1 + strength, size=3).astype(np.float32)
+    image = pixels.astype(np.float32)
+    for which in random.permutation(3):
+        factor = factors[which]
+        if which == _CONTRAST:
+            towards = (1 - factor) * (_GREY @ image.mean(axis=(1, 2)))
+        elif which == _SATURATION:
+            towards = np.einsum("chw,c->hw", image, (1 - factor) * _GREY)
+        else:
+            towards = None
+        image *= factor
+        if towards is not None:
+            image += towards
+        torch.from_numpy(image).clamp_(0, 255)  # four times as fast as NumPy's
+    image += 0.5
+    return image.astype(np.uint8)
 
 
 def batch_places(count: int, batch_size: int, epochs: int, seed: int, parts: int, start: int) -> Iterator[list]:

@@ -24,6 +24,7 @@ _CHOICES = {
     "objective.permutation": ("uniform", "block"),
     "objective.masking": ("block", "uniform"),
     "data.interpolation": ("bicubic", "bilinear"),
+    "data.shuffle": ("full", "shards"),
     "train.precision": ("auto", "float32", "bfloat16"),
     "train.on_bad_step": ("stop", "skip"),
     "execution.parallel": ("ddp", "fsdp"),
@@ -160,8 +161,14 @@ class DataSettings:
     """Processes that decode images; default none on the CPU, up to 16 on CUDA."""
     skip_missing: bool = False
     """Leave out images that have no tokens, and say how many, instead of stopping."""
+    shuffle: str = "full"
+    """What an epoch shuffles: full (all images), or shards (their order, then the images of a few of them at a time,
+    which reads few files at once; for slow disks, and for remote images)."""
+    shuffle_shards: int = 16
+    """With shuffle=shards: how many shards have their images shuffled together."""
 
     def __post_init__(self):
+        _require(self.shuffle_shards >= 1, f"data.shuffle_shards {self.shuffle_shards} must be at least 1.")
         _require(0 <= self.color_jitter <= 1, f"data.color_jitter {self.color_jitter} must lie in [0, 1].")
         _check_choices("data", self)
         _require(len(self.mean) == len(self.std) == 3, "data.mean and data.std must have three numbers.")

@@ -50,7 +50,7 @@ def test_a_store_without_images_needs_them(chain, tmp_path: Path):
 def test_an_image_that_changed_inside_its_tar_stops_the_loader(tars: Path, tmp_path: Path):
     store = TokenStore(shutil.copytree(tars, tmp_path / "store"))
     data = join(None, store)
-    record = data.records[7]
+    record = data.record(7)
     content = bytearray(record.path.read_bytes())
     content[record.offset + 100] ^= 1
     record.path.write_bytes(content)
