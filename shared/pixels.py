@@ -1,7 +1,7 @@
 """The student's pixels: JPEGs decoded and views replayed as uint8 tensors, in half the time that Pillow takes.
 
-torchvision's libjpeg-turbo gives Pillow's very pixels of a JPEG; whatever it does not take, Pillow decodes. The resize is
-torch's fixed-point one: `views.replay` is the reference, and stays what a tower sees.
+torchvision's libjpeg-turbo gives Pillow's very pixels of a JPEG; whatever it does not take, Pillow decodes. The resize
+is torch's fixed-point one: `views.replay` is the reference, and stays what a tower sees.
 """
 
 import math
@@ -27,7 +27,7 @@ _NEAR, _FAR = 0.01, 0.05
 
 
 def decode_pixels(data: bytes, name: str) -> Tensor:
-    """What `images.decode` gives, as uint8 (3, height, width), channels last in memory. Raises DataError as that does."""
+    """What `images.decode` gives, as uint8 (3, height, width), channels last in memory; raises DataError as it does."""
     with decoding(data, name):
         header = open_image(data)
         if _is_plain_jpeg(header):

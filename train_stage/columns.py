@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 
 class ColumnWriter:
-    """Writes columns to a file one after the other, or piece by piece into room that was reserved for them."""
+    """Writes columns to an unbuffered file one after the other, or piece by piece into room reserved for them."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -47,7 +47,9 @@ class ColumnWriter:
         dtype, shape, offset = self.places[name]
         row = int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize
         self.file.seek(offset + start * row)
-        self.file.write(np.ascontiguousarray(values, dtype=dtype).data)
+        rest = np.ascontiguousarray(values, dtype=dtype).reshape(-1).view(np.uint8).data
+        while len(rest):
+            rest = rest[self.file.write(rest) :]
 
     def add(self, name: str, values: np.ndarray) -> None:
         """Writes a whole column."""
@@ -90,7 +92,7 @@ def shared_columns(
     Raises DataError if the temporary folder has no room, and whatever `build` raises.
     """
     if world.size == 1:
-        with tempfile.TemporaryFile(prefix="mapet-") as file:
+        with tempfile.TemporaryFile(prefix="mapet-", buffering=0) as file:
             places, more = _built(build, file)
             return _mapped(file, places), more
     path, mine = None, None
@@ -109,14 +111,13 @@ def shared_columns(
 
 
 def _built_at(path: Path, build: Callable) -> tuple[Path, dict[str, Place], T]:
-    with open(path, "wb") as file:
+    with open(path, "wb", buffering=0) as file:
         return path, *_built(build, file)
 
 
 def _built(build: Callable, file: BinaryIO) -> tuple[dict[str, Place], T]:
     try:
-        outcome = build(file)
-        file.flush()
+        return build(file)
     except OSError as error:
         if error.filename is not None:  # another file than ours
             raise
@@ -124,7 +125,6 @@ def _built(build: Callable, file: BinaryIO) -> tuple[dict[str, Place], T]:
             f"The index of all images does not fit into the temporary folder {tempfile.gettempdir()} "
             f"({error.strerror}); make room there or set TMPDIR to another folder."
         ) from None
-    return outcome
 
 
 def _mapped_from(path: Path, places: dict[str, Place]) -> dict[str, np.ndarray]:
@@ -133,8 +133,8 @@ def _mapped_from(path: Path, places: dict[str, Place]) -> dict[str, np.ndarray]:
             return _mapped(file, places)
     except OSError as error:
         raise DataError(
-            f"{path}, which this node's first process wrote, cannot be read ({error.strerror}); all processes of a node "
-            "need the same TMPDIR."
+            f"{path}, which this node's first process wrote, cannot be read ({error.strerror}); give all processes of "
+            "a node the same TMPDIR."
         ) from None
 
 

@@ -18,8 +18,10 @@ def global_batches(data: TokenisedImages, settings: Settings, start: int) -> Ite
     """
     size = settings.train.batch_size
     steps = len(data) // size
-    epoch, within = divmod(start, steps) if steps else (0, 0)
-    for epoch in range(epoch, settings.train.epochs if steps else 0):
+    if not steps:
+        return
+    first, within = divmod(start, steps)
+    for epoch in range(first, settings.train.epochs):
         parts = _PARTS[settings.data.shuffle](data, settings, epoch, within * size)
         for batch in _cut(parts, size, steps - within):
             yield epoch, batch
