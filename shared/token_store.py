@@ -219,6 +219,11 @@ class TokenStore:
         for name in self.entries:
             yield name, self.read_rows(name)
 
+    @property
+    def holds_images(self) -> bool:
+        """Whether the images lie in the store, beside their tokens."""
+        return self.storage == WEBDATASET
+
     def tar_of(self, name: str) -> Path | UPath:
         """The tar inside the store that holds the images of one shard; UsageError if they are not in the store."""
         entry = self.entries[name]

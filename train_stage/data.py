@@ -15,10 +15,12 @@ from ..shared.pixels import decode_pixels, replay_pixels
 from ..shared.randomness import generator
 from ..shared.token_store import TokenStore
 from ..shared.views import CropBox, view_of_epoch
-from .join import TokenisedImages, join
+from .join import join
 from .order import global_batches
 from .permutations import draw_permutation
 from .settings import ModelSettings, Settings
+from .streaming import wait_for
+from .tokenised import TokenisedImages
 
 __all__ = ["LoadSample", "TokenisedImages", "batch_places", "check_grid", "global_batches", "join"]
 
@@ -70,8 +72,10 @@ class LoadSample:
         return generator(self.settings.train.seed, what, epoch, record.key)
 
     def _pixels(self, record: ImageRecord, index: int, view: int, epoch: int) -> np.ndarray:
+        if self.images.is_remote:
+            wait_for(record.path)
         content = self.images.read(record, index)
-        source = decode_pixels(content, f"{record.path}: image {record.key!r}")
+        source = decode_pixels(content, f"{self.images.source(index)}: image {record.key!r}")
         row = self.images.rows[index]
         box, flip = CropBox(*self.images.crops[row, view].tolist()), bool(self.images.flips[row, view])
         size, data = self.settings.model.image_size, self.settings.data

@@ -1,92 +1,27 @@
 """The join by key: which tokens belong to which image, and where its bytes lie."""
 
 import hashlib
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from ..shared.console import progress, say
-from ..shared.errors import DataError
-from ..shared.images import ImageRecord, read_bytes
+from ..shared.errors import DataError, UsageError
+from ..shared.images import ImageRecord
+from ..shared.remote import is_url
 from ..shared.sources import KeyLedger, SourceShard, open_source
 from ..shared.token_rows import NO_LABEL, ShardRows
 from ..shared.token_store import TokenStore
 from ..shared.world import World
-from .columns import ColumnWriter, Place, shared_columns, text_at
+from .columns import ColumnWriter, Place, shared_columns
+from .tokenised import TokenisedImages
 
+TARS_PREFIX = "mapet-tars-"
 _KEYS_AT_ONCE = 1 << 18
-
-
-@dataclass(frozen=True, eq=False)
-class TokenisedImages:
-    """n images joined with their rows of a token store. Images are numbered by key, so that a number means the same
-    image however the images are spread over tars; rows stand as in the store, shard by shard."""
-
-    tokens: np.ndarray
-    """(n, V, H, W) uint16, by row; so are the next eight."""
-    crops: np.ndarray
-    """(n, V, 4) float64."""
-    flips: np.ndarray
-    """(n, V) bool."""
-    labels: np.ndarray
-    """(n,) int64, -1 where an image has none."""
-    crc32: np.ndarray
-    """(n,) uint32."""
-    offsets: np.ndarray
-    """(n,) int64: where the image's bytes begin in its file."""
-    lengths: np.ndarray
-    """(n,) int64: bytes."""
-    files: np.ndarray
-    """(n,) int64: the file's number."""
-    keys: np.ndarray
-    """(bytes,) uint8: all keys; `keys_ends` (n,) int64 says where each one ends."""
-    keys_ends: np.ndarray
-    paths: np.ndarray
-    """(bytes,) uint8: the names of all files; `paths_ends` says where each one ends."""
-    paths_ends: np.ndarray
-    rows: np.ndarray
-    """(n,) int64: the row of each image."""
-    images: np.ndarray
-    """(n,) int64: the image of each row."""
-    shard_ends: np.ndarray
-    """(shards,) int64: the row after the last one of each shard."""
-    keys_sha256: str
-    """Which images these are, whatever their order (`images.keys_sha256`)."""
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def views(self) -> int:
-        """How many views of an image are stored."""
-        return self.tokens.shape[1]
-
-    def key(self, index: int) -> str:
-        return text_at(self.keys, self.keys_ends, self.rows[index])
-
-    def label(self, index: int) -> int | None:
-        label = int(self.labels[self.rows[index]])
-        return None if label == NO_LABEL else label
-
-    def record(self, index: int) -> ImageRecord:
-        """Where the bytes of an image lie."""
-        row = self.rows[index]
-        path = Path(text_at(self.paths, self.paths_ends, self.files[row]))
-        return ImageRecord(self.key(index), path, int(self.offsets[row]), int(self.lengths[row]), self.label(index))
-
-    def read(self, record: ImageRecord, index: int) -> bytes:
-        """The bytes of the image `index`, at `record`; DataError unless they are those that were encoded."""
-        content = read_bytes(record)
-        if zlib.crc32(content) != self.crc32[self.rows[index]]:
-            raise DataError(
-                f"{record.path}: image {record.key!r} is not the one that was encoded (its CRC32 differs); "
-                "restore the source or encode it again."
-            )
-        return content
 
 
 def join(
@@ -94,6 +29,9 @@ def join(
     store: TokenStore,
     skip_missing: bool = False,
     world: World | None = None,
+    *,
+    shuffle: str = "full",
+    cache: str | Path | None = None,
 ) -> TokenisedImages:
     """Finds each image's tokens by its key; without `images`, those that the store holds beside its tokens.
 
@@ -101,28 +39,36 @@ def join(
     read from the store, and the CRC32 of each one is checked whenever it is read. Other tars and folders are listed and
     joined key by key. Each node's first process does that; the others of `world` share what it found.
 
+    Remote tars must have the name that they were encoded under, and an order by shards (`shuffle` = "shards"); they
+    will be fetched to the folder `cache`, or a temporary one. A remote store that holds its images is read once for its
+    rows.
+
     Images that encode-shards was told to skip are counted and left out. Raises DataError naming others that have no
     tokens, unless `skip_missing`; then they are counted and left out, too.
     Tokens whose image is not in `images` are not an error (training on some of the shards), but they are counted.
     """
 
-    def build(file: BinaryIO) -> tuple[dict[str, Place], str]:
-        return _Join(store, skip_missing, ColumnWriter(file)).run(images)
+    def build(file: BinaryIO) -> tuple[dict[str, Place], tuple[str, Path | None]]:
+        joining = _Join(store, skip_missing, shuffle, ColumnWriter(file))
+        places, digest = joining.run(images)
+        folder = Path(cache) if cache else Path(tempfile.gettempdir(), f"{TARS_PREFIX}{uuid.uuid4().hex[:12]}")
+        return places, (digest, folder if any(map(is_url, joining.paths)) else None)
 
-    columns, digest = shared_columns(build, world or World())
-    return TokenisedImages(**columns, keys_sha256=digest)
+    columns, (digest, folder) = shared_columns(build, world or World())
+    return TokenisedImages(**columns, keys_sha256=digest, folder=folder)
 
 
 class _Join:
     """The join as it happens in a node's first process: rows shard by shard into a file, keys in memory."""
 
-    def __init__(self, store: TokenStore, skip_missing: bool, writer: ColumnWriter):
-        self.store, self.skip_missing, self.writer = store, skip_missing, writer
+    def __init__(self, store: TokenStore, skip_missing: bool, shuffle: str, writer: ColumnWriter):
+        self.store, self.skip_missing, self.shuffle, self.writer = store, skip_missing, shuffle, writer
         self.count = 0
         self.keys: list[bytes] = []
         self.key_lengths: list[np.ndarray] = []
         self.shard_ends: list[int] = []
         self.paths: dict[str, int] = {}
+        self.sizes: list[int] = []
 
     def run(self, images: str | Path | Sequence[str | Path] | None) -> tuple[dict[str, Place], str]:
         tars, others = self._sources(images)
@@ -135,7 +81,7 @@ class _Join:
                 rows = self.store.read_rows(name)
                 if name in tars:
                     _refuse_in_both(rows, records, tars[name])
-                    self._take_all(rows, tars[name])
+                    self._take_all(name, rows, tars[name])
                 else:
                     self._take_some(rows, records, left)
                 advance()
@@ -145,10 +91,32 @@ class _Join:
     def _sources(self, images: str | Path | Sequence[str | Path] | None) -> tuple[dict[str, str], list[SourceShard]]:
         """The tars that the store's own offsets are right for, by shard, and all other sources."""
         if images is None:
-            return {name: str(self.store.tar_of(name)) for name in self.store.entries}, []
+            tars = {name: str(self.store.tar_of(name)) for name in self.store.entries}
+            self._refuse_full_shuffle(tars.values())
+            return tars, []
         shards = open_source(images)
-        known = [shard for shard in shards if shard.is_tar and shard.size() == self.store.tar_size(shard.name)]
-        return {shard.name: str(shard.root) for shard in known}, [shard for shard in shards if shard not in known]
+        self._refuse_full_shuffle(str(shard.root) for shard in shards)
+        known = {shard.name: str(shard.root) for shard in shards if self._is_known(shard)}
+        return known, [shard for shard in shards if shard.name not in known]
+
+    def _refuse_full_shuffle(self, sources: Iterable[str]) -> None:
+        remote = next(filter(is_url, sources), None)
+        if remote and self.shuffle != "shards":
+            raise UsageError(
+                f"{remote} is remote, and data.shuffle={self.shuffle} reads images in any order; --set "
+                "data.shuffle=shards, or copy the images here."
+            )
+
+    def _is_known(self, shard: SourceShard) -> bool:
+        """Whether this is the tar that the store's offsets of the shard of its name belong to."""
+        if not shard.is_remote:
+            return shard.is_tar and shard.size() == self.store.tar_size(shard.name)
+        if not self.store.holds_images and self.store.tar_size(shard.name):  # compared when it is fetched
+            return True
+        raise DataError(
+            f"{shard.root} has no tokens under its name in {self.store.path}; give remote tars that were encoded under "
+            "that name, or copy them here."
+        )
 
     def _records(self, shards: list[SourceShard]) -> dict[str, ImageRecord]:
         """The images of sources that must be listed, by key; DataError for a key that stands twice."""
@@ -174,8 +142,8 @@ class _Join:
         ):
             self.writer.reserve(name, dtype, most, *shape)
 
-    def _take_all(self, rows: ShardRows, path: str) -> None:
-        file = self._file(path)
+    def _take_all(self, name: str, rows: ShardRows, path: str) -> None:
+        file = self._file(path, self.store.tar_size(name))
         self._append(rows, slice(None), rows.offsets, rows.lengths, rows.labels, np.full(len(rows), file))
 
     def _take_some(self, rows: ShardRows, records: dict[str, ImageRecord], left: dict[str, ImageRecord]) -> None:
@@ -195,8 +163,11 @@ class _Join:
             [self._file(str(record.path)) for record in some],
         )
 
-    def _file(self, path: str) -> int:
-        return self.paths.setdefault(path, len(self.paths))
+    def _file(self, path: str, size: int = 0) -> int:
+        if path not in self.paths:
+            self.paths[path] = len(self.paths)
+            self.sizes.append(size)
+        return self.paths[path]
 
     def _append(self, rows: ShardRows, places, offsets, lengths, labels, files) -> None:
         own = {name: getattr(rows, name)[places] for name in ("tokens", "crops", "flips", "crc32")}
@@ -244,6 +215,7 @@ class _Join:
         writer.add("shard_ends", np.array(self.shard_ends, dtype=np.int64))
         writer.add_strings("keys", self.keys, lengths)
         paths = [path.encode() for path in self.paths]
+        writer.add("sizes", np.array(self.sizes, dtype=np.int64))
         writer.add_strings("paths", [b"".join(paths)], np.array([len(path) for path in paths], dtype=np.int64))
         return writer.finish(self.count, *fixed), _digest(keys, rows)
 
@@ -267,7 +239,7 @@ def _padded(blocks: list[bytes], lengths: np.ndarray, parts: list[np.ndarray]) -
     return keys
 
 
-def _sorted_parts(keys: np.ndarray, rows: np.ndarray, overlap: int = 0):
+def _sorted_parts(keys: np.ndarray, rows: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:
     """Yields the keys in order, many at a time, each time beginning with the last `overlap` ones of the time before."""
     for start in range(0, len(rows), _KEYS_AT_ONCE):
         yield keys[rows[max(start - overlap, 0) : start + _KEYS_AT_ONCE]]

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..shared.randomness import generator
-from .join import TokenisedImages
 from .settings import Settings
+from .tokenised import TokenisedImages
 
 
 def global_batches(data: TokenisedImages, settings: Settings, start: int) -> Iterator[tuple[int, np.ndarray]]:

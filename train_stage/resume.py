@@ -57,7 +57,7 @@ def refuse_other_images(last: Path, before: dict[str, Any], data: TokenisedImage
 
 # These change how a run is executed or written down, never what is computed.
 _FREE_TO_CHANGE = {
-    "data.workers",
+    *(f"data.{name}" for name in ("workers", "cache", "cache_gb")),
     *(f"train.{name}" for name in ("log_every", "log_keys", "checkpoint_every", "keep_last", "keep_every", "wandb")),
     # What is done about a bad step may be decided when one has come.
     *("train.on_bad_step", "train.spike"),

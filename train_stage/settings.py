@@ -166,8 +166,13 @@ class DataSettings:
     which reads few files at once; for slow disks, and for remote images)."""
     shuffle_shards: int = 16
     """With shuffle=shards: how many shards have their images shuffled together."""
+    cache: str | None = None
+    """Folder that keeps remote tars for the next epoch; null deletes them when the order has passed them."""
+    cache_gb: float | None = None
+    """How much of them it keeps, in 10^9 bytes; null is everything."""
 
     def __post_init__(self):
+        _require(self.cache_gb is None or self.cache_gb > 0, "data.cache_gb must be positive, or null.")
         _require(self.shuffle_shards >= 1, f"data.shuffle_shards {self.shuffle_shards} must be at least 1.")
         _require(0 <= self.color_jitter <= 1, f"data.color_jitter {self.color_jitter} must lie in [0, 1].")
         _check_choices("data", self)

@@ -242,7 +242,7 @@ def test_pretrain_reads_tokens_from_a_url_but_images_must_be_here(chain, encode,
         for name in runs
     }
     assert len(losses) == 1
-    with pytest.raises(UsageError, match="is remote and training needs its images here"):
+    with pytest.raises(UsageError, match=r"is remote, and data\.shuffle=full reads images in any order"):
         pretrain(None, f"{in_memory}/tars", tmp_path / "no", overrides=TRAIN, device="cpu")
 
 

@@ -19,8 +19,9 @@ from mapet.shared.views import view_of_epoch
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.towers import TowerSettings, open_tower
 from mapet.train_stage.data import LoadSample, batch_places, check_grid, jitter
-from mapet.train_stage.join import TokenisedImages, join
+from mapet.train_stage.join import join
 from mapet.train_stage.settings import DataSettings, resolve
+from mapet.train_stage.tokenised import TokenisedImages
 from PIL import Image
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 

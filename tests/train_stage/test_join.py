@@ -15,8 +15,9 @@ from mapet.shared.sources import read_records
 from mapet.shared.token_store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.data import LoadSample
-from mapet.train_stage.join import TokenisedImages, join
+from mapet.train_stage.join import join
 from mapet.train_stage.settings import resolve
+from mapet.train_stage.tokenised import TokenisedImages
 
 
 def assert_joined(data: TokenisedImages, records: list, store: TokenStore) -> None:

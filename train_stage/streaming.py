@@ -1,0 +1,210 @@
+"""Remote tars on their way through this disk: fetched shortly before their images are needed, deleted afterwards.
+
+Each node's first process fetches in the background; whoever loads an image waits until its tar is there as a whole.
+"""
+
+import fcntl
+import os
+import queue
+import shutil
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.data import get_worker_info
+
+from ..shared.errors import DataError, MapetError
+from ..shared.remote import download
+from .columns import local_rank
+from .join import TARS_PREFIX
+from .order import shard_groups
+from .settings import Settings
+from .tokenised import RemoteTar, TokenisedImages
+
+_AT_ONCE = 4
+_LOCK = ".lock"
+
+
+def _failure_note(path: Path) -> Path:
+    return path.with_name(f"{path.name}.failed")
+
+
+def wait_for(path: Path) -> None:
+    """Returns when the tar at `path` is there; DataError if it could not be fetched."""
+    parent, pause = os.getppid(), 0.01
+    while not path.exists():
+        with suppress(FileNotFoundError):
+            raise DataError(_failure_note(path).read_text())
+        if get_worker_info() and os.getppid() != parent:
+            raise DataError(f"{path} will not come: the process that fetches it has ended.")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Tars whose images are seen between two steps, both counted from the beginning of the run."""
+
+    first: int
+    last: int
+    tars: dict[Path, RemoteTar]
+
+
+def _groups(data: TokenisedImages, settings: Settings, start: int) -> Iterator[_Group]:
+    """The groups of an order by shards from step `start` on, in the order of `order.global_batches`."""
+    size = settings.train.batch_size
+    steps = len(data) // size
+    begins = [0, *data.shard_ends[:-1].tolist()]
+    for epoch in range(start // steps, settings.train.epochs):
+        seen = 0
+        for group in shard_groups(data, settings, epoch):
+            count = sum(int(data.shard_ends[shard]) - begins[shard] for shard in group)
+            first, last = epoch * steps + seen // size, epoch * steps + min((seen + count - 1) // size, steps - 1)
+            seen += count
+            if max(first, start) <= last:
+                tars = (data.remote_tar(begins[shard]) for shard in group)
+                yield _Group(first, last, {tar.path: tar for tar in tars if tar})
+
+
+@contextmanager
+def tars_at_hand(data: TokenisedImages, settings: Settings, start: int) -> Iterator[Callable[[int], None]]:
+    """Fetches the tars of remote images while the block runs, from step `start` on; local ones need nothing.
+
+    Yields `passed(steps)`, to be called with the number of steps of the run that all processes have done; it raises
+    DataError if a tar could not be fetched. Tars that the order has passed are deleted, or kept in `data.cache` as long
+    as `data.cache_gb` allows.
+    """
+    if not data.is_remote or local_rank() != 0:
+        yield lambda steps: None
+        return
+    with _claimed(data.folder, settings.data.cache is not None):
+        limit = settings.data.cache_gb
+        keep = 0 if settings.data.cache is None else float("inf") if limit is None else limit * 1e9
+        fetcher = _Fetcher(_groups(data, settings, start), keep)
+        fetcher.passed(start)
+        try:
+            yield fetcher.passed
+        finally:
+            fetcher.stop()
+
+
+@contextmanager
+def _claimed(folder: Path, keeps: bool) -> Iterator[None]:
+    """The folder of tars, made; a temporary one is deleted afterwards, as are those that killed processes left."""
+    if keeps:
+        folder.mkdir(parents=True, exist_ok=True)
+        for note in folder.glob("*.failed"):
+            note.unlink(missing_ok=True)
+        yield
+        return
+    for left in Path(tempfile.gettempdir()).glob(f"{TARS_PREFIX}*"):
+        _delete_unless_used(left)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK, "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _delete_unless_used(folder: Path) -> None:
+    with suppress(OSError), open(folder / _LOCK, "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its process holds it as long as it lives
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Fetcher:
+    """Threads that fetch the tars of the groups around the present step and of the next one."""
+
+    def __init__(self, groups: Iterator[_Group], keep: float):
+        self.groups, self.keep = groups, keep
+        self.window: deque[_Group] = deque()
+        self.wanted: queue.Queue[RemoteTar | None] = queue.Queue()
+        self.failure: MapetError | None = None
+        self.making_room = threading.Lock()
+        self.under_way = 0
+        self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(_AT_ONCE)]
+        for thread in self.threads:
+            thread.start()
+
+    def passed(self, steps: int) -> None:
+        """Lets go of groups that `steps` steps have passed, and begins with those that come."""
+        if self.failure:
+            raise self.failure
+        over = []
+        while self.window and self.window[0].last < steps:
+            over.append(self.window.popleft())
+        while not self.window or self.window[-1].first <= steps:
+            group = next(self.groups, None)
+            if group is None:
+                break
+            for path, tar in group.tars.items():
+                if not any(path in other.tars for other in self.window):
+                    self.wanted.put(tar)
+            self.window.append(group)
+        for path in {path for group in over for path in group.tars}:
+            if self.keep == 0 and not any(path in group.tars for group in self.window):
+                path.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """Nothing more is begun; what is being fetched ends with the process."""
+        with suppress(queue.Empty):
+            while True:
+                self.wanted.get_nowait()
+        for _ in self.threads:
+            self.wanted.put(None)
+
+    def _work(self) -> None:
+        while tar := self.wanted.get():
+            try:
+                self._fetch(tar)
+            except Exception as error:
+                self.failure = error if isinstance(error, MapetError) else _not_stored(tar, error)
+                with suppress(OSError):
+                    _failure_note(tar.path).write_text(str(self.failure))
+
+    def _fetch(self, tar: RemoteTar) -> None:
+        if tar.path.exists() and tar.path.stat().st_size == tar.size:
+            tar.path.touch()
+            return
+        self._make_room(tar)
+        partial = tar.path.with_name(f".{tar.path.name}.{os.getpid()}.partial")
+        try:
+            download(tar.url, partial)
+            size = partial.stat().st_size
+            if size != tar.size:
+                raise DataError(
+                    f"{tar.url} has {size} bytes and had {tar.size} when it was encoded; restore it or encode it again."
+                )
+            os.replace(partial, tar.path)
+        finally:
+            partial.unlink(missing_ok=True)
+            with self.making_room:
+                self.under_way -= tar.size
+
+    def _make_room(self, tar: RemoteTar) -> None:
+        """Deletes tars that the window does not need, those used longest ago first, as `data.cache_gb` demands."""
+        with self.making_room:
+            self.under_way += tar.size
+            if self.keep in (0, float("inf")):
+                return
+            needed = {path for group in list(self.window) for path in group.tars}
+            kept = {path: path.stat() for path in tar.path.parent.glob("[!.]*.tar")}
+            total = sum(status.st_size for status in kept.values()) + self.under_way
+            for path, status in sorted(kept.items(), key=lambda item: item[1].st_mtime_ns):
+                if total > self.keep and path not in needed:
+                    path.unlink(missing_ok=True)
+                    total -= status.st_size
+
+
+def _not_stored(tar: RemoteTar, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return DataError(
+        f"{tar.url} could not be stored in {tar.path.parent} ({reason}); make room there, or lower data.shuffle_shards."
+    )
