@@ -1,0 +1,220 @@
+"""Our loader beside bare decoding and beside the usual torchvision pipeline; how long a training step waits for data.
+
+python benchmarks/loader.py TAR [--part bare] [--workers 1] [--jitter 0.4] [--crop center] [--pairs 7] [--passes 10]
+
+TAR holds photographs. Parts: `bare` (images/s of our loader, over as many processes that read, decode, crop and resize
+the same bytes with the same kernels and do nothing else), `usual` (over PIL, crop and bicubic resize, flip,
+ColorJitter, ToTensor and Normalize in a DataLoader; ours leaves the last two to the device), `wait` (share of
+pre-training steps spent waiting for data). Ours and the reference take turns; one JSON line per figure: the median of
+the pairs' ratios, their range, and the medians of images/s. Repeat an option for more values.
+"""
+
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from mapet.demo import TOWER
+from mapet.shared.devices import choose_device
+from mapet.shared.images import read_bytes
+from mapet.shared.loading import batches
+from mapet.shared.views import CropBox
+from mapet.tokenize_stage.build_codebook import build_codebook
+from mapet.tokenize_stage.encode_shards import encode_shards
+from mapet.train_stage.data import LoadSample
+from mapet.train_stage.join import join
+from mapet.train_stage.loss import token_loss
+from mapet.train_stage.model import MaPeT
+from mapet.train_stage.objectives import step_layout
+from mapet.train_stage.order import global_batches
+from mapet.train_stage.settings import Settings, resolve
+from mapet.train_stage.tokenised import TokenisedImages
+from PIL import Image
+from simplejpeg import decode_jpeg
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms import functional
+
+Place = tuple[int, int]
+
+
+def main(
+    tar: str,
+    part: Annotated[list[str], typer.Option()] = ["bare", "usual", "wait"],  # noqa: B006
+    workers: Annotated[list[int], typer.Option()] = [1, 2],  # noqa: B006
+    jitter: Annotated[list[float], typer.Option()] = [0.0, 0.4],  # noqa: B006
+    crop: Annotated[list[str], typer.Option()] = ["random-resized"],  # noqa: B006
+    batch_size: int = 64,
+    size: Annotated[list[str], typer.Option(help="Of the models that wait.")] = ["tiny"],  # noqa: B006
+    pairs: int = 7,
+    passes: int = 10,
+) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for how in crop:
+            data = tokenised(tar, Path(folder, how), how)
+            about = {"crop": how, "images": len(data), "batch_size": batch_size}
+            for strength in jitter:
+                settings = settings_of(strength, batch_size, passes)
+                for count in workers:
+                    named = {**about, "workers": count, "jitter": strength}
+                    if "bare" in part:
+                        measured = compare(Ours(data, settings, count), Bare(data, settings, count), pairs)
+                        say("loader / bare decode, crop and resize, images/s", named, "at least 0.95", measured)
+                    if "usual" in part:
+                        measured = compare(Ours(data, settings, count), Usual(data, settings, count), pairs)
+                        say("loader / torchvision pipeline, images/s", named, "at least 1.7", measured)
+            if "wait" in part:
+                for name in size:
+                    for count in [0, *workers]:
+                        named = {**about, "model": f"vit-{name}", "workers": count, "device": choose_device("auto")}
+                        say("waiting for data / training step", named, "", waiting(data, name, count, batch_size))
+
+
+def say(figure: str, about: dict, target: str, values: dict) -> None:
+    print(json.dumps({"figure": figure, **about, **values, **({"target": target} if target else {})}), flush=True)
+
+
+def tokenised(tar: str, folder: Path, crop: str) -> TokenisedImages:
+    """The images with real tokens, of the small tower in the package."""
+    build_codebook(tar, folder / "codebook", tower=f"local-dir:{TOWER}", k=64, restarts=1, patches=5000)
+    views = {"crop": crop} if crop == "center" else {"crop": crop, "views": 2}
+    return join(tar, encode_shards(tar, folder / "codebook", folder / "tokens", **views))
+
+
+def settings_of(jitter: float, batch_size: int, epochs: int, model: str = "tiny") -> Settings:
+    """A student of 224 pixels on the small tower's 8x8 grid."""
+    grid = ["model.image_size=224", "model.patch_size=28", "optimizer.warmup_epochs=0"]
+    more = [f"data.color_jitter={jitter}", f"train.batch_size={batch_size}", f"train.epochs={epochs}"]
+    return resolve(f"vit-{model}-16", [*grid, *more])
+
+
+class Side:
+    """One way to load the same images in the same order with `workers` processes; `run` gives their number."""
+
+    def __init__(self, data: TokenisedImages, settings: Settings, workers: int):
+        self.data, self.settings, self.workers = data, settings, workers
+        batched = global_batches(data, settings, 0)
+        self.places = [[(epoch, int(index)) for index in some] for epoch, some in batched]
+
+    def view(self, index: int) -> tuple[bytes, CropBox, bool]:
+        """Bytes, box and flip of an image's first view."""
+        row = self.data.rows[index]
+        box = CropBox(*self.data.crops[row, 0].tolist())
+        return read_bytes(self.data.record(index)), box, bool(self.data.flips[row, 0])
+
+
+class Ours(Side):
+    def run(self) -> int:
+        load = LoadSample(self.data, self.settings)
+        return sum(len(batch["pixels"]) for batch in batches(load, self.places, self.workers))
+
+
+class Bare(Side):
+    def run(self) -> int:
+        context = multiprocessing.get_context("fork")
+        shares = [self.places[number :: self.workers] for number in range(self.workers)]
+        processes = [context.Process(target=self.load, args=(share,)) for share in shares]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        return sum(map(len, self.places))
+
+    def load(self, share: list[list[Place]]) -> None:
+        torch.set_num_threads(1)
+        size = self.settings.model.image_size
+        for _, index in (place for places in share for place in places):
+            content, box, _ = self.view(index)
+            top, left, height, width = map(round, box)
+            pixels = torch.from_numpy(decode_jpeg(content, "RGB")).permute(2, 0, 1)
+            region = pixels[None, :, top : top + height, left : left + width]
+            region = region.contiguous(memory_format=torch.channels_last)
+            interpolate(region, (size, size), mode="bicubic", antialias=True)
+
+
+class Usual(Side, Dataset):
+    def run(self) -> int:
+        loader = DataLoader(
+            self,
+            batch_sampler=self.places,
+            num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+            multiprocessing_context="fork" if self.workers else None,
+        )
+        return sum(len(pixels) for pixels in loader)
+
+    def __getitem__(self, place: Place) -> torch.Tensor:
+        content, box, flip = self.view(place[1])
+        size, strength = [self.settings.model.image_size] * 2, self.settings.data.color_jitter
+        image = Image.open(BytesIO(content)).convert("RGB")
+        image = functional.resized_crop(image, *map(round, box), size, functional.InterpolationMode.BICUBIC)
+        image = functional.hflip(image) if flip else image
+        if strength:
+            image = transforms.ColorJitter(strength, strength, strength)(image)
+        return functional.normalize(functional.to_tensor(image), self.settings.data.mean, self.settings.data.std)
+
+
+def compare(ours: Side, theirs: Side, pairs: int) -> dict:
+    """Images/s of both in turn, after one pass of each over the first batches."""
+    for side in (ours, theirs):
+        places, side.places = side.places, side.places[:2]
+        side.run()
+        side.places = places
+    speeds = [(speed(ours.run), speed(theirs.run)) for _ in range(pairs)]
+    ratios = sorted(mine / reference for mine, reference in speeds)
+    mine, reference = (statistics.median(column) for column in zip(*speeds, strict=True))
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "range": [round(ratios[0], 3), round(ratios[-1], 3)],
+        "images_per_second": round(mine, 1),
+        "reference_images_per_second": round(reference, 1),
+    }
+
+
+def speed(run: Callable[[], int]) -> float:
+    began = time.perf_counter()
+    return run() / (time.perf_counter() - began)
+
+
+def waiting(data: TokenisedImages, model: str, workers: int, batch_size: int, steps: int = 12) -> dict:
+    """Share of the time of steps 3, 4, ... in which the loop stood still for its next batch."""
+    device = choose_device("auto")
+    settings = settings_of(0.4, batch_size, 1 + steps * batch_size // len(data), model)
+    torch.manual_seed(0)
+    network = MaPeT(settings.model.shape(64)).train().to(device)
+    optimizer = torch.optim.AdamW(network.parameters())
+    order = ([(epoch, int(index)) for index in some] for epoch, some in global_batches(data, settings, 0))
+    loader = batches(LoadSample(data, settings), order, workers, pin_memory=device == "cuda")
+    waited, spent = [], []
+    for step in range(steps):
+        began = time.perf_counter()
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(loader).items()}
+        waited.append(time.perf_counter() - began)
+        layout = step_layout(settings.objective, network.shape.patches, 0, step, steps, device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            rows = network.predict_rows(batch["pixels"].float() / 255, batch["order"], layout)
+            loss = token_loss(rows, network.decoder, batch["tokens"][:, layout.visible :], 4096)[0]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - began)
+    return {
+        "share": round(sum(waited[2:]) / sum(spent[2:]), 4),
+        "step_ms": round(1e3 * statistics.median(spent[2:]), 1),
+        "images_per_second": round(batch_size / statistics.median(spent[2:]), 1),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
