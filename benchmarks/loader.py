@@ -6,11 +6,13 @@ TAR holds photographs. Parts: `bare` (images/s of our loader, over as many proce
 the same bytes with the same kernels and do nothing else), `usual` (over PIL, crop and bicubic resize, flip,
 ColorJitter, ToTensor and Normalize in a DataLoader; ours leaves the last two to the device), `wait` (share of
 pre-training steps spent waiting for data). Ours and the reference take turns; one JSON line per figure: the median of
-the pairs' ratios, their range, and the medians of images/s. Repeat an option for more values.
+the pairs' ratios, their range, that of images for each second of processor time (on a machine that others use, too),
+and the medians of images/s. Repeat an option for more values.
 """
 
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -169,20 +171,24 @@ def compare(ours: Side, theirs: Side, pairs: int) -> dict:
         places, side.places = side.places, side.places[:2]
         side.run()
         side.places = places
-    speeds = [(speed(ours.run), speed(theirs.run)) for _ in range(pairs)]
-    ratios = sorted(mine / reference for mine, reference in speeds)
-    mine, reference = (statistics.median(column) for column in zip(*speeds, strict=True))
+    measured = [(speeds(ours.run), speeds(theirs.run)) for _ in range(pairs)]
+    ratios = sorted(mine[0] / reference[0] for mine, reference in measured)
+    cpu_ratios = [mine[1] / reference[1] for mine, reference in measured]
+    mine, reference = (statistics.median(side[0] for side in column) for column in zip(*measured, strict=True))
     return {
         "ratio": round(statistics.median(ratios), 3),
         "range": [round(ratios[0], 3), round(ratios[-1], 3)],
+        "cpu_ratio": round(statistics.median(cpu_ratios), 3),
         "images_per_second": round(mine, 1),
         "reference_images_per_second": round(reference, 1),
     }
 
 
-def speed(run: Callable[[], int]) -> float:
-    began = time.perf_counter()
-    return run() / (time.perf_counter() - began)
+def speeds(run: Callable[[], int]) -> tuple[float, float]:
+    """Images a second, and images a second of all processors' time, which others on the machine disturb less."""
+    began, busy = time.perf_counter(), sum(os.times()[:4])
+    images = run()
+    return images / (time.perf_counter() - began), images / (sum(os.times()[:4]) - busy)
 
 
 def waiting(data: TokenisedImages, model: str, workers: int, batch_size: int, steps: int = 12) -> dict:

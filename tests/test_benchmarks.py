@@ -64,6 +64,15 @@ def test_the_storage_benchmark_accounts_for_every_byte_of_a_view(chain):
     assert chosen == columns["column tokens"]
 
 
+def test_the_loader_is_measured_beside_bare_decoding_and_the_usual_pipeline(chain):
+    options = "--pairs 1 --passes 1 --workers 1 --jitter 0.4 --batch-size 16 --crop center --part bare --part usual"
+    result = benchmark("loader.py", str(chain.tars[0]), *options.split())
+    assert result.returncode == 0, result.stderr
+    bare, usual = (json.loads(line) for line in result.stdout.splitlines() if line.startswith("{"))
+    assert min(bare["ratio"], bare["cpu_ratio"], usual["ratio"], usual["cpu_ratio"]) > 0
+    assert (bare["images"], bare["workers"]) == (32, 1)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says something else where there is a GPU")
 def test_the_gpu_check_is_refused_in_one_sentence_without_a_gpu():
     result = benchmark("gpu_check.py")

@@ -127,11 +127,12 @@ def test_every_box_is_shown_as_pillow_shows_it(seed, width, height, size, filter
     h, w = data.draw(st.floats(8, height)), data.draw(st.floats(8, width))
     box = CropBox(data.draw(st.floats(0, height - h)), data.draw(st.floats(0, width - w)), h, w)
     difference = apart(image, box, flip, size, filter)
-    # 255 levels in a ninth of the image are the steepest slope. Boxes are met to 0.05 px; at an upper or left edge that
-    # lies on a whole pixel, the filter does not see beyond the box.
+    # 255 levels in a ninth of the image are the steepest slope. Boxes are met to 0.05 px; near an upper or left edge
+    # that lies on a whole pixel, the filter does not see the two pixels beyond the box.
     steepest = 255 * 9 / min(width, height)
-    assert difference.max() <= 4 + 0.4 * steepest
-    assert difference[:, size // 4 :, size // 4 :].max() <= 2 + 0.15 * steepest
+    assert difference.max() <= 4 + 0.6 * steepest
+    near = int(2 * max(size / min(h, w), 1)) + 2
+    assert difference[:, near:-near, near:-near].max(initial=0) <= 2 + 0.15 * steepest
     assert difference.mean() < 0.5 + 0.02 * steepest
 
 
