@@ -3,7 +3,6 @@
 Images and tokens are joined by key, and an image's bytes must be the ones that were encoded (CRC32).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,14 +14,10 @@ from ..shared.pixels import decode_pixels, replay_pixels
 from ..shared.randomness import generator
 from ..shared.token_store import TokenStore
 from ..shared.views import CropBox, view_of_epoch
-from .join import join
-from .order import global_batches
 from .permutations import draw_permutation
 from .settings import ModelSettings, Settings
 from .streaming import wait_for
 from .tokenised import TokenisedImages
-
-__all__ = ["LoadSample", "TokenisedImages", "batch_places", "check_grid", "global_batches", "join"]
 
 _BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
 _GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -106,19 +101,3 @@ def jitter(pixels: np.ndarray, strength: float, random: np.random.Generator) -> 
         torch.from_numpy(image).clamp_(0, 255)  # four times as fast as NumPy's
     image += 0.5
     return image.astype(np.uint8)
-
-
-def batch_places(count: int, batch_size: int, epochs: int, seed: int, parts: int, start: int) -> Iterator[list]:
-    """Yields, from step `start` on, the (epoch, image) places of each of the `parts` parts of each batch.
-
-    Each epoch visits the images in a new order, a pure function of (seed, epoch); what does not fill a batch at its
-    end is left for the next epoch's order.
-    """
-    steps = count // batch_size
-    for step in range(start, epochs * steps):
-        epoch, within = divmod(step, steps)
-        if within == 0 or step == start:
-            order = generator(seed, "epoch", epoch).permutation(count)
-        batch = order[within * batch_size : (within + 1) * batch_size]
-        for part in np.split(batch, parts):
-            yield [(epoch, int(index)) for index in part]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -20,16 +21,20 @@ from ..shared.loading import batches
 from ..shared.token_store import TokenStore
 from ..shared.world import Vote, World, joined_world
 from .checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, load_tensors
-from .data import LoadSample, TokenisedImages, batch_places, check_grid, join
+from .data import LoadSample, check_grid
 from .dry_run import measure, show_plan
 from .interchange import start_from
+from .join import join
 from .logbook import Logbook, StepMetrics, drop_lines_after
+from .order import global_batches
 from .parallel import peers_explained
 from .plan import Plan, flops_per_image, make_plan
 from .probe import RunProbe
 from .record import write_record
 from .resume import find_resumable, refuse_other_images, refuse_other_start
 from .settings import Settings, resolve
+from .streaming import tars_at_hand
+from .tokenised import TokenisedImages
 from .trainer import Trainer
 from .watch import BadStep
 
@@ -136,7 +141,7 @@ def _open(
     store = TokenStore(tokens)
     check_grid(store, settings.model)
     found = world.from_first(lambda: find_resumable(out, resume, settings, store))
-    data = world.together(lambda: join(images, store, settings.data.skip_missing))
+    data = _join(images, store, settings, world)
     run = world.together(lambda: _Run(settings, store, data, out, device, world))
     pending: list[StepMetrics] = []
     if found:
@@ -217,26 +222,37 @@ def _stop_asked() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def _join(
+    images: str | Path | Sequence[str | Path] | None, store: TokenStore, settings: Settings, world: World
+) -> TokenisedImages:
+    data = settings.data
+    return join(images, store, data.skip_missing, world, shuffle=data.shuffle, cache=data.cache)
+
+
 def _load(
     settings: Settings, plan: Plan, data: TokenisedImages, world: World, device: str, start: int
 ) -> Iterator[dict[str, Tensor]]:
     """Yields each part of this process's share of each batch, from step `start` on."""
-    train = settings.train
-    every = batch_places(plan.images, train.batch_size, train.epochs, train.seed, world.size * plan.parts, start)
-    mine = (part for index, part in enumerate(every) if index // plan.parts % world.size == world.rank)
+
+    def my_parts() -> Iterator[list[tuple[int, int]]]:
+        for epoch, batch in global_batches(data, settings, start):
+            for part in np.split(np.split(batch, world.size)[world.rank], plan.parts):
+                yield [(epoch, index) for index in part.tolist()]
+
     workers = choose_workers(settings.data.workers, device)
-    return batches(LoadSample(data, settings), mine, workers, pin_memory=device == "cuda")
+    return batches(LoadSample(data, settings), my_parts(), workers, pin_memory=device == "cuda")
 
 
 def _dry_run(
     images: str | Path | Sequence[str | Path] | None, store: TokenStore, settings: Settings, device: str, world: World
 ) -> None:
     check_grid(store, settings.model)
-    data = world.together(lambda: join(images, store, settings.data.skip_missing))
+    data = _join(images, store, settings, world)
     plan = world.together(lambda: make_plan(settings, len(data), world.size))
     memory = show_plan(settings, store.k, plan, world, device)
     trainer = Trainer(settings, store.k, plan, world, device)
-    measure(trainer, _load(settings, plan, data, world, device, 0), memory)
+    with tars_at_hand(data, settings, 0):
+        measure(trainer, _load(settings, plan, data, world, device, 0), memory)
     say("Dry run: nothing was written.")
 
 
@@ -244,10 +260,15 @@ def _train(run: _Run, logbook: Logbook) -> Path:
     settings, plan = run.settings, run.plan
     loader = _load(settings, plan, run.data, run.world, run.device, run.start)
     vote = Vote(run.world)
-    with _stop_asked() as asked, progress("pre-training", plan.steps, "steps", run.start) as advance:
+    with (
+        _stop_asked() as asked,
+        tars_at_hand(run.data, settings, run.start) as passed,
+        progress("pre-training", plan.steps, "steps", run.start) as advance,
+    ):
         for step in range(run.start, plan.steps):
             parts, waited = _next(loader, plan)
             metrics = _step(run, step, parts)
+            passed(step + 1)
             try:
                 note = logbook.note(step + 1, metrics, waited)
                 advance(1, note)
@@ -294,9 +315,8 @@ def _list_bad_step(run: _Run, step: int, problem: str) -> None:
     """Adds a step's images to RUN/bad-steps.jsonl, those of all processes."""
     if not run.world.is_first:
         return
-    train = run.settings.train
-    places = next(batch_places(run.plan.images, train.batch_size, train.epochs, train.seed, 1, step - 1))
-    keys = [run.data.key(index) for _, index in places]
+    _, batch = next(global_batches(run.data, run.settings, step - 1))
+    keys = [run.data.key(index) for index in batch.tolist()]
     _append(run.out / "bad-steps.jsonl", {"step": step, "problem": problem, "keys": keys})
 
 

@@ -6,9 +6,9 @@ from typing import Any
 from ..shared.errors import DataError, FingerprintMismatch, UsageError
 from ..shared.token_store import TokenStore
 from .checkpoint import newest_checkpoint, newest_whole_checkpoint
-from .data import TokenisedImages
 from .interchange import load_weights
 from .settings import Settings
+from .tokenised import TokenisedImages
 
 RESUME = ("auto", "never")
 

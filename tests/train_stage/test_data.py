@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, UsageError
 from mapet.shared.loading import batches
@@ -18,7 +16,7 @@ from mapet.shared.token_store import TokenStore
 from mapet.shared.views import view_of_epoch
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.towers import TowerSettings, open_tower
-from mapet.train_stage.data import LoadSample, batch_places, check_grid, jitter
+from mapet.train_stage.data import LoadSample, check_grid, jitter
 from mapet.train_stage.join import join
 from mapet.train_stage.settings import DataSettings, resolve
 from mapet.train_stage.tokenised import TokenisedImages
@@ -196,20 +194,6 @@ def test_a_grid_that_does_not_fit_says_which_sizes_would(chain):
 
 def test_pixels_are_decoded_at_the_students_own_resolution(chain):
     assert loader(chain, "model.image_size=96", "model.patch_size=12")((0, 0))["pixels"].shape == (3, 96, 96)
-
-
-@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 4), st.integers(0, 5), st.integers(1, 4), st.data())
-def test_batches_visit_every_image_once_an_epoch_and_resume_anywhere(images, part, parts, seed, epochs, data):
-    batch = part * parts
-    places = list(batch_places(images, batch, epochs, seed, parts, 0))
-    steps = images // batch
-    assert len(places) == epochs * steps * parts
-    for epoch in range(epochs):
-        seen = [place for some in places[epoch * steps * parts : (epoch + 1) * steps * parts] for place in some]
-        assert {where for where, _ in seen} <= {epoch}
-        assert len({index for _, index in seen}) == len(seen) == steps * batch
-    start = data.draw(st.integers(0, epochs * steps))
-    assert list(batch_places(images, batch, epochs, seed, parts, start)) == places[start * parts :]
 
 
 def test_settings_of_data_are_checked():

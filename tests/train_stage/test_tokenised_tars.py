@@ -9,8 +9,9 @@ from mapet.shared.errors import DataError, UsageError
 from mapet.shared.sources import open_source
 from mapet.shared.token_store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.train_stage.data import LoadSample, join
+from mapet.train_stage.data import LoadSample
 from mapet.train_stage.features import features
+from mapet.train_stage.join import join
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.probe import probe
 from mapet.train_stage.settings import resolve
