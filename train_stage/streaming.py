@@ -110,7 +110,10 @@ def _claimed(folder: Path, keeps: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            # Under another name, as what is still being fetched would be put beside what is deleted.
+            gone = folder.with_name(f"{folder.name}-gone")
+            os.replace(folder, gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def _delete_unless_used(folder: Path) -> None:
@@ -153,12 +156,14 @@ class _Fetcher:
                 path.unlink(missing_ok=True)
 
     def stop(self) -> None:
-        """Nothing more is begun; what is being fetched ends with the process."""
+        """Nothing more is begun; what takes longer to fetch than a moment ends with the process."""
         with suppress(queue.Empty):
             while True:
                 self.wanted.get_nowait()
         for _ in self.threads:
             self.wanted.put(None)
+        for thread in self.threads:  # one that has only begun would make the folder again
+            thread.join(timeout=1)
 
     def _work(self) -> None:
         while tar := self.wanted.get():
