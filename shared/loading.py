@@ -1,8 +1,10 @@
 """Batches from worker processes, with errors that arrive as one sentence and not as a worker's traceback."""
 
 import atexit
+import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ from weakref import WeakSet
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .errors import MapetError
+from .errors import MapetError, UsageError
 
 
 @contextmanager
@@ -35,6 +37,8 @@ def _signals_wait() -> Iterator[None]:
 
 _GRACE_SECONDS = 30
 """How long a worker that was asked to stop goes on serving a reader that does not end."""
+_LONGEST_SOCKET, _SOCKET_IN_IT = 103, "/pymp-12345678/listener-12345678"
+"""Bytes of a socket's name that every system takes, and how multiprocessing calls one."""
 _open_loaders: WeakSet = WeakSet()
 
 
@@ -43,6 +47,17 @@ def _end_workers() -> None:
     """Before multiprocessing ends them with the signal that they wait after."""
     for loaded in list(_open_loaders):
         loaded._shutdown_workers()
+
+
+def _refuse_long_folder() -> None:
+    """Workers hand tensors over through sockets in the temporary folder; where its name is too long for one, what they
+    load is lost without a word and the reader waits forever."""
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > _LONGEST_SOCKET - len(_SOCKET_IN_IT):
+        raise UsageError(
+            f"The temporary folder {folder} has too long a name for the sockets of loader workers; set TMPDIR to a "
+            "shorter one, or use no workers."
+        )
 
 
 class _Guarded(Dataset):
@@ -80,8 +95,11 @@ def batches(
 ) -> Iterator[dict]:
     """Yields the collated `load(index)` for each list in `indices`, in order, loaded by `workers` processes.
 
-    Raises the MapetError that `load` raised, whichever process it happened in.
+    Raises the MapetError that `load` raised, whichever process it happened in, and UsageError if workers could not hand
+    anything over.
     """
+    if workers:
+        _refuse_long_folder()
     loader = DataLoader(
         _Guarded(load),
         batch_sampler=indices,

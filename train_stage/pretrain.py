@@ -293,15 +293,16 @@ def _next(loader: Iterator[dict[str, Tensor]], plan: Plan) -> tuple[list[dict[st
 
 
 def _step(run: _Run, step: int, parts: list[dict[str, Tensor]]) -> StepMetrics:
+    if run.settings.train.log_keys:
+        # Before the step, in which processes wait for each other: no checkpoint has a step whose keys are not written.
+        keys = [run.data.key(int(index)) for part in parts for index in part["index"]]
+        _append(_keys_folder(run) / f"process-{run.world.rank}.jsonl", {"step": step + 1, "keys": keys})
     try:
         metrics = run.trainer.step(step, parts)
     except BadStep as bad:
         _give_up(run, bad)
     if metrics.problem is not None:
         _list_bad_step(run, step + 1, metrics.problem)
-    if run.settings.train.log_keys:
-        keys = [run.data.key(int(index)) for part in parts for index in part["index"]]
-        _append(_keys_folder(run) / f"process-{run.world.rank}.jsonl", {"step": step + 1, "keys": keys})
     return metrics
 
 
