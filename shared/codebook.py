@@ -98,8 +98,16 @@ class Codebook:
         centroid by L2 is the one of the largest cosine). Returns tokens (n,) uint16 and squared distances (n,)
         float32.
         """
-        distances, tokens = self._index.search(np.ascontiguousarray(features, dtype=np.float32), 1)
+        tokens, distances = self.nearest(features, 1)
         return tokens[:, 0].astype(np.uint16), distances[:, 0]
+
+    def nearest(self, features: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `count` nearest centroids of each feature (as `assign` takes them), the nearest first.
+
+        Returns codes (n, count) int64 and squared distances (n, count) float32.
+        """
+        distances, codes = self._index.search(np.ascontiguousarray(features, dtype=np.float32), count)
+        return codes, distances
 
     def save(self, path: Path) -> None:
         """Writes the folder `codebook.json` + `centroids.safetensors`, whole or not at all."""

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..shared.token_rows import ShardRows, take_rows
+from .suspicions import arrangements
 
 
 def seen_in(
@@ -58,7 +59,8 @@ class OverlapCounter:
         as_stored = None
         theres = {pair: _there(rows, *pair) for pair in combinations(range(rows.tokens.shape[1]), 2)}
         pairs = int(sum((there >= 0).sum() for there in theres.values()))
-        for sign, tokens in otherwise(rows.tokens, rows.flips).items():
+        before, after = (np.roll(rows.tokens, by, axis=0) for by in (1, -1))
+        for sign, tokens in arrangements(rows.tokens, before, after, rows.flips).items():
             tokens = tokens.reshape(*tokens.shape[:2], -1)
             # Codes that depend on the place in the grid agree in any two images; only what is beyond that counts.
             foreign = np.roll(tokens, len(tokens) // 2, axis=0)
@@ -116,22 +118,6 @@ class _Supposed:
             "chance": self.chance / self.pairs,
             "sigmas": self.gain / variance**0.5 if variance else 0.0,
         }
-
-
-def otherwise(tokens: np.ndarray, flips: np.ndarray) -> dict[str, np.ndarray]:
-    """The tokens (n, V, H, W) as they are, and as they would be if a known fault had happened and were undone."""
-    mirrored = tokens[..., ::-1]
-    found = {
-        "as-stored": tokens,
-        "next": np.roll(tokens, 1, axis=0),
-        "previous": np.roll(tokens, -1, axis=0),
-        "mirrored": mirrored,
-    }
-    if flips.any():
-        found["flips-ignored"] = np.where(flips[:, :, None, None], mirrored, tokens)
-    if tokens.shape[2] == tokens.shape[3]:
-        found["transposed"] = tokens.swapaxes(2, 3)
-    return found
 
 
 def _there(rows: ShardRows, one: int, other: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Counts of (row, code) over any number of tokens, in memory that depends on the table alone."""
 
+from itertools import pairwise
+
 import numpy as np
 
 _CELLS_AT_ONCE = 1 << 21
@@ -46,7 +48,7 @@ class Tally:
             edges = np.searchsorted(rows, np.arange(0, len(self._table) + step, step))
         else:
             edges = np.array([0, len(rows)])
-        for block, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for block, (start, end) in enumerate(pairwise(edges.tolist())):
             if start < end:
                 part = self._table[block * step : (block + 1) * step]
                 cells = (rows[start:end].astype(np.int64) - block * step) * self.k + tokens[start:end]

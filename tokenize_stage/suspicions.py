@@ -1,0 +1,226 @@
+"""What a sound store or codebook does not show, in words: what is wrong, how one can tell, what to do."""
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import numpy as np
+
+
+class Suspicion(TypedDict):
+    """One warning of `inspect`."""
+
+    sign: str
+    """collapsed, dominated, dead-codes, same-everywhere, scrambled, twins, tokens-differ, or a fault (`FAULTS`)."""
+    what: str
+    why: str
+    do: str
+
+
+FAULTS = {
+    "next": "the tokens of each image are those of the next image: tokens were shifted by one against their keys",
+    "previous": "the tokens of each image are those of the image before: tokens were shifted by one against their keys",
+    "mirrored": "the tokens are mirrored left to right against their images",
+    "flips-ignored": "the tokens of mirrored views are those of the view that is not mirrored: flips were not applied",
+    "transposed": "rows and columns of the token grids are swapped",
+}
+ENCODE_AGAIN = (
+    "mapet tokenize verify TOKENS --codebook CODEBOOK --images IMAGES --reencode 100 computes tokens again and compares; "
+    "if it agrees, encode again with another --out, or mend the program that wrote these tokens."
+)
+
+# CLIP features under k-means use half of K or more, evenly weighted (perplexity); what a tenth of K would do has
+# collapsed, or sees images that are all alike. Few tokens cannot use many codes: ten a code are asked for.
+_COLLAPSED, _TOKENS_PER_CODE = 0.1, 10
+_DOMINATED = 0.5
+_MOSTLY_DEAD, _TOKENS_TO_BE_DEAD = 0.5, 50
+# Two unrelated images share the code of a place hardly more often than that of any two places.
+_SAME_PLACE, _FEWEST_VIEWS = 0.5, 10
+# Patches that touch share a code 1.6 times (drawings) to 10 times as often as patches anywhere in their image; those
+# of scrambled grids just as often.
+_NEIGHBOURS, _FEWEST_PAIRS = 1.2, 5_000
+# Six standard errors, over images, happen once in a billion; a fifth more is no matter of taste either.
+_SIGMAS, _BETTER, _FEWEST_IMAGES = 6.0, 1.2, 20
+# A shift leaves of what tokens say about classes as good as nothing where it was, and all of it one row further.
+_LEFT, _SPREADS = 0.25, 6.0
+# Rounding changes about 1 % of tokens at most (bfloat16); whatever fault explains must explain nearly all the rest.
+_EXPLAINED = 0.8
+
+
+def suspect_codes(figures: Mapping[str, Any]) -> list[Suspicion]:
+    """What the usage of codes alone tells: `usage.code_figures` of a store, or of a codebook's sample."""
+    usage, found = figures["usage"], []
+    tokens, k = sum(figures["counts"]), usage["codes"]
+    half, most, _ = figures["coverage"]
+    top = figures["most_used"][0] if figures["most_used"] else [0, 0]
+    if usage["perplexity"] < _COLLAPSED * min(k, tokens / _TOKENS_PER_CODE):
+        found.append(
+            _suspicion(
+                "collapsed",
+                f"The codebook has collapsed: {most['codes']:,} of {k:,} codes have 90 % of all patches",
+                f"perplexity is {usage['perplexity']:.1f} of {k:,}, and k-means over CLIP features gives half of K or "
+                "more; who predicts such tokens learns little but the commonest of them",
+                "Look whether the images are blank or all alike; if not, build the codebook again from more images, "
+                "with another --layer, or with --metric cosine.",
+            )
+        )
+    elif top[1] > _DOMINATED * tokens and k > 2:
+        found.append(
+            _suspicion(
+                "dominated",
+                f"Code {top[0]} alone has {top[1] / tokens:.0%} of all patches",
+                f"the {half['codes']:,} commonest of {k:,} codes have half of them; it is most likely the background",
+                "Look at its patches; if they are not background, build the codebook again from more images.",
+            )
+        )
+    if usage["used"] < (1 - _MOSTLY_DEAD) * k and tokens >= _TOKENS_TO_BE_DEAD * k:
+        found.append(
+            _suspicion(
+                "dead-codes",
+                f"{usage['dead']:,} of {k:,} codes have no patch at all",
+                f"with {tokens / k:,.0f} patches a code nearly every code of a fitting codebook has some",
+                "Build a codebook from images like these, or choose a smaller --k.",
+            )
+        )
+    return found
+
+
+def suspect_store(figures: Mapping[str, Any]) -> list[Suspicion]:
+    """What a store's own figures (`usage.StoreFigures`) tell, without images or another store."""
+    found = _same_everywhere(figures) + suspect_codes(figures)
+    if any(one["sign"] in ("same-everywhere", "collapsed") for one in found):
+        return found  # codes that do not depend on what is seen say nothing more
+    return _merged([*found, *_scrambled(figures), *_overlaps(figures["overlaps"]), *_labels(figures["labels"])])
+
+
+def _merged(found: list[Suspicion]) -> list[Suspicion]:
+    """Two ways to see one fault are two reasons for one suspicion."""
+    by_sign: dict[str, Suspicion] = {}
+    for one in found:
+        before = by_sign.get(one["sign"])
+        by_sign[one["sign"]] = {**before, "why": f"{before['why']}; {one['why']}"} if before else one
+    return list(by_sign.values())
+
+
+def _same_everywhere(figures: Mapping[str, Any]) -> list[Suspicion]:
+    place = figures["same_place"]
+    if figures["views"] < _FEWEST_VIEWS or place["share"] < _SAME_PLACE:
+        return []
+    if place["share"] - place["chance"] < _SAME_PLACE * (1 - place["chance"]):
+        return []
+    return [
+        _suspicion(
+            "same-everywhere",
+            "Every image has nearly the same tokens: they depend on the place in the grid, not on the image",
+            f"two images drawn at random have the same code at the same place in {place['share']:.0%} of all places, "
+            f"and at any two places in {place['chance']:.0%}",
+            "The tower saw blank images or its features are mostly position: look at the images, take another --layer "
+            "or --tower, and build the codebook again.",
+        )
+    ]
+
+
+def _scrambled(figures: Mapping[str, Any]) -> list[Suspicion]:
+    anywhere = figures["neighbours"]["anywhere"]
+    for way, side in (("horizontal", "side by side"), ("vertical", "one above the other")):
+        pairs = figures["neighbours"][way]
+        if pairs["pairs"] >= _FEWEST_PAIRS and pairs["share"] < _NEIGHBOURS * anywhere["share"]:
+            return [
+                _suspicion(
+                    "scrambled",
+                    f"Patches {side} are no more alike than patches anywhere in an image",
+                    f"they share a code in {pairs['share']:.1%} of all pairs, and places drawn at random in "
+                    f"{anywhere['share']:.1%}; patches that touch should look alike",
+                    "The tokens lie in another order than row by row, or their grid has another shape. " + ENCODE_AGAIN,
+                )
+            ]
+    return []
+
+
+def _overlaps(overlaps: Mapping[str, Any] | None) -> list[Suspicion]:
+    supposing = (overlaps or {}).get("supposing", {})
+    stored = supposing.get("as-stored")
+    if stored is None or stored["images"] < _FEWEST_IMAGES:
+        return []
+    sign = max(supposing, key=lambda sign: supposing[sign]["share"] - supposing[sign]["chance"])
+    best = supposing[sign]
+    gain, own = best["share"] - best["chance"], stored["share"] - stored["chance"]
+    if best["sigmas"] < _SIGMAS or gain < _BETTER * own:
+        return []
+    return [
+        _suspicion(
+            sign,
+            f"Most likely {FAULTS[sign]}",
+            f"where two views of an image overlap, their codes agree in {stored['share']:.1%} of all patches, and in "
+            f"{best['share']:.1%} if that is undone ({best['sigmas']:.0f} standard errors more, chance taken off)",
+            ENCODE_AGAIN,
+        )
+    ]
+
+
+def _labels(labels: Mapping[str, Any] | None) -> list[Suspicion]:
+    by = (labels or {}).get("nmi_by_offset") or {}
+    if None in by.values() or not by or labels["images"] < _FEWEST_IMAGES:
+        return []
+    # The label of the row before belongs to tokens that are those of the image before.
+    sign, offset = max((("next", "1"), ("previous", "-1")), key=lambda pair: by[pair[1]])
+    chance = [value for at, value in by.items() if at not in ("1", "-1")]
+    spread = max(max(chance) - min(chance), 1e-9)
+    gain, own = (value - max(chance) for value in (by[offset], labels["nmi"]))
+    if gain < _SPREADS * spread or own > _LEFT * gain:
+        return []
+    return [
+        _suspicion(
+            sign,
+            f"Most likely {FAULTS[sign]}",
+            f"codes say less about the class of their own image (normalised mutual information {labels['nmi']:.4f}) "
+            f"than about that of the {sign} one ({by[offset]:.4f}); chance gives {max(chance):.4f}",
+            ENCODE_AGAIN,
+        )
+    ]
+
+
+def arrangements(tokens: np.ndarray, before: np.ndarray, after: np.ndarray, flips: np.ndarray) -> dict[str, np.ndarray]:
+    """The tokens (n, V, H, W) as stored, and what they should be if they have one of the `FAULTS`.
+
+    `before` and `after` are the stored tokens of the rows before and after, `flips` (n, V) bool.
+    """
+    mirrored = tokens[..., ::-1]
+    # If an image has the tokens of the next one, its own are those stored with the image before.
+    found = {"as-stored": tokens, "next": before, "previous": after, "mirrored": mirrored}
+    if flips.any() and not flips.all():
+        found["flips-ignored"] = np.where(flips[:, :, None, None], mirrored, tokens)
+    if tokens.shape[2] == tokens.shape[3]:
+        found["transposed"] = tokens.swapaxes(2, 3)
+    return found
+
+
+def fault_of(
+    right: np.ndarray, stored: np.ndarray, before: np.ndarray, after: np.ndarray, flips: np.ndarray
+) -> tuple[str, dict[str, float]] | None:
+    """Which of the `FAULTS` explains that `stored` (n, V, H, W) is not `right`, if one does, and all shares of equals.
+
+    The arguments are those of `arrangements`, for images whose tokens differ.
+    """
+    if not len(stored):
+        return None
+    found = arrangements(stored, before, after, flips)
+    shares = {sign: float((tokens == right).mean()) for sign, tokens in found.items()}
+    sign = max(shares, key=lambda sign: shares[sign])
+    if sign == "as-stored" or shares[sign] - shares["as-stored"] < _EXPLAINED * (1 - shares["as-stored"]):
+        return None
+    return sign, shares
+
+
+def suspect_fault(sign: str, shares: Mapping[str, float], images: int, other: str) -> Suspicion:
+    """The words for what `fault_of` found in `images` images, compared with `other`."""
+    return _suspicion(
+        sign,
+        FAULTS[sign][0].upper() + FAULTS[sign][1:],
+        f"in {images:,} images that differ, {shares['as-stored']:.1%} of the stored tokens are those of {other}, and "
+        f"{shares[sign]:.1%} if that is undone",
+        ENCODE_AGAIN,
+    )
+
+
+def _suspicion(sign: str, what: str, why: str, do: str) -> Suspicion:
+    return {"sign": sign, "what": what, "why": why, "do": do}
