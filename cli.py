@@ -158,12 +158,13 @@ def encode_shards(
 def inspect(
     path: Annotated[str, typer.Argument(help="A codebook or a token store, local or a URL.")],
     key: Annotated[str | None, typer.Option(help="Show the token grid of this image.")] = None,
+    against: Annotated[str | None, typer.Option(help="Say what changed from this codebook or store to PATH.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Show what made a codebook or a token store, and how its codes are used."""
+    """Show what made a codebook or a token store, how its codes are used, and what is suspicious about it."""
     from .tokenize_stage.inspect import inspect, show
 
-    show(inspect(path, key=key), as_json=json)
+    show(inspect(path, key=key, against=against), as_json=json)
 
 
 @tokenize.command()

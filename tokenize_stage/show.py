@@ -1,0 +1,220 @@
+"""What `mapet tokenize inspect` prints: a table, a map of the grid, warnings; or JSON."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from ..shared.console import results, table
+from .centroids import objective_of
+
+_SHOWN = 10
+_WIDEST_IN_NUMBERS = 16
+# From dark to light in colours that colour-blind people can tell apart (matplotlib's viridis).
+_COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
+
+Rows = Iterator[tuple[str, str]]
+
+
+def show(about: dict[str, Any], *, as_json: bool = False) -> None:
+    """Prints what `inspect` returned, as tables or as JSON."""
+    if as_json:
+        print(json.dumps(about, indent=1, ensure_ascii=False))
+        return
+    is_store = about["kind"] == "token store"
+    rows = [*_made_by(about["codebook"] if is_store else about, about), *(_store(about) if is_store else ())]
+    rows += _usage(about) if about["usage"] else ()
+    rows += _store_figures(about) if is_store else _codebook_figures(about)
+    table(f"{about['kind'].capitalize()} {about['path']}", [(name, escape(value)) for name, value in rows])
+    if is_store and about["tokens"]:
+        _show_map("Perplexity over the grid", about["positions"]["perplexity"])
+    if "against" in about:
+        against = _against_store(about) if is_store else _against_codebook(about)
+        title = f"Against {about['against']['path']}"
+        table(escape(title), [(name, escape(value)) for name, value in against])
+    for image in [about["image"]] if "image" in about else []:
+        _show_image(image)
+    for warning in about["warnings"]:
+        results.print(Text(f"\nWarning ({warning['sign']}): {warning['what']}.", style="bold yellow"))
+        results.print(Text(f"  Why: {warning['why']}.\n  What to do: {warning['do']}"), soft_wrap=True)
+
+
+def _made_by(made_by: Mapping[str, Any], about: Mapping[str, Any]) -> Rows:
+    yield "fingerprint", about["fingerprint"]
+    yield "tower", f"{made_by['tower']} ({made_by['library']}, pretrained {made_by['pretrained']})"
+    yield "weights", f"sha256 {made_by['weights_sha256']}"
+    yield "features", f"layer {made_by['layer']}, {made_by['dim']} dimensions, {made_by['precision']}"
+    yield "tower sees", f"{made_by['preprocess']['image_size']} px, {made_by['preprocess']['resize']} side resized"
+    if "imported" in made_by:
+        origin = made_by["imported"]
+        yield "imported", f"K={made_by['k']}, {made_by['metric']}, {origin['name']}, sha256 {origin['sha256']}"
+    else:
+        faiss = made_by["versions"]["faiss"]
+        yield "k-means", f"K={made_by['k']}, {made_by['metric']}, seed {made_by['seed']}, faiss {faiss}"
+        yield "trained on", f"{made_by['sample']['patches']:,} patches of {made_by['sample']['images']:,} images"
+    yield "grid", f"{about['grid'][0]}x{about['grid'][1]}"
+
+
+def _store(about: Mapping[str, Any]) -> Rows:
+    a_view = about["bytes"] / max(about["views"], 1)
+    yield "images", f"{about['images']:,} ({about['labelled']:,} with a label), {about['views']:,} views"
+    yield "tokens", f"{about['tokens']:,}"
+    yield "size", f"{about['bytes']:,} bytes in {about['shards']} {about['storage']} shards ({a_view:.0f} a view)"
+    if about["skipped"]:
+        yield "skipped", f"{len(about['skipped']):,} (--json lists them), the first:"
+        for at in about["skipped"][:_SHOWN]:
+            yield "", f"{at['shard']}: {at['key']}: {at['reason']}"
+
+
+def _usage(about: Mapping[str, Any]) -> Rows:
+    codes = about["usage"]
+    yield "codes used / dead", f"{codes['used']:,} / {codes['dead']:,}"
+    yield "entropy", f"{codes['entropy_bits']:.3f} of {np.log2(codes['codes']):.3f} bits"
+    yield "perplexity", f"{codes['perplexity']:.1f} of {codes['codes']:,}"
+    yield (
+        "codes that cover",
+        ", ".join(f"{cover['share']:.0%} of patches: {cover['codes']:,}" for cover in about["coverage"]),
+    )
+    yield "most used", ", ".join(f"{code} ({count:,})" for code, count in about["most_used"])
+    yield "least used", ", ".join(f"{code} ({count:,})" for code, count in about["least_used"])
+
+
+def _store_figures(about: Mapping[str, Any]) -> Rows:
+    yield "two images, one place", _agree(about["same_place"])
+    near = about["neighbours"]
+    yield "side by side", f"{_agree(near['horizontal'])}; anywhere in a view {_percent(near['anywhere']['share'])}"
+    yield "above each other", _agree(near["vertical"])
+    overlaps = about["overlaps"]
+    if overlaps and overlaps["all"]["pairs"]:
+        yield "overlapping views", f"{_agree(overlaps['all'])}, in {overlaps['view_pairs']:,} pairs of views"
+        yield "- one mirrored", _agree(overlaps["other_flip"])
+        yield "- both or neither", _agree(overlaps["same_flip"])
+    if about["labels"]:
+        yield "code and class", _labels(about["labels"])
+
+
+def _labels(labels: Mapping[str, Any]) -> str:
+    shifted = [value for at, value in labels["nmi_by_offset"].items() if at not in ("1", "-1") and value is not None]
+    chance = f"; labels of other images {max(shifted):.4f}" if shifted else ""
+    if labels["nmi"] is None:
+        return f"{labels['classes']:,} class, nothing to tell apart"
+    return (
+        f"normalised mutual information {labels['nmi']:.4f}, {labels['mutual_information_bits']:.3f} bits, "
+        f"{labels['classes']:,} classes{chance}"
+    )
+
+
+def _codebook_figures(about: Mapping[str, Any]) -> Rows:
+    apart = about["distances"]
+    if apart:
+        near = apart["nearest"]
+        names = ("min", "p10", "median", "p90", "max")
+        yield "nearest centroid", ", ".join(f"{name} {near[name]:.4g}" for name in names)
+        if apart["of_a_patch"] is not None:
+            yield "patch to centroid", f"{apart['of_a_patch']:.4g} (root mean square)"
+        yield "closest pairs", ", ".join(f"{one}-{two} ({distance:.3g})" for one, two, distance in apart["closest"])
+        if apart["twins"]:
+            yield "equal centroids", f"{apart['twins']:,}"
+    for number, restart in enumerate(objective_of(about)):
+        name = "objective" if not number else ""
+        yield name, f"restart {number}: {restart[0]:.4g} -> {restart[-1]:.4g} in {len(restart)} iterations"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
+
+
+def _agree(agreement: Mapping[str, Any]) -> str:
+    return f"{_percent(agreement['share'])} share a code (chance {_percent(agreement['chance'])})"
+
+
+def _against_store(about: Mapping[str, Any]) -> Rows:
+    against = about["against"]
+    yield "codebook", "the same" if against["same_codebook"] else f"another: {against['fingerprint']}"
+    keys = against["keys"]
+    yield "keys", f"{keys['common']:,} common, {keys['only_here']:,} only here, {keys['only_there']:,} only there"
+    here, there = (against["usage"][side] for side in ("here", "there"))
+    yield (
+        "perplexity",
+        f"{here['perplexity']:.1f} of {here['codes']:,}; there {there['perplexity']:.1f} of {there['codes']:,}",
+    )
+    drift, tokens = against["drift"], against["tokens"]
+    if drift:
+        yield (
+            "drift of usage",
+            (f"total variation {drift['total_variation']:.4f}, Jensen-Shannon distance {drift['jensen_shannon']:.4f}"),
+        )
+        yield "codes", f"{len(drift['appeared']):,} appeared, {len(drift['vanished']):,} vanished"
+    if tokens:
+        part = "" if tokens["sampled_every"] == 1 else f" (every {tokens['sampled_every']}th image)"
+        yield "equal tokens", f"{tokens['share']:.2%} of {tokens['compared']:,}{part}"
+        yield "equal images", f"{tokens['equal_images']:,} of {tokens['images']:,}"
+    for note in against["not_compared"]:
+        yield "not compared", note
+
+
+def _against_codebook(about: Mapping[str, Any]) -> Rows:
+    against, k = about["against"], about["k"]
+    yield (
+        "codebook",
+        "the same" if against["same_codebook"] else f"another: {against['fingerprint']}, K={against['k']:,}",
+    )
+    if against["usage"]:
+        here, there = (against["usage"][side]["perplexity"] for side in ("here", "there"))
+        yield "perplexity", f"{here:.1f} of {k:,}; there {there:.1f} of {against['k']:,}"
+    found = against["centroids"]
+    if found:
+        yield "equal centroids", f"{found['equal']:,} of {k:,}"
+        yield "nearest there", f"of the same number {found['same_number']:,}, each other's nearest {found['mutual']:,}"
+        yield (
+            "moved",
+            f"{found['moved']:,} of {k:,} ({found['moved'] / k:.1%}): farther than half way to the next one here",
+        )
+        apart = found["distance"]
+        yield "distance", ", ".join(f"{name} {apart[name]:.4g}" for name in ("min", "median", "max"))
+    for note in against["not_compared"]:
+        yield "not compared", note
+
+
+def _show_map(title: str, grid: list[list[float]]) -> None:
+    """Blocks of colour on a terminal; elsewhere the numbers, or digits from 0 to 9 where a row would be too long."""
+    values = np.array(grid)
+    low, high = float(values.min()), float(values.max())
+    scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    results.print(Text(f"\n{title}: {low:.1f} (dark) to {high:.1f} (light)", style="bold"))
+    if results.is_terminal and not results.no_color:
+        for row in scaled:
+            line = Text()
+            for share in row:
+                line.append("  ", style=f"on rgb({','.join(map(str, _colour(share)))})")
+            results.print(line)
+    elif values.shape[1] <= _WIDEST_IN_NUMBERS:
+        width = len(f"{high:.0f}")
+        for row in values:
+            results.print(Text(" ".join(f"{value:{width}.0f}" for value in row)))
+    else:
+        for row in scaled:
+            results.print(Text("".join(str(min(int(share * 10), 9)) for share in row)))
+
+
+def _colour(share: float) -> tuple[int, ...]:
+    at = share * (len(_COLOURS) - 1)
+    return tuple(int(np.interp(at, range(len(_COLOURS)), _COLOURS[:, channel])) for channel in range(3))
+
+
+def _show_image(image: dict[str, Any]) -> None:
+    for number, view in enumerate(image["views"]):
+        crop = view["crop"]
+        title = (
+            f"{image['key']}: label {image['label']}, {image['width']}x{image['height']} px, view {number}: "
+            f"{crop['width']:.1f}x{crop['height']:.1f} at ({crop['left']:.1f}, {crop['top']:.1f})"
+            f"{', flipped' if view['flip'] else ''}"
+        )
+        grid = Table(title=escape(title), title_justify="left", show_header=False, show_lines=False)
+        for row in view["tokens"]:
+            grid.add_row(*map(str, row))
+        results.print(grid)
