@@ -1,6 +1,6 @@
 """What `inspect` costs on a large store, against just reading the store's rows.
 
-python benchmarks/inspect_store.py [--images 1280000] [--views 1] [--grid 14] [--k 8192] [--classes 1000] [--folder /tmp]
+python benchmarks/inspect_store.py [--images 1280000] [--views 1] [--grid 14] [--k 8192] [--classes 1000] [--folder F]
 
 Writes a synthetic store in the real format (a thousand images a shard, neighbouring patches often alike), deletes it in
 the end, and prints a JSON line each for reading every shard (with all of its checks), for `inspect`, and for their

@@ -13,6 +13,7 @@ from safetensors.numpy import load, save_file
 
 from .errors import DataError, UsageError
 from .files import canonical_json, read_sealed_json, sha256_file, write_sealed_json, written_whole
+from .image_tokens import facts_html
 from .remote import as_path, is_remote, read_whole
 
 FORMAT, VERSION = "mapet-codebook", 1
@@ -78,6 +79,24 @@ class Codebook:
         whole = hashlib.sha256(np.ascontiguousarray(self.centroids, dtype="<f4").tobytes())
         whole.update(canonical_json(relevant).encode())
         return whole.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Codebook({self.fingerprint[:12]}: K={self.k}, {self.centroids.shape[1]} dimensions)"
+
+    def _repr_html_(self) -> str:
+        made_by = self.description
+        facts = [
+            ("K", f"{self.k:,} centroids of {self.centroids.shape[1]:,} dimensions, {made_by.get('metric')}"),
+            ("tower", f"{made_by.get('tower')}, layer {made_by.get('layer')}"),
+            ("tokens of a view", f"{self.grid[0]}x{self.grid[1]}"),
+        ]
+        if self.counts.any():
+            codes = usage(self.counts)
+            facts += [
+                ("codes used / dead", f"{codes['used']:,} / {codes['dead']:,} of the sample's patches"),
+                ("perplexity", f"{codes['perplexity']:.1f} of {codes['codes']:,}"),
+            ]
+        return facts_html(f"Codebook {self.fingerprint}", facts)
 
     @cached_property
     def _index(self):

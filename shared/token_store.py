@@ -10,10 +10,10 @@ TOKENS is a local folder or a URL. The entry of a shard says how it is stored; n
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from upath import UPath
@@ -21,11 +21,16 @@ from upath import UPath
 from .codebook import read_description
 from .errors import DataError, UsageError
 from .files import read_sealed_json, sha256_file, write_sealed_json, written_whole
+from .image_tokens import ImageTokens, facts_html, to_pandas, to_torch
 from .images import ImageRecord
 from .remote import as_path, exists, explained, file_size, is_remote, on_this_disk, read_whole
 from .token_rows import ShardRows, rows_sha256
 from .token_tars import read_tar, write_tar
 from .token_zarr import read_zarr, write_zarr
+
+if TYPE_CHECKING:
+    import pandas
+    import torch
 
 FORMAT, SHARD_FORMAT, VERSION = "mapet-token-store", "mapet-token-shard", 2
 ZARR, WEBDATASET = "zarr", "webdataset"
@@ -241,6 +246,65 @@ class TokenStore:
         if entry["storage"] == WEBDATASET:
             return entry["bytes"]
         return entry["source"]["size"] if entry["source"]["kind"] == "tar" else None
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys of all images, shard by shard."""
+        for _, rows in self.shards():
+            yield from map(str, rows.keys)
+
+    def __getitem__(self, key: str) -> ImageTokens:
+        """What is stored of one image; DataError if no image has that key."""
+        return ImageTokens.of(*self.find(key))
+
+    def tokens(self, keys: Iterable[str] | None = None) -> Iterator[ImageTokens]:
+        """What is stored of the images of `keys`, in their order; of all images, shard by shard, without them.
+
+        All shards are read once at most, and of each only the images asked for are kept. Raises DataError if no image
+        has one of the keys.
+        """
+        if keys is None:
+            return (ImageTokens.of(rows, at) for _, rows in self.shards() for at in range(len(rows)))
+        asked = [keys] if isinstance(keys, str) else list(keys)
+        found = self._images(set(asked))
+        for key in asked:
+            if key not in found:
+                raise DataError(f"{self.path} has no image with key {key!r}.")
+        return map(found.__getitem__, asked)
+
+    def _images(self, wanted: set[str]) -> dict[str, ImageTokens]:
+        found: dict[str, ImageTokens] = {}
+        for name in self.entries:
+            if len(found) == len(wanted):
+                break
+            rows = self._cached_rows(name)
+            found |= {key: ImageTokens.of(rows, at) for at, key in enumerate(rows.keys) if key in wanted}
+        return found
+
+    def to_numpy(self, keys: Iterable[str] | None = None) -> np.ndarray:
+        """Tokens (n, V, H, W) uint16 of the images of `keys`, or of all."""
+        empty = np.empty((0, self.views, *self.grid), dtype=np.uint16)
+        return np.concatenate([empty, *(image.tokens[None] for image in self.tokens(keys))])
+
+    def to_torch(self, keys: Iterable[str] | None = None) -> "torch.Tensor":
+        """The same as int64."""
+        return to_torch(self.to_numpy(keys))
+
+    def to_pandas(self, keys: Iterable[str] | None = None) -> "pandas.DataFrame":
+        """One line a patch: key, label (-1 for none), view, flip, row, column, token. UsageError without pandas."""
+        return to_pandas(list(self.tokens(keys)))
+
+    def _repr_html_(self) -> str:
+        facts = [
+            ("images", f"{len(self):,}"),
+            ("views of an image", f"{self.views} ({self.view['crop']})"),
+            ("tokens of a view", f"{self.grid[0]}x{self.grid[1]}, K = {self.k:,}"),
+            ("shards", f"{len(self.entries):,} ({self.storage})"),
+            ("size", f"{sum(entry['bytes'] for entry in self.entries.values()):,} bytes"),
+            ("left out", f"{len(self.skipped()):,} images"),
+            ("tower", self.codebook.get("tower")),
+            ("codebook", self.fingerprint),
+        ]
+        return facts_html(f"Token store {self.path}", facts)
 
     def find(self, key: str) -> tuple[ShardRows, int]:
         """The shard's rows and the row that holds `key`; DataError if no image has it."""

@@ -65,8 +65,7 @@ class Neighbours(TypedDict):
     vertical: Agreement
     """One above the other."""
     anywhere: Agreement
-    """H * W pairs of places, drawn once: each place and the next one of
-    `numpy.random.default_rng(0).permutation(H * W)`, around its end."""
+    """All pairs of places."""
 
 
 class Supposition(TypedDict):

@@ -13,7 +13,7 @@ from ..shared.token_store import TokenStore
 from .against import Kept, compare_codebooks, compare_stores
 from .centroids import codebook_figures
 from .show import show
-from .suspicions import suspect_codes, suspect_store
+from .suspicions import merged, suspect_codebook, suspect_store
 from .usage import count_store
 
 __all__ = ["inspect", "show"]
@@ -67,7 +67,7 @@ def _inspect_codebook(path: Path | UPath, other: Path | UPath | None) -> dict[st
         "fingerprint": codebook.fingerprint,
         **codebook.description,
         **figures,
-        "warnings": suspect_codes(figures) if figures["usage"] else [],
+        "warnings": suspect_codebook(figures, codebook.k),
     }
     if other is not None:
         _refuse_neither(other)
@@ -97,8 +97,7 @@ def _inspect_store(store: TokenStore, key: str | None, other: TokenStore | None)
     }
     if kept is not None and other is not None:
         about["against"], found = compare_stores(store, figures, kept, other)
-        signs = {one["sign"] for one in about["warnings"]}
-        about["warnings"] += [one for one in found if one["sign"] not in signs]
+        about["warnings"] = merged([*about["warnings"], *found])
     return about
 
 

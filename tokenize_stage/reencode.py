@@ -15,6 +15,7 @@ from ..shared.token_store import TokenStore
 from ..shared.views import ViewPolicy
 from .encoder import Encoder, as_rows, open_same_tower
 from .extract import Request, group_requests
+from .suspicions import fault_of, suspect_fault
 
 # Another device or batch size rounds differently: where two centroids are as near as that, either token is right.
 _ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -30,6 +31,9 @@ class Reencoding:
     differ: int = 0
     rounded: int = 0
     problems: list[str] = field(default_factory=list)
+    wrong: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+    """Of each image whose tokens differ: those computed again, those stored with it and with the images before and
+    after it in the shard (V, H, W), its flips (V,)."""
 
     def summary(self) -> str:
         """One line for the table."""
@@ -61,9 +65,21 @@ def encode_again(
             for again, features, place in _encoded(encoder, rows, places, sources[name]):
                 _compare(result, f"{name}: image {rows.keys[place]!r}", book, again, features, rows, place)
                 advance(1)
+    result.problems[:0] = _explained(result)
     if result.rounded > max(2, _MOST_ROUNDED * result.tokens):
         result.problems.append(f"too many tokens differ when they are computed again ({result.summary()})")
     return result
+
+
+def _explained(result: Reencoding) -> list[str]:
+    """The one fault that explains the tokens that differ, if there is one, to be told first."""
+    if not result.wrong:
+        return []
+    fault = fault_of(*(np.array(part) for part in zip(*result.wrong, strict=True)))
+    if fault is None:
+        return []
+    found = suspect_fault(*fault, len(result.wrong), "the tower and the codebook")
+    return [f"{found['what']} ({found['why']}); give encode-shards again with another --out, or mend what wrote them"]
 
 
 def _drawn(store: TokenStore, count: int, seed: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -111,6 +127,8 @@ def _compare(
     result.rounded += int(rounded.sum())
     if not rounded.all():
         result.problems.append(f"{name} has {(~rounded).sum()} of {len(other)} other tokens when it is encoded again")
+        stored = (rows.tokens[(place + step) % len(rows)] for step in (0, -1, 1))
+        result.wrong.append((again.tokens[0], *stored, rows.flips[place]))
     elif len(rounded):
         say(f"{name}: {len(rounded)} of {len(other)} tokens differ, by rounding alone.")
 

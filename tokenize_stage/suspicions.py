@@ -32,12 +32,13 @@ ENCODE_AGAIN = (
 # collapsed, or sees images that are all alike. Few tokens cannot use many codes: ten a code are asked for.
 _COLLAPSED, _TOKENS_PER_CODE = 0.1, 10
 _DOMINATED = 0.5
+_TWINS = 0.01
 _MOSTLY_DEAD, _TOKENS_TO_BE_DEAD = 0.5, 50
 # Two unrelated images share the code of a place hardly more often than that of any two places.
 _SAME_PLACE, _FEWEST_VIEWS = 0.5, 10
-# Patches that touch share a code 1.6 times (drawings) to 10 times as often as patches anywhere in their image; those
-# of scrambled grids just as often.
-_NEIGHBOURS, _FEWEST_PAIRS = 1.2, 5_000
+# Patches that touch share a code 4 to 10 times as often as any two patches of a photograph (1.2 times in drawings on an
+# even ground, with K = 16); those of scrambled grids just as often.
+_NEIGHBOURS, _FEWEST_PAIRS = 1.1, 5_000
 # Six standard errors, over images, happen once in a billion; a fifth more is no matter of taste either.
 _SIGMAS, _BETTER, _FEWEST_IMAGES = 6.0, 1.2, 20
 # A shift leaves of what tokens say about classes as good as nothing where it was, and all of it one row further.
@@ -84,15 +85,30 @@ def suspect_codes(figures: Mapping[str, Any]) -> list[Suspicion]:
     return found
 
 
+def suspect_codebook(figures: Mapping[str, Any], k: int) -> list[Suspicion]:
+    """What the figures of a codebook of K codes (`centroids.codebook_figures`) tell."""
+    found, apart = suspect_codes(figures) if figures["usage"] else [], figures["distances"]
+    if apart and apart["twins"] > max(1, _TWINS * k):
+        found.append(
+            _suspicion(
+                "twins",
+                f"{apart['twins']:,} centroids are equal to another one",
+                "equal features get one of their numbers by accident, and the others are wasted",
+                "Build it again from more patches, or with a smaller --k.",
+            )
+        )
+    return found
+
+
 def suspect_store(figures: Mapping[str, Any]) -> list[Suspicion]:
     """What a store's own figures (`usage.StoreFigures`) tell, without images or another store."""
     found = _same_everywhere(figures) + suspect_codes(figures)
     if any(one["sign"] in ("same-everywhere", "collapsed") for one in found):
         return found  # codes that do not depend on what is seen say nothing more
-    return _merged([*found, *_scrambled(figures), *_overlaps(figures["overlaps"]), *_labels(figures["labels"])])
+    return merged([*found, *_scrambled(figures), *_overlaps(figures["overlaps"]), *_labels(figures["labels"])])
 
 
-def _merged(found: list[Suspicion]) -> list[Suspicion]:
+def merged(found: list[Suspicion]) -> list[Suspicion]:
     """Two ways to see one fault are two reasons for one suspicion."""
     by_sign: dict[str, Suspicion] = {}
     for one in found:
@@ -120,20 +136,20 @@ def _same_everywhere(figures: Mapping[str, Any]) -> list[Suspicion]:
 
 
 def _scrambled(figures: Mapping[str, Any]) -> list[Suspicion]:
-    anywhere = figures["neighbours"]["anywhere"]
-    for way, side in (("horizontal", "side by side"), ("vertical", "one above the other")):
-        pairs = figures["neighbours"][way]
-        if pairs["pairs"] >= _FEWEST_PAIRS and pairs["share"] < _NEIGHBOURS * anywhere["share"]:
-            return [
-                _suspicion(
-                    "scrambled",
-                    f"Patches {side} are no more alike than patches anywhere in an image",
-                    f"they share a code in {pairs['share']:.1%} of all pairs, and places drawn at random in "
-                    f"{anywhere['share']:.1%}; patches that touch should look alike",
-                    "The tokens lie in another order than row by row, or their grid has another shape. " + ENCODE_AGAIN,
-                )
-            ]
-    return []
+    near = figures["neighbours"]
+    touching = [near[way] for way in ("horizontal", "vertical") if near[way]["pairs"]]
+    pairs, equal = (sum(side[name] for side in touching) for name in ("pairs", "equal"))
+    if pairs < _FEWEST_PAIRS or equal >= _NEIGHBOURS * pairs * near["anywhere"]["share"]:
+        return []
+    return [
+        _suspicion(
+            "scrambled",
+            "Patches that touch are no more alike than patches anywhere in an image",
+            f"they share a code in {equal / pairs:.1%} of all pairs, and any two patches of an image in "
+            f"{near['anywhere']['share']:.1%}",
+            "The tokens lie in another order than row by row, or their grid has another shape. " + ENCODE_AGAIN,
+        )
+    ]
 
 
 def _overlaps(overlaps: Mapping[str, Any] | None) -> list[Suspicion]:

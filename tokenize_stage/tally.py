@@ -26,7 +26,9 @@ class Tally:
 
     def add(self, rows: np.ndarray, tokens: np.ndarray) -> None:
         """Counts each token (integers of any shape) in its row (integers of the same shape)."""
-        self._waiting.append((rows.astype(np.uint32).reshape(-1), tokens.reshape(-1)))
+        # 16 bits are sorted by radix, several times as fast as 32.
+        narrow = np.uint16 if len(self._table) <= 1 << 16 else np.uint32
+        self._waiting.append((rows.astype(narrow).reshape(-1), tokens.reshape(-1)))
         self._count += tokens.size
         if self._count >= min(self._table.size // 4, _MOST_WAITING):
             self._flush()

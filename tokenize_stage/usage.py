@@ -112,29 +112,50 @@ def _pairs(counts: np.ndarray) -> int:
 
 
 class _Neighbours(Counter):
-    """How often patches that touch have the same code, and patches anywhere in a view."""
+    """How often patches that touch have the same code, and any two patches of a view."""
 
     def __init__(self, grid: tuple[int, int]) -> None:
         place = np.arange(grid[0] * grid[1]).reshape(grid)
-        drawn = np.random.default_rng(0).permutation(place.size)
-        self.places = {
+        self.sides = {
             "horizontal": (place[:, :-1].reshape(-1), place[:, 1:].reshape(-1)),
             "vertical": (place[:-1].reshape(-1), place[1:].reshape(-1)),
-            "anywhere": (drawn, np.roll(drawn, -1)),
         }
-        self.equal, self.views = dict.fromkeys(self.places, 0), 0
+        self.equal, self.anywhere, self.views = dict.fromkeys(self.sides, 0), 0, 0
 
     def add(self, rows: ShardRows) -> None:
-        tokens = rows.tokens.reshape(rows.flips.size, -1)
-        self.views += len(tokens)
-        for way, (one, other) in self.places.items():
-            self.equal[way] += int((tokens[:, one] == tokens[:, other]).sum())
+        views = rows.tokens.reshape(rows.flips.size, -1)
+        self.views += len(views)
+        for way, (one, other) in self.sides.items():
+            self.equal[way] += int((views[:, one] == views[:, other]).sum())
+        self.anywhere += _pairs_in_rows(views)
 
     def figures(self, table: np.ndarray) -> Neighbours:
-        return {
+        places = len(table)
+        found = {
             way: agreement(self.equal[way], self.views * len(one), _chance(table, one, other))
-            for way, (one, other) in self.places.items()
+            for way, (one, other) in self.sides.items()
         }
+        pairs = self.views * places * (places - 1) // 2
+        return {**found, "anywhere": agreement(self.anywhere, pairs, _chance_anywhere(table))}
+
+
+def _pairs_in_rows(values: np.ndarray) -> int:
+    """In how many ways two equal values can be taken from one row of (n, m), over all rows."""
+    ordered = np.sort(values, axis=1)
+    starts = np.ones(values.shape, dtype=bool)  # of the runs of equal values
+    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    runs = np.diff(np.append(np.flatnonzero(starts), values.size))
+    return int((runs * (runs - 1) // 2).sum())
+
+
+def _chance_anywhere(table: np.ndarray) -> float | None:
+    """`_chance` over all pairs of places: those of the sum of all places, less each place with itself."""
+    places, views = len(table), float(table[0].sum())
+    if not views or places < 2:
+        return None
+    whole = table.sum(0, dtype=np.float64)
+    own = sum(float((counts.astype(np.float64) ** 2).sum()) for counts in table)
+    return float(((whole**2).sum() - own) / views**2 / (places * (places - 1)))
 
 
 def _chance(table: np.ndarray, ones: np.ndarray, others: np.ndarray) -> float | None:
