@@ -108,8 +108,9 @@ class Labels(TypedDict):
     nmi: float | None
     """mutual information / mean of the two entropies."""
     nmi_by_offset: dict[str, float | None]
-    """The same with the label of the image that many rows further in the shard (around its end): "-1" and "1" are what
-    a shift by one image would make of it, the others what chance gives. Empty where it would take too much memory."""
+    """The same with the label of the image that many rows further in the shard (around its end), over every n-th shard,
+    about 8 million tokens: "-1" and "1" are what a shift by one image would make of "0", the others what chance gives.
+    Empty where it would take too much memory."""
 
 
 class StoreFigures(TypedDict):

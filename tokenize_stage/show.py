@@ -98,7 +98,9 @@ def _store_figures(about: Mapping[str, Any]) -> Rows:
 
 
 def _labels(labels: Mapping[str, Any]) -> str:
-    shifted = [value for at, value in labels["nmi_by_offset"].items() if at not in ("1", "-1") and value is not None]
+    shifted = [
+        value for at, value in labels["nmi_by_offset"].items() if at not in ("0", "1", "-1") and value is not None
+    ]
     chance = f"; labels of other images {max(shifted):.4f}" if shifted else ""
     if labels["nmi"] is None:
         return f"{labels['classes']:,} class, nothing to tell apart"

@@ -179,16 +179,16 @@ def _labels(labels: Mapping[str, Any] | None) -> list[Suspicion]:
         return []
     # The label of the row before belongs to tokens that are those of the image before.
     sign, offset = max((("next", "1"), ("previous", "-1")), key=lambda pair: by[pair[1]])
-    chance = [value for at, value in by.items() if at not in ("1", "-1")]
+    chance = [value for at, value in by.items() if at not in ("0", "1", "-1")]
     spread = max(max(chance) - min(chance), 1e-9)
-    gain, own = (value - max(chance) for value in (by[offset], labels["nmi"]))
+    gain, own = (value - max(chance) for value in (by[offset], by["0"]))
     if gain < _SPREADS * spread or own > _LEFT * gain:
         return []
     return [
         _suspicion(
             sign,
             f"Most likely {FAULTS[sign]}",
-            f"codes say less about the class of their own image (normalised mutual information {labels['nmi']:.4f}) "
+            f"codes say less about the class of their own image (normalised mutual information {by['0']:.4f}) "
             f"than about that of the {sign} one ({by[offset]:.4f}); chance gives {max(chance):.4f}",
             ENCODE_AGAIN,
         )

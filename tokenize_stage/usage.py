@@ -36,7 +36,7 @@ def count_store(store: TokenStore, more: Iterable[Counter] = ()) -> StoreFigures
 
     Raises DataError for a shard that is damaged or holds a token that its codebook does not have.
     """
-    places, neighbours, labels = _Places(store), _Neighbours(store.grid), _Labels(store.k)
+    places, neighbours, labels = _Places(store), _Neighbours(store.grid), _Labels(store)
     overlaps = OverlapCounter()
     counters = [places, neighbours, labels, overlaps, *more]
     with progress("reading tokens", len(store.entries), "shards") as advance:
@@ -168,46 +168,55 @@ def _chance(table: np.ndarray, ones: np.ndarray, others: np.ndarray) -> float | 
 
 
 class _Labels(Counter):
-    """How often each class has each code, and would have with the labels of images nearby."""
+    """How often each class has each code; in a sample also with the labels of images nearby."""
 
     # 17 million cells are 64 MB a table; more classes x codes are more than memory should be spent on.
     _MOST_CELLS = 1 << 24
-    _OFFSETS = (-1, 1, 7, 13, 29)
+    _SAMPLE = 8_000_000
+    _OFFSETS = (0, -1, 1, 7, 13, 29)
 
-    def __init__(self, k: int):
-        self.k, self.images = k, 0
+    def __init__(self, store: TokenStore):
+        self.k, self.images, self.shards = store.k, 0, 0
+        self.every = max(len(store) * store.views * store.grid[0] * store.grid[1] // self._SAMPLE, 1)
         self.classes: dict[int, int] = {}
-        self.tallies = {offset: Tally(0, k) for offset in (0, *self._OFFSETS)}
+        self.tally = Tally(0, store.k)
+        self.by_offset = {offset: Tally(0, store.k) for offset in self._OFFSETS}
 
     def add(self, rows: ShardRows) -> None:
         labelled = rows.labels != NO_LABEL
         self.images += int(labelled.sum())
+        self.shards += 1
         if not labelled.any():
             return
-        labels, tokens = rows.labels[labelled], rows.tokens[labelled]
+        tokens = rows.tokens[labelled]
         tokens = tokens.reshape(len(tokens), -1)
-        for label in np.unique(labels).tolist():
-            self.classes.setdefault(label, len(self.classes))
+        numbers = self._numbers(rows.labels[labelled])
         if len(self.classes) * self.k > self._MOST_CELLS:
-            self.tallies = {0: self.tallies[0]}
-        found, back = np.unique(labels, return_inverse=True)
-        number = np.array([self.classes[label] for label in found.tolist()])[back]
-        for offset, tally in self.tallies.items():
+            self.by_offset = {}
+        tallies = [(0, self.tally)]
+        if (self.shards - 1) % self.every == 0:
+            tallies += self.by_offset.items()
+        for offset, tally in tallies:
             tally.grow(len(self.classes))
-            tally.add(np.broadcast_to(np.roll(number, -offset)[:, None], tokens.shape), tokens)
+            tally.add(np.broadcast_to(np.roll(numbers, -offset)[:, None], tokens.shape), tokens)
+
+    def _numbers(self, labels: np.ndarray) -> np.ndarray:
+        """Labels as classes from 0 on, in the order in which they were seen."""
+        found, back = np.unique(labels, return_inverse=True)
+        return np.array([self.classes.setdefault(label, len(self.classes)) for label in found.tolist()])[back]
 
     def figures(self) -> Labels | None:
         if not self.images:
             return None
-        tables = {offset: tally.table() for offset, tally in self.tallies.items()}
-        of_codes, of_classes, mutual, nmi = information(tables[0])
+        table = self.tally.table()
+        of_codes, of_classes, mutual, nmi = information(table)
         return {
             "classes": len(self.classes),
             "images": self.images,
-            "tokens": int(tables[0].sum()),
+            "tokens": int(table.sum()),
             "class_entropy_bits": of_classes,
             "code_entropy_bits": of_codes,
             "mutual_information_bits": mutual,
             "nmi": nmi,
-            "nmi_by_offset": {str(offset): information(table)[3] for offset, table in tables.items() if offset},
+            "nmi_by_offset": {str(at): information(tally.table())[3] for at, tally in self.by_offset.items()},
         }
