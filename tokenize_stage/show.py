@@ -39,7 +39,7 @@ def show(about: dict[str, Any], *, as_json: bool = False) -> None:
     for image in [about["image"]] if "image" in about else []:
         _show_image(image)
     for warning in about["warnings"]:
-        results.print(Text(f"\nWarning ({warning['sign']}): {warning['what']}.", style="bold yellow"))
+        results.print(Text(f"\nWarning ({warning['sign']}): {warning['what']}.", style="bold yellow"), soft_wrap=True)
         results.print(Text(f"  Why: {warning['why']}.\n  What to do: {warning['do']}"), soft_wrap=True)
 
 

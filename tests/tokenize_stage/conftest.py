@@ -2,10 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from mapet.shared.token_rows import ShardRows
+from mapet.shared.token_store import TokenStore, read_entry, write_manifest, write_shard
+from mapet.tokenize_stage.encode_shards import encode_shards
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
 
@@ -58,3 +62,27 @@ def store(chain, tmp_path: Path) -> Path:
 def source(chain, tmp_path: Path) -> Path:
     """A copy of the chain's tars, to be damaged."""
     return Path(shutil.copytree(chain.images, tmp_path / "source"))
+
+
+@pytest.fixture(scope="session")
+def views_store(chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chain's images with three random views each, half of them mirrored."""
+    out = tmp_path_factory.mktemp("views") / "tokens"
+    encode_shards(chain.images, chain.codebook, out, crop="random-resized", views=3, scale=(0.5, 1.0))
+    return out
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Callable[..., Path]:
+    """faulty(store, change): a copy of a store whose rows a faulty program changed, correctly sealed."""
+
+    def make(store: Path, change: Callable[[ShardRows], ShardRows]) -> Path:
+        out = Path(shutil.copytree(store, tmp_path / f"faulty-{len(list(tmp_path.iterdir()))}"))
+        opened = TokenStore(out)
+        for name, entry in opened.entries.items():
+            attributes = {field: entry[field] for field in ("codebook_fingerprint", "view", "source")}
+            write_shard(out, name, change(opened.read_rows(name)), attributes)
+        write_manifest(out, opened.codebook, [read_entry(out, name) for name in opened.entries])
+        return out
+
+    return make
