@@ -35,11 +35,13 @@ def inspect(path: str | Path, *, key: str | None = None, against: str | Path | N
     """
     path = as_path(path)
     other = None if against is None else as_path(against)
+    for one in (path, other):
+        if one is not None and not _is_store(one) and not exists(one / "codebook.json"):
+            raise DataError(f"{one} is neither a codebook nor a token store (no codebook.json, no manifest.json).")
     if _is_store(path):
         if other is not None and not _is_store(other):
             raise UsageError(f"--against {other}: it is no token store, and {path} is one; give two of the same kind.")
         return _inspect_store(TokenStore(path), key, None if other is None else TokenStore(other))
-    _refuse_neither(path)
     if key is not None:
         raise UsageError(f"--key {key}: {path} is a codebook; give a token store to see an image's tokens.")
     if other is not None and _is_store(other):
@@ -51,11 +53,6 @@ def inspect(path: str | Path, *, key: str | None = None, against: str | Path | N
 
 def _is_store(path: Path | UPath) -> bool:
     return exists(path / "manifest.json") or exists(path / "shards")
-
-
-def _refuse_neither(path: Path | UPath) -> None:
-    if not exists(path / "codebook.json"):
-        raise DataError(f"{path} is neither a codebook nor a token store (no codebook.json, no manifest.json).")
 
 
 def _inspect_codebook(path: Path | UPath, other: Path | UPath | None) -> dict[str, Any]:
@@ -70,7 +67,6 @@ def _inspect_codebook(path: Path | UPath, other: Path | UPath | None) -> dict[st
         "warnings": suspect_codebook(figures, codebook.k),
     }
     if other is not None:
-        _refuse_neither(other)
         about["against"] = compare_codebooks(codebook, Codebook.load(other), str(other))
     return about
 

@@ -59,14 +59,12 @@ class OverlapCounter:
         as_stored = None
         theres = {pair: _there(rows, *pair) for pair in combinations(range(rows.tokens.shape[1]), 2)}
         pairs = int(sum((there >= 0).sum() for there in theres.values()))
-        before, after = (np.roll(rows.tokens, by, axis=0) for by in (1, -1))
-        for sign, tokens in arrangements(rows.tokens, before, after, rows.flips).items():
-            tokens = tokens.reshape(*tokens.shape[:2], -1)
-            # Codes that depend on the place in the grid agree in any two images; only what is beyond that counts.
-            foreign = np.roll(tokens, len(tokens) // 2, axis=0)
+        # Codes that depend on the place in the grid agree in any two images; only what is beyond that counts.
+        own, foreign = (_arranged(rows, by) for by in (0, len(rows) // 2))
+        for sign, tokens in own.items():
             equal, chance = (
                 sum(_equal(tokens[:, one], second[:, other], there) for (one, other), there in theres.items())
-                for second in (tokens, foreign)
+                for second in (tokens, foreign[sign])
             )
             beyond = (equal - chance).astype(np.float64)
             as_stored = beyond if as_stored is None else as_stored
@@ -118,6 +116,13 @@ class _Supposed:
             "chance": self.chance / self.pairs,
             "sigmas": self.gain / variance**0.5 if variance else 0.0,
         }
+
+
+def _arranged(rows: ShardRows, by: int) -> dict[str, np.ndarray]:
+    """`arrangements` of the tokens of the rows `by` further back, laid out by each row's own flips, (n, V, H * W)."""
+    before, tokens, after = (np.roll(rows.tokens, by + step, axis=0) for step in (1, 0, -1))
+    found = arrangements(tokens, before, after, rows.flips)
+    return {sign: tokens.reshape(*tokens.shape[:2], -1) for sign, tokens in found.items()}
 
 
 def _there(rows: ShardRows, one: int, other: int) -> np.ndarray:

@@ -39,8 +39,8 @@ _SAME_PLACE, _FEWEST_VIEWS = 0.5, 10
 # Patches that touch share a code 4 to 10 times as often as any two patches of a photograph (1.2 times in drawings on an
 # even ground, with K = 16); those of scrambled grids just as often.
 _NEIGHBOURS, _FEWEST_PAIRS = 1.1, 5_000
-# Six standard errors, over images, happen once in a billion; a fifth more is no matter of taste either.
-_SIGMAS, _BETTER, _FEWEST_IMAGES = 6.0, 1.2, 20
+# Five standard errors, over images, are chance once in three million; a fifth better is no matter of rounding either.
+_SIGMAS, _BETTER, _FEWEST_IMAGES = 5.0, 1.2, 20
 # A shift leaves of what tokens say about classes as good as nothing where it was, and all of it one row further.
 _LEFT, _SPREADS = 0.25, 6.0
 # Rounding changes about 1 % of tokens at most (bfloat16); whatever fault explains must explain nearly all the rest.

@@ -120,22 +120,22 @@ class _Neighbours(Counter):
             "horizontal": (place[:, :-1].reshape(-1), place[:, 1:].reshape(-1)),
             "vertical": (place[:-1].reshape(-1), place[1:].reshape(-1)),
         }
+        self.places = place.size
         self.equal, self.anywhere, self.views = dict.fromkeys(self.sides, 0), 0, 0
 
     def add(self, rows: ShardRows) -> None:
-        views = rows.tokens.reshape(rows.flips.size, -1)
+        views = rows.tokens.reshape(-1, self.places)
         self.views += len(views)
         for way, (one, other) in self.sides.items():
             self.equal[way] += int((views[:, one] == views[:, other]).sum())
         self.anywhere += _pairs_in_rows(views)
 
     def figures(self, table: np.ndarray) -> Neighbours:
-        places = len(table)
         found = {
             way: agreement(self.equal[way], self.views * len(one), _chance(table, one, other))
             for way, (one, other) in self.sides.items()
         }
-        pairs = self.views * places * (places - 1) // 2
+        pairs = self.views * self.places * (self.places - 1) // 2
         return {**found, "anywhere": agreement(self.anywhere, pairs, _chance_anywhere(table))}
 
 

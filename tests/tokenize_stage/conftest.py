@@ -68,7 +68,7 @@ def source(chain, tmp_path: Path) -> Path:
 def views_store(chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The chain's images with three random views each, half of them mirrored."""
     out = tmp_path_factory.mktemp("views") / "tokens"
-    encode_shards(chain.images, chain.codebook, out, crop="random-resized", views=3, scale=(0.5, 1.0))
+    encode_shards(chain.images, chain.codebook, out, crop="random-resized", views=3)
     return out
 
 
