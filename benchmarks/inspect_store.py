@@ -33,7 +33,7 @@ else:
     found = inspect(sys.argv[2])["images"]
 seconds = time.perf_counter() - began
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(json.dumps({"images": found, "seconds": round(seconds, 1), "peak_rss_mb": round(peak)}))
+print(json.dumps({"images": found, "seconds": round(seconds, 2), "peak_rss_mb": round(peak)}))
 """
 
 
@@ -124,7 +124,11 @@ def main(
         found = {what: measured(what, store) for what in ("read", "inspect")}
     for what, figures in found.items():
         print(json.dumps({"figure": what, **figures}))
-    print(json.dumps({"figure": "ratio", "times": round(found["inspect"]["seconds"] / found["read"]["seconds"], 2)}))
+    print(
+        json.dumps(
+            {"figure": "ratio", "times": round(found["inspect"]["seconds"] / max(found["read"]["seconds"], 0.01), 2)}
+        )
+    )
 
 
 if __name__ == "__main__":

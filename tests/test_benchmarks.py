@@ -73,6 +73,17 @@ def test_the_loader_is_measured_beside_bare_decoding_and_the_usual_pipeline(chai
     assert (bare["images"], bare["workers"]) == (32, 1)
 
 
+def test_inspect_is_measured_against_reading_the_same_store(tmp_path: Path):
+    options = "--images 1500 --grid 6 --k 300 --classes 10 --views 2 --folder"
+    result = benchmark("inspect_store.py", *options.split(), str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    write, read, inspected, ratio = map(json.loads, result.stdout.splitlines())
+    assert (write["figure"], read["images"], inspected["images"]) == ("write", 1500, 1500)
+    assert inspected["peak_rss_mb"] > 0
+    assert ratio["times"] > 0
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says something else where there is a GPU")
 def test_the_gpu_check_is_refused_in_one_sentence_without_a_gpu():
     result = benchmark("gpu_check.py")

@@ -184,6 +184,11 @@ def broken(chain, tower: str, folder: Path) -> dict[str, tuple[list, int, str]]:
         "patches do not fill the image": (["train", "export", PUBLISHED, *out, "--image-size", 50], 2, "no multiple"),
         "taken": (["train", "import", PUBLISHED, "--out", folder / "more"], 2, "already exists"),
         "no image of that key": (["tokenize", "inspect", chain.tokens, "--key", "nobody"], 1, "no image with key"),
+        "a store against a codebook": (
+            ["tokenize", "inspect", chain.tokens, "--against", chain.codebook],
+            2,
+            "it is no token store",
+        ),
         "neither codebook nor store": (["tokenize", "inspect", folder], 1, "neither a codebook"),
         "no CUDA": ([*build, chain.images, *out, "--tower", tower, "--device", "cuda"], 2, "no CUDA device"),
     }

@@ -104,7 +104,8 @@ class Labels(TypedDict):
     tokens: int
     class_entropy_bits: float
     code_entropy_bits: float
-    mutual_information_bits: float
+    mutual_information_bits: float | None
+    """None where classes x codes are too many to count in memory (67 million)."""
     nmi: float | None
     """mutual information / mean of the two entropies."""
     nmi_by_offset: dict[str, float | None]

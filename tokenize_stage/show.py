@@ -102,6 +102,8 @@ def _labels(labels: Mapping[str, Any]) -> str:
         value for at, value in labels["nmi_by_offset"].items() if at not in ("0", "1", "-1") and value is not None
     ]
     chance = f"; labels of other images {max(shifted):.4f}" if shifted else ""
+    if labels["mutual_information_bits"] is None:
+        return f"{labels['classes']:,} classes are too many to count with these codes"
     if labels["nmi"] is None:
         return f"{labels['classes']:,} class, nothing to tell apart"
     return (

@@ -1,5 +1,6 @@
 """One pass over a token store, a shard at a time, that counts everything `mapet tokenize inspect` says (`figures`)."""
 
+from collections import Counter as Counts
 from collections.abc import Iterable
 
 import numpy as np
@@ -170,8 +171,8 @@ def _chance(table: np.ndarray, ones: np.ndarray, others: np.ndarray) -> float | 
 class _Labels(Counter):
     """How often each class has each code; in a sample also with the labels of images nearby."""
 
-    # 17 million cells are 64 MB a table; more classes x codes are more than memory should be spent on.
-    _MOST_CELLS = 1 << 24
+    # Four bytes a cell: 268 MB for the one table, 34 MB for each of the six of the sample.
+    _MOST_CELLS, _MOST_CELLS_OF_SAMPLE = 1 << 26, 1 << 23
     _SAMPLE = 8_000_000
     _OFFSETS = (0, -1, 1, 7, 13, 29)
 
@@ -179,7 +180,9 @@ class _Labels(Counter):
         self.k, self.images, self.shards = store.k, 0, 0
         self.every = max(len(store) * store.views * store.grid[0] * store.grid[1] // self._SAMPLE, 1)
         self.classes: dict[int, int] = {}
-        self.tally = Tally(0, store.k)
+        self.sizes: Counts[int] = Counts()
+        self.codes = np.zeros(store.k, dtype=np.int64)
+        self.tally: Tally | None = Tally(0, store.k)
         self.by_offset = {offset: Tally(0, store.k) for offset in self._OFFSETS}
 
     def add(self, rows: ShardRows) -> None:
@@ -191,9 +194,12 @@ class _Labels(Counter):
         tokens = rows.tokens[labelled]
         tokens = tokens.reshape(len(tokens), -1)
         numbers = self._numbers(rows.labels[labelled])
-        if len(self.classes) * self.k > self._MOST_CELLS:
-            self.by_offset = {}
-        tallies = [(0, self.tally)]
+        self.sizes.update(numbers.tolist())
+        self.codes += np.bincount(tokens.reshape(-1), minlength=self.k)
+        cells = len(self.classes) * self.k
+        self.tally = self.tally if cells <= self._MOST_CELLS else None
+        self.by_offset = self.by_offset if cells <= self._MOST_CELLS_OF_SAMPLE else {}
+        tallies = [(0, self.tally)] if self.tally else []
         if (self.shards - 1) % self.every == 0:
             tallies += self.by_offset.items()
         for offset, tally in tallies:
@@ -208,12 +214,12 @@ class _Labels(Counter):
     def figures(self) -> Labels | None:
         if not self.images:
             return None
-        table = self.tally.table()
-        of_codes, of_classes, mutual, nmi = information(table)
+        of_codes, of_classes = (usage(np.array(part))["entropy_bits"] for part in (self.codes, [*self.sizes.values()]))
+        mutual, nmi = information(self.tally.table())[2:] if self.tally else (None, None)
         return {
             "classes": len(self.classes),
             "images": self.images,
-            "tokens": int(table.sum()),
+            "tokens": int(self.codes.sum()),
             "class_entropy_bits": of_classes,
             "code_entropy_bits": of_codes,
             "mutual_information_bits": mutual,

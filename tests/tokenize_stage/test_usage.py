@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import zarr
 from mapet.shared.codebook import Codebook
+from mapet.tokenize_stage import usage
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.tokenize_stage.inspect import inspect
+from mapet.tokenize_stage.inspect import inspect, show
 from mapet.tokenize_stage.tally import Tally
 from zarr.storage import ZipStore
 
@@ -297,3 +298,18 @@ def test_a_tally_counts_what_was_added_in_any_pieces(rows: int, k: int):
         np.add.at(wanted, (at, codes), 1)
     assert np.array_equal(tally.table(), wanted)
     assert np.array_equal(tally.table(), wanted)
+
+
+def test_classes_that_are_too_many_for_memory_are_not_counted_against_codes(
+    chain, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr(usage._Labels, "_MOST_CELLS_OF_SAMPLE", 40)
+    whole = inspect(chain.tokens)["labels"]
+    assert whole["nmi_by_offset"] == {}
+    assert whole["nmi"] > 0
+    monkeypatch.setattr(usage._Labels, "_MOST_CELLS", 40)
+    about = inspect(chain.tokens)
+    none = {"mutual_information_bits": None, "nmi": None}
+    assert about["labels"] == {**whole, **none}
+    show(about)
+    assert "too many to count" in capsys.readouterr().out
