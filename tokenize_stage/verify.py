@@ -46,7 +46,7 @@ def verify(
         images: check the source's digests and every image's bytes (CRC32); each image must be stored or listed as
             skipped.
         reencode: compute this many random images again, all their views, and compare tokens, crops and flips; needs
-            `codebook` and `images`.
+            `codebook` and `images`. If one known fault (`suspicions.FAULTS`) explains what differs, it is told first.
         seed: of the choice of images to compute again.
         tower: where the codebook's tower is now, if it moved.
         batch_size, workers, device: how to run the tower.
