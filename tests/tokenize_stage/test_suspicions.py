@@ -160,6 +160,28 @@ def test_a_store_without_images_or_labels_is_not_suspicious(chain, faulty):
     assert suspect_store(few) == []
 
 
+def test_a_fault_must_fit_clearly_better_than_what_is_stored(views_store: Path):
+    figures = inspect(views_store)
+
+    def found(labels: dict, overlaps: dict) -> list[str]:
+        changed = {
+            **figures,
+            "labels": {**figures["labels"], "nmi_by_offset": figures["labels"]["nmi_by_offset"] | labels},
+            "overlaps": {**figures["overlaps"], "supposing": figures["overlaps"]["supposing"] | overlaps},
+        }
+        return [one["sign"] for one in suspect_store(changed)]
+
+    chance = {"7": 0.1, "13": 0.1, "29": 0.1, "-1": 0.1}
+    assert found({**chance, "0": 0.5, "1": 0.6}, {}) == []  # neighbours of one class
+    assert found({**chance, "0": 0.11, "1": 0.6}, {}) == ["next"]
+    stored = figures["overlaps"]["supposing"]["as-stored"]
+    for gain, signs_then in ((1.1, []), (1.3, ["mirrored"])):
+        share = stored["chance"] + gain * (stored["share"] - stored["chance"])
+        mirror = {**stored, "share": share, "sigmas": 9.0}
+        assert found({}, {"mirrored": mirror}) == signs_then
+        assert found({}, {"mirrored": {**mirror, "sigmas": 4.0}}) == []
+
+
 # What verify --reencode says
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import zarr
 from mapet.shared.codebook import Codebook
+from mapet.shared.errors import DataError
+from mapet.shared.token_rows import ShardRows
 from mapet.tokenize_stage import usage
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
@@ -313,3 +316,22 @@ def test_classes_that_are_too_many_for_memory_are_not_counted_against_codes(
     assert about["labels"] == {**whole, **none}
     show(about)
     assert "too many to count" in capsys.readouterr().out
+
+
+def test_labels_of_other_images_are_counted_in_every_nth_shard(chain, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(usage._Labels, "_SAMPLE", 96 * 64 // 2)
+    shards = columns(chain.tokens)
+    some = {name: [column[0], column[2]] for name, column in shards.items()}
+    found = inspect(chain.tokens)["labels"]
+    expect_same(found["nmi_by_offset"], labels_figures(some["tokens"], some["labels"])["nmi_by_offset"])
+    assert found["nmi"] == pytest.approx(labels_figures(shards["tokens"], shards["labels"])["nmi"])
+
+
+def test_a_token_beyond_the_codebook_is_refused_with_its_shard(chain, faulty):
+    def change(rows: ShardRows) -> ShardRows:
+        tokens = rows.tokens.copy()
+        tokens[4, 0, 2, 1] = 16
+        return replace(rows, tokens=tokens)
+
+    with pytest.raises(DataError, match=rf"{chain.tars[0].stem} has token 16 and K is 16; delete the shard"):
+        inspect(faulty(chain.tokens, change))
