@@ -4,10 +4,11 @@ import ctypes
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,3 +119,61 @@ def run_as_owner() -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, capture_output=True, text=True, preexec_fn=_give_up_reading_everything)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """A headless Chromium, the system's own; its tests skip where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pages are not opened")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium: pages are not opened")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+class Opened:
+    """A page that is open in a browser, and what went wrong on it."""
+
+    def __init__(self, browser, path: Path, fragment: str = "", *, width: int = 1440, scheme: str = "light"):
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
+        )
+        self.page = self.context.new_page()
+        self.problems: list[str] = []
+        self.page.on("console", lambda said: self.problems.append(f"{said.type}: {said.text}"))
+        self.page.on("pageerror", lambda error: self.problems.append(f"error: {error}"))
+        self.page.on("request", self._note_request)
+        self.page.goto(f"file://{path}{fragment}")
+
+    def _note_request(self, request) -> None:
+        if not request.url.startswith(("file://", "data:")):
+            self.problems.append(f"request: {request.url}")
+
+    def faults(self) -> list[str]:
+        """What axe-core finds serious or critical."""
+        axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe: pages are not audited")
+        found = axe.Axe().run(self.page, options={"resultTypes": ["violations"]}).response["violations"]
+        return [
+            f"{one['id']}: {node['html'][:200]}"
+            for one in found
+            if one["impact"] in ("serious", "critical")
+            for node in one["nodes"]
+        ]
+
+
+@pytest.fixture
+def open_page(browser) -> Iterator[Callable[..., Opened]]:
+    """open_page(path, fragment="", width=1440, scheme="light"): no console message, error or request may have come."""
+    opened: list[Opened] = []
+
+    def open_one(path: Path, fragment: str = "", **options) -> Opened:
+        opened.append(Opened(browser, path, fragment, **options))
+        return opened[-1]
+
+    yield open_one
+    for one in opened:
+        one.context.close()
+        assert one.problems == []

@@ -31,14 +31,22 @@ def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(whe
     modules = {
         f"mapet/{path.relative_to(ROOT).as_posix()}"
         for room in ("shared", "tokenize_stage", "train_stage")
-        for path in (ROOT / room).glob("*.py")
+        for path in (ROOT / room).rglob("*.py")
     } | {"mapet/__init__.py", "mapet/cli.py", "mapet/demo.py"}
     recipes = {f"mapet/recipes/vit-{name}.yaml" for name in ("tiny-16", "small-16", "small-16-one-gpu", "base-16")}
     tower = {
         f"mapet/demo_assets/tower/{name}"
         for name in ("README.md", "open_clip_config.json", "open_clip_model.safetensors")
     }
-    assert names == modules | recipes | tower
+    report = {
+        f"mapet/shared/report/{name}"
+        for name in (
+            *(f"templates/{name}.html" for name in ("page", "store")),
+            *(f"static/{name}" for name in ("page.css", "page.js", "store.js")),
+            *(f"vendor/{name}" for name in ("README.md", "d3.LICENSE", "d3.min.js", "plot.LICENSE", "plot.min.js")),
+        )
+    }
+    assert names == modules | recipes | tower | report
 
 
 def test_what_the_demo_carries_is_at_most_5_mb(wheel: Path):

@@ -1,0 +1,86 @@
+"""One self-contained HTML file from a template, its data and the chart library."""
+
+import base64
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..files import written_whole
+
+_HERE = Path(__file__).parent
+_LIBRARIES = ("vendor/d3.min.js", "vendor/plot.min.js", "static/page.js")
+# Inside <script> HTML knows no entities: what could end it, or a line of JavaScript, is spelt as JSON's own escapes.
+_IN_SCRIPT = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+
+
+def render(template: str, *, title: str, data: dict[str, Any], **values: Any) -> str:
+    """The page `templates/TEMPLATE.html` as one HTML file with its styles, scripts, chart library and `data` inside.
+
+    `static/TEMPLATE.js` finds `data` (plain JSON values; NaN is a ValueError) as `page.data`; the template sees it as
+    `data`, and `values` by their names. All text is escaped, and the page's own policy forbids any network request and
+    any script but those that it came with. Raises jinja2.UndefinedError for a value that the template misses.
+    """
+    scripts = [_asset(name) for name in (*_LIBRARIES, f"static/{template}.js")]
+    return (
+        _environment()
+        .get_template(f"{template}.html")
+        .render(
+            title=title,
+            data=data,
+            data_json=Markup(json.dumps(data, ensure_ascii=False, allow_nan=False).translate(_IN_SCRIPT)),
+            styles=Markup(_asset("static/page.css")),
+            scripts=[Markup(script) for script in scripts],
+            policy=_policy(scripts),
+            **values,
+        )
+    )
+
+
+def write_page(path: Path, template: str, *, title: str, data: dict[str, Any], **values: Any) -> Path:
+    """Writes what `render` gives to `path`, whole or not at all; DataError if it cannot be written."""
+    page = render(template, title=title, data=data, **values)
+    with written_whole(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return path
+
+
+@cache
+def _asset(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"count": _count, "share": _share}
+    return environment
+
+
+def _count(number: float) -> str:
+    return f"{number:,}"
+
+
+def _share(number: float) -> str:
+    percent = 100 * number
+    return f"{percent:.1f} %" if percent >= 1 or not percent else f"{percent:.2g} %"
+
+
+def _policy(scripts: list[str]) -> str:
+    """Pictures from the page itself, its own scripts by their digests, nothing from anywhere else."""
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
