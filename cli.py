@@ -160,11 +160,32 @@ def inspect(
     key: Annotated[str | None, typer.Option(help="Show the token grid of this image.")] = None,
     against: Annotated[str | None, typer.Option(help="Say what changed from this codebook or store to PATH.")] = None,
     json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(help="Also write a page to look at: one file, no network.")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Pictures for the page (not needed if the store holds them).")
+    ] = None,
+    codebook: Annotated[
+        str | None, typer.Option(help="Of the page: show the patches nearest each centroid; runs the tower.")
+    ] = None,
+    tower: Annotated[str | None, typer.Option(help="Where the codebook's tower is now, if it moved.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the images and patches that the page shows.")] = 0,
+    device: Device = "auto",
 ) -> None:
     """Show what made a codebook or a token store, how its codes are used, and what is suspicious about it."""
     from .tokenize_stage.inspect import inspect, show
 
-    show(inspect(path, key=key, against=against), as_json=json)
+    about = inspect(
+        path,
+        key=key,
+        against=against,
+        html=html,
+        images=images,
+        codebook=codebook,
+        tower=tower,
+        seed=seed,
+        device=device,
+    )
+    show(about, as_json=json)
 
 
 @tokenize.command()

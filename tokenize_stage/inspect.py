@@ -12,6 +12,7 @@ from ..shared.token_rows import NO_LABEL
 from ..shared.token_store import TokenStore
 from .against import Kept, compare_codebooks, compare_stores
 from .centroids import codebook_figures
+from .page import StorePage, write_codebook_page
 from .show import show
 from .suspicions import merged, suspect_codebook, suspect_store
 from .usage import count_store
@@ -19,7 +20,18 @@ from .usage import count_store
 __all__ = ["inspect", "show"]
 
 
-def inspect(path: str | Path, *, key: str | None = None, against: str | Path | None = None) -> dict[str, Any]:
+def inspect(
+    path: str | Path,
+    *,
+    key: str | None = None,
+    against: str | Path | None = None,
+    html: str | Path | None = None,
+    images: str | None = None,
+    codebook: str | Path | None = None,
+    tower: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict[str, Any]:
     """Describes a codebook or a token store as plain JSON values; its shards are read once, one in memory at a time.
 
     A store's figures are those of `figures.StoreFigures`, a codebook's those of `centroids.codebook_figures` beside its
@@ -29,11 +41,22 @@ def inspect(path: str | Path, *, key: str | None = None, against: str | Path | N
         path: a codebook or a token store, local or a URL.
         key: the answer also holds that image's "image": its token grid(s), crop, flip, size and label.
         against: another artifact of the same kind; the answer's "against" says what changed from it to `path`.
+        html: a file to write the same to as a page, with pictures of a store's images and codes. With `key`, that image
+            is the first one.
+        images: of the page: what the tokens were made of, or some of its tars; not needed where the store holds them.
+        codebook: of the page: what made the tokens. Similar codes get similar colours, and the patches that are shown
+            of a code are those nearest its centroid, for which at most 256 images go through the tower again.
+        tower: where the codebook's tower is now, if it moved.
+        seed: of the images and patches that the page shows.
+        device: "auto", "cpu" or "cuda", for the tower.
 
     Raises DataError if `path` is neither or is damaged, or no image has that key; UsageError for a key in a codebook,
-    or a store against a codebook.
+    a store against a codebook, or an option of the page without one; FingerprintMismatch for another codebook or tower.
     """
     path = as_path(path)
+    shown = {name: value for name, value in (("images", images), ("codebook", codebook), ("tower", tower)) if value}
+    if shown and html is None:
+        raise UsageError(f"--{min(shown)} belongs to a page; give --html FILE, too.")
     other = None if against is None else as_path(against)
     for one in (path, other):
         if one is not None and not _is_store(one) and not exists(one / "codebook.json"):
@@ -41,14 +64,24 @@ def inspect(path: str | Path, *, key: str | None = None, against: str | Path | N
     if _is_store(path):
         if other is not None and not _is_store(other):
             raise UsageError(f"--against {other}: it is no token store, and {path} is one; give two of the same kind.")
-        return _inspect_store(TokenStore(path), key, None if other is None else TokenStore(other))
+        store = TokenStore(path)
+        page = None if html is None else StorePage(store, html, **shown, seed=seed, device=device)
+        about = _inspect_store(store, key, None if other is None else TokenStore(other))
+        if page:
+            page.write(about)
+        return about
     if key is not None:
         raise UsageError(f"--key {key}: {path} is a codebook; give a token store to see an image's tokens.")
     if other is not None and _is_store(other):
         raise UsageError(
             f"--against {other}: it is a token store, and {path} is a codebook; give two of the same kind."
         )
-    return _inspect_codebook(path, other)
+    if shown:
+        raise UsageError(f"--{min(shown)} belongs to the page of a token store; {path} is a codebook.")
+    about = _inspect_codebook(path, other)
+    if html is not None:
+        write_codebook_page(about, html)
+    return about
 
 
 def _is_store(path: Path | UPath) -> bool:
