@@ -53,7 +53,8 @@ The same on ImageNet with OpenAI's CLIP, as in the paper:
   mapet tokenize encode-shards  'imagenet-train-{{000000..001281}}.tar' --codebook codebook --out tokens
   mapet train pretrain --images 'imagenet-train-{{000000..001281}}.tar' --tokens tokens --out run --recipe vit-base-16
 Your own pictures, with this small tower: mapet demo --images FOLDER
-Everything is in {out}/; the picture of the tokens is {picture}."""
+Everything is in {out}/; the picture of the tokens is {picture}. To look at, in any browser:
+  {page}"""
 
 
 def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", seed: int = 0) -> list[ProbeResult]:
@@ -82,7 +83,8 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
     with _chapter("3. Tokens of every image, once and for all"):
         store = encode_shards(str(train), out / "codebook", out / "tokens")
         verify(out / "tokens", codebook=out / "codebook", images=str(train))
-        show(inspect(out / "tokens"))
+        page = out / "tokens.html"
+        show(inspect(out / "tokens", html=page, images=str(train), codebook=out / "codebook"))
     with _chapter("4. Pre-training: predict the tokens of hidden patches, in random order"):
         settings = {**_SETTINGS, "train.seed": seed}
         overrides = [f"{key}={value}" for key, value in settings.items()]
@@ -95,7 +97,7 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
         say("Your pictures have no labels (class folders, or .cls members), so there is nothing to probe.")
     records = read_records(str(train))
     picture = draw_token_maps(records[:12], store, codebook, out / "tokens.png")
-    say(_ON_IMAGENET.format(out=out, picture=picture))
+    say(_ON_IMAGENET.format(out=out, picture=picture, page=page))
     say(f"Done in {time.monotonic() - began:.0f} s.")
     return outcome
 

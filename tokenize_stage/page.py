@@ -71,7 +71,9 @@ class StorePage:
         store, pictures = self.store, self.pictures
         places = choose_images(store, pictures.shards, IMAGES, self.seed)
         if "image" in about:
-            places = [_place_of(store, about["image"]["key"], pictures), *places[: IMAGES - 1]]
+            first = _place_of(store, about["image"]["key"], pictures)
+            others = [place for place in places if (place.shard, place.row) != (first.shard, first.row)]
+            places = [first, *others[: IMAGES - 1]]
         codes = choose_codes(np.array(about["counts"]), CODES)
         with progress("choosing patches", len(pictures.shards), "shards") as advance:
             patches = sample_patches(store, pictures.shards, codes, self.seed, advance)

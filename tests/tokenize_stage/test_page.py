@@ -377,6 +377,12 @@ def test_a_codebook_has_a_page_too(chain, tmp_path: Path, open_page):
     assert opened.page.locator("h1").inner_text() == "codebook"
     opened.page.wait_for_selector("#objective svg")
     assert opened.page.evaluate("page.data.counts") == about["counts"]
+    median = opened.page.get_attribute("[data-figure='distances.nearest.median']", "data-value")
+    assert float(median) == about["distances"]["nearest"]["median"]
+    pairs = opened.page.locator("[data-table=closest] tbody tr").all_inner_texts()
+    assert [[int(code) for code in pair.split()[:2]] for pair in pairs] == [
+        pair[:2] for pair in about["distances"]["closest"]
+    ]
     assert opened.faults() == []
     opened.page.evaluate("document.querySelector('label').remove(); document.querySelector('#query').placeholder = ''")
     assert any("query" in fault for fault in opened.faults())  # the audit finds what there is
