@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .train_stage.model import MaPeT
     from .train_stage.pretrain import pretrain
     from .train_stage.probe import probe
+    from .train_stage.report import report
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _HOME = {
     "load_weights": ".train_stage.interchange",
     "pretrain": ".train_stage.pretrain",
     "probe": ".train_stage.probe",
+    "report": ".train_stage.report",
     "verify": ".tokenize_stage.verify",
 }
 
@@ -62,6 +64,7 @@ __all__ = [
     "load_weights",
     "pretrain",
     "probe",
+    "report",
     "verify",
 ]
 

@@ -322,6 +322,25 @@ def probe(
 
 
 @train.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that pretrain wrote; several are shown side by side.")],
+    html: Annotated[
+        Path | None, typer.Option(help="The page to write (default: report.html in the first one).")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens of held-out images, to show what the runs predict for them.")
+    ] = None,
+    images: Annotated[str | None, typer.Option(help="These images (not needed if TOKENS holds them).")] = None,
+    seed: Annotated[int, typer.Option(help="Of the images and patches that are predicted.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Write runs as a page to look at: curves, probes, settings, and what they predict."""
+    from .train_stage.report import report
+
+    report(runs, html=html, images=images, tokens=tokens, seed=seed, device=device)
+
+
+@train.command()
 def features(
     images: Annotated[str, typer.Argument(help="A tar, a folder of class folders, or a pattern of tars.")],
     weights: Annotated[Path, typer.Option(help="What probe takes: a run, an import, an export, a .pth.tar ...")],

@@ -23,6 +23,7 @@ from .tokenize_stage.picture import draw_token_maps
 from .tokenize_stage.verify import verify
 from .train_stage.pretrain import pretrain
 from .train_stage.probe import ProbeResult, probe
+from .train_stage.report import report
 
 TOWER = Path(__file__).parent / "demo_assets" / "tower"
 TRAIN_IMAGES, VAL_IMAGES, _PER_TAR = 4000, 1000, 1000
@@ -54,7 +55,8 @@ The same on ImageNet with OpenAI's CLIP, as in the paper:
   mapet train pretrain --images 'imagenet-train-{{000000..001281}}.tar' --tokens tokens --out run --recipe vit-base-16
 Your own pictures, with this small tower: mapet demo --images FOLDER
 Everything is in {out}/; the picture of the tokens is {picture}. To look at, in any browser:
-  {page}"""
+  {tokens}: images, their tokens, what codes stand for
+  {run}: how training went, what is predicted"""
 
 
 def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", seed: int = 0) -> list[ProbeResult]:
@@ -83,8 +85,7 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
     with _chapter("3. Tokens of every image, once and for all"):
         store = encode_shards(str(train), out / "codebook", out / "tokens")
         verify(out / "tokens", codebook=out / "codebook", images=str(train))
-        page = out / "tokens.html"
-        show(inspect(out / "tokens", html=page, images=str(train), codebook=out / "codebook"))
+        show(inspect(out / "tokens", html=out / "tokens.html", images=str(train), codebook=out / "codebook"))
     with _chapter("4. Pre-training: predict the tokens of hidden patches, in random order"):
         settings = {**_SETTINGS, "train.seed": seed}
         overrides = [f"{key}={value}" for key, value in settings.items()]
@@ -95,9 +96,12 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
             outcome = probe(out / "run", str(train), str(val), random_init=True, pixels=True)
     else:
         say("Your pictures have no labels (class folders, or .cls members), so there is nothing to probe.")
+    with _chapter("What the model predicts for pictures that it was not trained on"):
+        encode_shards(str(val), out / "codebook", out / "val-tokens")
+        report(out / "run", html=out / "run.html", tokens=str(out / "val-tokens"), images=str(val))
     records = read_records(str(train))
     picture = draw_token_maps(records[:12], store, codebook, out / "tokens.png")
-    say(_ON_IMAGENET.format(out=out, picture=picture, page=page))
+    say(_ON_IMAGENET.format(out=out, picture=picture, tokens=out / "tokens.html", run=out / "run.html"))
     say(f"Done in {time.monotonic() - began:.0f} s.")
     return outcome
 

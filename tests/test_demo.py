@@ -18,8 +18,9 @@ def test_the_demo_runs_on_ones_own_pictures_and_goes_on_where_it_was(tmp_path: P
     assert "linear probe" in said.out
     with Image.open(tmp_path / "out" / "tokens.png") as picture:
         assert picture.width > 300
-    assert 'class="image"' in (tmp_path / "out" / "tokens.html").read_text()
-    assert f"\n  {tmp_path / 'out' / 'tokens.html'}\n" in said.err
+    for page in ("tokens.html", "run.html"):
+        assert f"\n  {tmp_path / 'out' / page}: " in said.err
+        assert "data:image/webp;base64," in (tmp_path / "out" / page).read_text()
     checkpoint = tmp_path / "out" / "run" / "checkpoints"
     before = {path: path.stat().st_mtime_ns for path in checkpoint.rglob("*")}
     assert mapet.demo(tmp_path / "mine", out=tmp_path / "out") == rows

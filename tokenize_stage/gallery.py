@@ -1,41 +1,27 @@
 """What a store's page shows: which images, which codes, and for each code which patches."""
 
-import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..shared.codebook import Codebook
 from ..shared.console import Advance, progress
 from ..shared.devices import choose_device, choose_workers
-from ..shared.errors import DataError, FingerprintMismatch
-from ..shared.images import ImageRecord, decode, read_bytes
+from ..shared.errors import FingerprintMismatch
 from ..shared.randomness import generator
-from ..shared.remote import is_remote
-from ..shared.sources import SourceShard, open_source
-from ..shared.token_rows import NO_LABEL, ShardRows
-from ..shared.token_store import WEBDATASET, TokenStore
-from ..shared.views import CropBox, ViewPolicy, replay
+from ..shared.stored_views import Place, StoredViews, by_shard, choose_images
+from ..shared.token_rows import ShardRows
+from ..shared.token_store import TokenStore
+from ..shared.views import ViewPolicy
 from .encoder import open_same_tower
 from .extract import extract
 
 _CANDIDATES = 16
 _MOST_REENCODED = 256
 _BATCH = 32
-
-
-@dataclass(frozen=True, order=True)
-class Place:
-    """One view of one image of the store."""
-
-    shard: str
-    row: int
-    view: int
 
 
 @dataclass(frozen=True)
@@ -45,64 +31,6 @@ class Patch:
     place: Place
     at: int
     distance: float | None = None
-
-
-class Pictures:
-    """The pixels of a store's views: from the source of its images, or from the store where it holds them."""
-
-    def __init__(self, store: TokenStore, images: str | None):
-        """Raises DataError or UsageError where `images` cannot be opened or has no shard of the store."""
-        self._store = store
-        self._sources = _sources(store, images) if images else {}
-        holds_them = store.storage == WEBDATASET and not is_remote(store.path)
-        self.shards = list(self._sources) or (list(store.entries) if holds_them else [])
-        """The shards whose images are at hand, by name."""
-
-    def record(self, shard: str, rows: ShardRows, row: int) -> ImageRecord:
-        """Where the image of one row lies."""
-        if not self._sources:
-            return self._store.images_of(shard, rows)[row]
-        root = Path(self._sources[shard].root)
-        path = root / rows.paths[row] if rows.paths[row] else root
-        label = int(rows.labels[row])
-        where = int(rows.offsets[row]), int(rows.lengths[row])
-        return ImageRecord(rows.keys[row], path, *where, None if label == NO_LABEL else label)
-
-    def view(self, shard: str, rows: ShardRows, row: int, view: int, side: int) -> Image.Image:
-        """What the tower saw of an image, at `side` x `side` pixels; DataError if its bytes are not those encoded."""
-        record = self.record(shard, rows, row)
-        content = read_bytes(record)
-        if zlib.crc32(content) != rows.crc32[row]:
-            raise DataError(
-                f"{record.path}: image {record.key!r} is not the one that was encoded (its CRC32 differs); "
-                "give the images that the tokens were made of."
-            )
-        image = decode(content, f"{record.path}: image {record.key!r}")
-        return replay(image, CropBox(*rows.crops[row, view]), bool(rows.flips[row, view]), side)
-
-
-def _sources(store: TokenStore, images: str) -> dict[str, SourceShard]:
-    sources = {shard.name: shard for shard in open_source(images) if shard.name in store.entries}
-    if not sources:
-        raise DataError(f"--images {images} has none of the shards of {store.path}; give what its tokens were made of.")
-    remote = next((shard.root for shard in sources.values() if shard.is_remote), None)
-    if remote:
-        raise DataError(f"{remote} is remote; a page needs its images here, download some of the tars first.")
-    return sources
-
-
-def choose_images(store: TokenStore, shards: Sequence[str], count: int, seed: int) -> list[Place]:
-    """`count` views of as many images of `shards`, uniform over both and drawn by `seed`, in the store's order."""
-    sizes = [store.entries[name]["images"] for name in shards]
-    random = generator(seed, "page images")
-    picked = np.sort(random.choice(sum(sizes), min(count, sum(sizes)), replace=False))
-    views = random.integers(0, store.views, len(picked))
-    ends = np.cumsum(sizes)
-    of = np.searchsorted(ends, picked, side="right")
-    return [
-        Place(shards[shard], int(image - (ends[shard] - sizes[shard])), int(view))
-        for shard, image, view in zip(of, picked, views, strict=True)
-    ]
 
 
 def choose_codes(counts: np.ndarray, many: int) -> list[int]:
@@ -157,7 +85,7 @@ class Nearest:
 
 def nearest_patches(
     store: TokenStore,
-    pictures: Pictures,
+    views: StoredViews,
     book: Codebook,
     candidates: dict[int, list[Patch]],
     many: int,
@@ -174,12 +102,12 @@ def nearest_patches(
     opened = open_same_tower(book, tower, choose_device(device))
     policy, metric = ViewPolicy.from_json(store.view), book.description["metric"]
     workers = choose_workers(None, opened.device.type)
-    images = _images_of(candidates, choose_images(store, pictures.shards, _MOST_REENCODED, seed))
+    images = _images_of(candidates, choose_images(store, views.shards, _MOST_REENCODED, seed))
     near: dict[int, list[Patch]] = defaultdict(list)
     compared = equal = 0
     with progress("measuring distances", len(images)) as advance:
         for name, rows, chosen in by_shard(store, images):
-            records = [pictures.record(name, rows, row) for row in chosen]
+            records = [views.record(name, rows, row) for row in chosen]
             done = iter(chosen)
             for batch in extract(opened, records, policy, _BATCH, workers, metric):
                 tokens, distances = book.assign(batch.features.reshape(-1, opened.dim))
@@ -201,15 +129,6 @@ def refuse_other_codebook(store: TokenStore, book: Codebook) -> None:
         raise FingerprintMismatch(
             f"{store.path} was made with codebook {store.fingerprint[:12]}, not {book.fingerprint[:12]}."
         )
-
-
-def by_shard(store: TokenStore, images: Iterable[tuple[str, int]]) -> Iterator[tuple[str, ShardRows, list[int]]]:
-    """(shard, its rows, which rows of it) of images, each shard read once."""
-    grouped: dict[str, list[int]] = defaultdict(list)
-    for shard, row in sorted(set(images)):
-        grouped[shard].append(row)
-    for shard, chosen in grouped.items():
-        yield shard, store.read_rows(shard), chosen
 
 
 def _images_of(candidates: dict[int, list[Patch]], others: list[Place]) -> list[tuple[str, int]]:

@@ -12,7 +12,6 @@ from ..shared.token_rows import NO_LABEL
 from ..shared.token_store import TokenStore
 from .against import Kept, compare_codebooks, compare_stores
 from .centroids import codebook_figures
-from .page import StorePage, write_codebook_page
 from .show import show
 from .suspicions import merged, suspect_codebook, suspect_store
 from .usage import count_store
@@ -65,7 +64,7 @@ def inspect(
         if other is not None and not _is_store(other):
             raise UsageError(f"--against {other}: it is no token store, and {path} is one; give two of the same kind.")
         store = TokenStore(path)
-        page = None if html is None else StorePage(store, html, **shown, seed=seed, device=device)
+        page = None if html is None else _store_page(store, html, **shown, seed=seed, device=device)
         about = _inspect_store(store, key, None if other is None else TokenStore(other))
         if page:
             page.write(about)
@@ -80,8 +79,16 @@ def inspect(
         raise UsageError(f"--{min(shown)} belongs to the page of a token store; {path} is a codebook.")
     about = _inspect_codebook(path, other)
     if html is not None:
+        from .page import write_codebook_page
+
         write_codebook_page(about, html)
     return about
+
+
+def _store_page(store: TokenStore, html: str | Path, **options: Any):
+    from .page import StorePage  # it may open a tower; figures alone need not wait for torch
+
+    return StorePage(store, html, **options)
 
 
 def _is_store(path: Path | UPath) -> bool:

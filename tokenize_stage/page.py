@@ -11,20 +11,18 @@ from ..shared.console import progress, say
 from ..shared.errors import DataError, UsageError
 from ..shared.report.pictures import data_uri, golden_colours, hex_colours
 from ..shared.report.render import write_page
+from ..shared.stored_views import Place, StoredViews, by_shard, choose_images
 from ..shared.token_rows import NO_LABEL
 from ..shared.token_store import TokenStore
 from .gallery import (
     Patch,
-    Pictures,
-    Place,
-    by_shard,
     choose_codes,
-    choose_images,
     nearest_patches,
     refuse_other_codebook,
     sample_patches,
 )
 from .picture import code_colours
+from .show import against_rows
 
 IMAGES, CODES, PATCHES = 96, 48, 6
 """The most images and codes that a page shows, and patches of each code."""
@@ -51,7 +49,7 @@ class StorePage:
         UsageError for a page that cannot lie where it should.
         """
         self.html, self.store, self.seed = _place(html), store, seed
-        self.pictures = Pictures(store, images)
+        self.views = StoredViews(store, images)
         self.book = Codebook.load(codebook) if codebook else None
         self.tower, self.device = tower, device
         if self.book:
@@ -63,29 +61,29 @@ class StorePage:
         Raises DataError for an image that cannot be read or is not the one that was encoded, FingerprintMismatch for
         another tower.
         """
-        shown = self._galleries(about) if self.pictures.shards else _NOTHING
+        shown = self._galleries(about) if self.views.shards else _NOTHING
         colours = code_colours(self.book) if self.book else golden_colours(self.store.k)
         return _write(self.html, about, colours, shown)
 
     def _galleries(self, about: dict[str, Any]) -> dict[str, Any]:
-        store, pictures = self.store, self.pictures
-        places = choose_images(store, pictures.shards, IMAGES, self.seed)
+        store, views = self.store, self.views
+        places = choose_images(store, views.shards, IMAGES, self.seed)
         if "image" in about:
-            first = _place_of(store, about["image"]["key"], pictures)
+            first = _place_of(store, about["image"]["key"], views)
             others = [place for place in places if (place.shard, place.row) != (first.shard, first.row)]
             places = [first, *others[: IMAGES - 1]]
         codes = choose_codes(np.array(about["counts"]), CODES)
-        with progress("choosing patches", len(pictures.shards), "shards") as advance:
-            patches = sample_patches(store, pictures.shards, codes, self.seed, advance)
+        with progress("choosing patches", len(views.shards), "shards") as advance:
+            patches = sample_patches(store, views.shards, codes, self.seed, advance)
         near = (
-            nearest_patches(store, pictures, self.book, patches, PATCHES, self.seed, self.tower, self.device)
+            nearest_patches(store, views, self.book, patches, PATCHES, self.seed, self.tower, self.device)
             if self.book
             else None
         )
         patches = near.patches if near else {code: found[:PATCHES] for code, found in patches.items()}
         return {
-            "images": _image_cards(store, pictures, places),
-            "codes": _code_cards(about, store, pictures, patches),
+            "images": _image_cards(store, views, places),
+            "codes": _code_cards(about, store, views, patches),
             "nearest": near and {"images": near.images, "equal": near.equal},
         }
 
@@ -130,6 +128,7 @@ def _content(about: dict[str, Any], colours: np.ndarray, shown: dict[str, Any]) 
         "data": data,
         "about": about,
         "made_by": made_by,
+        "against": list(against_rows(about)),
         "most_bits": float(np.log2(about["k"])),
         "poorest": perplexity and float(np.min(perplexity)),
         "richest": perplexity and float(np.max(perplexity)),
@@ -137,16 +136,16 @@ def _content(about: dict[str, Any], colours: np.ndarray, shown: dict[str, Any]) 
     }
 
 
-def _place_of(store: TokenStore, key: str, pictures: Pictures) -> Place:
+def _place_of(store: TokenStore, key: str, views: StoredViews) -> Place:
     """The first view of the image with that key."""
-    for name in pictures.shards:
+    for name in views.shards:
         (found,) = np.nonzero(store.read_rows(name).keys == key)
         if len(found):
             return Place(name, int(found[0]), 0)
     raise DataError(f"--images has no image with key {key!r}; give the tars that hold it, too.")
 
 
-def _image_cards(store: TokenStore, pictures: Pictures, places: Sequence[Place]) -> list[dict[str, Any]]:
+def _image_cards(store: TokenStore, views: StoredViews, places: Sequence[Place]) -> list[dict[str, Any]]:
     """What the page says of each view in `places`, in their order, with its picture."""
     wanted: dict[tuple[str, int], set[int]] = {}
     for place in places:
@@ -161,22 +160,21 @@ def _image_cards(store: TokenStore, pictures: Pictures, places: Sequence[Place])
                 "view": view,
                 "views": store.views,
                 "mirrored": bool(rows.flips[row, view]),
-                "picture": data_uri(pictures.view(shard, rows, row, view, _IMAGE_SIDE)),
+                "picture": data_uri(views.view(shard, rows, row, view, _IMAGE_SIDE)),
                 "tokens": rows.tokens[row, view].reshape(-1).tolist(),
             }
     return [cards[place] for place in dict.fromkeys(places)]
 
 
 def _code_cards(
-    about: dict[str, Any], store: TokenStore, pictures: Pictures, patches: dict[int, list[Patch]]
+    about: dict[str, Any], store: TokenStore, views: StoredViews, patches: dict[int, list[Patch]]
 ) -> list[dict[str, Any]]:
     """What the page says of each code, in the order of `patches`, with the pictures that its patches lie in."""
-    views = {(patch.place.shard, patch.place.row) for found in patches.values() for patch in found}
     drawn: dict[Place, tuple[str, str]] = {}
     wanted = {patch.place for found in patches.values() for patch in found}
-    for shard, rows, chosen in by_shard(store, views):
+    for shard, rows, chosen in by_shard(store, ((place.shard, place.row) for place in wanted)):
         for place in (place for place in sorted(wanted) if place.shard == shard and place.row in chosen):
-            picture = data_uri(pictures.view(shard, rows, place.row, place.view, _PATCH_SIDE))
+            picture = data_uri(views.view(shard, rows, place.row, place.view, _PATCH_SIDE))
             drawn[place] = str(rows.keys[place.row]), picture
     ranks = np.argsort(np.argsort(-np.array(about["counts"]), kind="stable"))
     return [

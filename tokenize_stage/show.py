@@ -33,9 +33,8 @@ def show(about: dict[str, Any], *, as_json: bool = False) -> None:
     if is_store and about["tokens"]:
         _show_map("Perplexity over the grid", about["positions"]["perplexity"])
     if "against" in about:
-        against = _against_store(about) if is_store else _against_codebook(about)
         title = f"Against {about['against']['path']}"
-        table(escape(title), [(name, escape(value)) for name, value in against])
+        table(escape(title), [(name, escape(value)) for name, value in against_rows(about)])
     for image in [about["image"]] if "image" in about else []:
         _show_image(image)
     for warning in about["warnings"]:
@@ -134,6 +133,12 @@ def _percent(share: float | None) -> str:
 
 def _agree(agreement: Mapping[str, Any]) -> str:
     return f"{_percent(agreement['share'])} share a code (chance {_percent(agreement['chance'])})"
+
+
+def against_rows(about: Mapping[str, Any]) -> Rows:
+    """What `--against` found, in words: (name, value); nothing if it was not asked."""
+    if "against" in about:
+        yield from _against_store(about) if about["kind"] == "token store" else _against_codebook(about)
 
 
 def _against_store(about: Mapping[str, Any]) -> Rows:

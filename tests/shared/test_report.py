@@ -25,6 +25,7 @@ ABOUT = {
     "grid": [1, 2],
     "usage": None,
     "distances": None,
+    "against": {"path": HOSTILE},
     "warnings": [{"sign": "s", "what": HOSTILE, "why": HOSTILE, "do": HOSTILE}],
 }
 VALUES = {
@@ -36,6 +37,7 @@ VALUES = {
     "images": [],
     "codes": [],
     "nearest": None,
+    "against": [(HOSTILE, HOSTILE)],
     "most_bits": 1.0,
 }
 

@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import reduce
@@ -12,13 +14,15 @@ import numpy as np
 import pytest
 from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
+from mapet.shared.stored_views import StoredViews, choose_images
 from mapet.shared.token_store import TokenStore
 from mapet.shared.views import ViewPolicy
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.encoder import open_same_tower
 from mapet.tokenize_stage.extract import extract
-from mapet.tokenize_stage.gallery import Pictures, choose_codes, choose_images, sample_patches
+from mapet.tokenize_stage.gallery import choose_codes, sample_patches
+from mapet.tokenize_stage.inherit import import_tokens
 from mapet.tokenize_stage.inspect import inspect
 from mapet.tokenize_stage.page import StorePage
 from PIL import Image
@@ -235,7 +239,7 @@ def test_the_patches_of_a_code_are_those_nearest_its_centroid(chain, written: Wr
     store, book = TokenStore(chain.tokens), Codebook.load(chain.codebook)
     nearest: dict[int, list[float]] = {code: [] for code in range(book.k)}
     records = [
-        r for tar in store.shards() for r in [Pictures(store, str(chain.images)).record(*tar, n) for n in range(32)]
+        r for tar in store.shards() for r in [StoredViews(store, str(chain.images)).record(*tar, n) for n in range(32)]
     ]
     tower = open_same_tower(book, None, "cpu")
     for batch in extract(tower, records, ViewPolicy.from_json(store.view), 32, 0, "l2"):
@@ -371,6 +375,13 @@ def test_warnings_are_on_the_page_as_text(chain, tmp_path: Path, open_page):
     assert page.locator(".warnings article").inner_text().split("\n\n") == [f"Wrong {HOSTILE}", "Because.", "Do this."]
 
 
+def test_what_changed_from_another_store_is_on_the_page(chain, tmp_path: Path, open_page):
+    about = inspect(chain.tokens, against=chain.tokens, html=tmp_path / "report.html")
+    said = open_page(tmp_path / "report.html").page.inner_text("#against + dl")
+    assert f"{about['against']['keys']['common']} common, 0 only here, 0 only there" in said
+    assert "100.00%" in said
+
+
 def test_a_codebook_has_a_page_too(chain, tmp_path: Path, open_page):
     about = inspect(chain.codebook, html=tmp_path / "report.html")
     opened = open_page(tmp_path / "report.html")
@@ -386,6 +397,20 @@ def test_a_codebook_has_a_page_too(chain, tmp_path: Path, open_page):
     assert opened.faults() == []
     opened.page.evaluate("document.querySelector('label').remove(); document.querySelector('#query').placeholder = ''")
     assert any("query" in fault for fault in opened.faults())  # the audit finds what there is
+
+
+def test_an_imported_codebook_says_that_its_usage_is_not_known(tower: str, tmp_path: Path, open_page):
+    np.save(tmp_path / "centroids.npy", np.random.default_rng(0).normal(size=(9, 32)).astype(np.float32))
+    import_tokens(tmp_path / "book", centroids=tmp_path / "centroids.npy", tower=tower)
+    inspect(tmp_path / "book", html=tmp_path / "report.html")
+    page = open_page(tmp_path / "report.html", "#code=4").page
+    page.wait_for_selector("#lamp >> text=Nobody knows how often it is used")
+    assert page.locator("#usage-curve, #objective").count() == 0
+
+
+def test_figures_alone_do_not_wait_for_the_tower_library():
+    code = "import sys, mapet.tokenize_stage.inspect; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_what_does_not_fit_is_told_before_anything_is_written(chain, tower: str, source: Path, tmp_path: Path):

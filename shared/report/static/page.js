@@ -25,18 +25,35 @@ const page = {
   show(element, block = "center") {
     element.scrollIntoView({ block, behavior: page.calm.matches ? "auto" : "smooth" });
   },
-  // Draws `build(width, height)` into #id, and again whenever it has another width.
+  // Draws `build(width, height)` into #id, again whenever it has another width, and when what it returns is called.
   chart(id, label, build) {
     const place = document.getElementById(id);
-    if (!place) return;
+    if (!place) return () => {};
     let drawn = 0;
-    new ResizeObserver(() => {
+    const draw = (again) => {
       const width = Math.floor(place.clientWidth);
-      if (!width || width === drawn) return;
+      if (!width || (width === drawn && !again)) return;
       drawn = width;
       const plot = build(width, Math.round(width * Number(place.dataset.ratio)));
       name(plot, label);
       place.replaceChildren(plot);
-    }).observe(place);
+    };
+    new ResizeObserver(() => draw(false)).observe(place);
+    return () => draw(true);
+  },
+  // One coloured square for each place of the grid of patches; `words` of its value stand in its tip and in the scale.
+  gridMap(id, label, grid, { name, domain, words }) {
+    const cells = grid.flatMap((line, row) => line.map((value, column) => ({ row: row + 1, column: column + 1, value })));
+    const title = (cell) => `Row ${cell.row}, column ${cell.column}\n${cell.value === null ? "unknown" : words(cell.value)}`;
+    page.chart(id, label, (width) =>
+      Plot.plot({
+        width, aspectRatio: 1, margin: 0, marginTop: 4, padding: 0.04, x: { axis: null }, y: { axis: null },
+        color: { scheme: "viridis", domain, legend: true, label: name, tickFormat: words, width: Math.min(width, 280) },
+        marks: [
+          Plot.cell(cells, { x: "column", y: "row", fill: "value", rx: 2 }),
+          Plot.tip(cells, Plot.pointer({ x: "column", y: "row", title })),
+        ],
+      }),
+    );
   },
 };

@@ -82,7 +82,9 @@
     return `${page.count(patches)} in ${page.count(here.size)} image${here.size > 1 ? "s" : ""} on this page`;
   };
   const words = (code) =>
-    counts[code]
+    !total
+      ? "Nobody knows how often it is used."
+      : counts[code]
       ? `${page.count(counts[code])} patches (${page.share(counts[code], total)}), rank ${page.count(rank[code])} of ${page.count(k)}; ${onThisPage(code)}.`
       : "A dead code: no patch has it.";
 
@@ -299,19 +301,9 @@
     return plot;
   });
   if (page.data.perplexity) {
-    const cells = page.data.perplexity.flatMap((line, row) => line.map((value, column) => ({ row: row + 1, column: column + 1, value })));
-    const [low, high] = d3.extent(cells, (cell) => cell.value);
-    page.chart("perplexity-map", `Perplexity over the grid, from ${low.toFixed(1)} to ${high.toFixed(1)}`, (width) =>
-      Plot.plot({
-        width, aspectRatio: 1, margin: 0, marginTop: 4, padding: 0.04,
-        x: { axis: null }, y: { axis: null },
-        color: { scheme: "viridis", legend: true, label: "perplexity", width: Math.min(width, 280) },
-        marks: [
-          Plot.cell(cells, { x: "column", y: "row", fill: "value", rx: 2 }),
-          Plot.tip(cells, Plot.pointer({ x: "column", y: "row", title: (d) => `Row ${d.row}, column ${d.column}\nperplexity ${d.value.toFixed(1)}` })),
-        ],
-      }),
-    );
+    const [low, high] = d3.extent(page.data.perplexity.flat());
+    const label = `Perplexity over the grid, from ${low.toFixed(1)} to ${high.toFixed(1)}`;
+    page.gridMap("perplexity-map", label, page.data.perplexity, { name: "perplexity", words: (value) => `${+value.toFixed(1)}` });
   }
   if (page.data.objective) {
     const lines = page.data.objective.flatMap((restart, run) => restart.map((value, at) => ({ run, iteration: at + 1, value })));

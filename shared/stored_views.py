@@ -1,0 +1,95 @@
+"""Views of a token store with their pixels, where the images are at hand."""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .errors import DataError
+from .images import ImageRecord, decode, read_bytes
+from .randomness import generator
+from .remote import is_remote
+from .sources import SourceShard, open_source
+from .token_rows import NO_LABEL, ShardRows
+from .token_store import TokenStore
+from .views import CropBox, replay
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """One view of one image of the store."""
+
+    shard: str
+    row: int
+    view: int
+
+
+class StoredViews:
+    """The pixels of a store's views: from the source of its images, or from the store where it holds them."""
+
+    def __init__(self, store: TokenStore, images: str | None):
+        """Raises DataError or UsageError where `images` cannot be opened or has no shard of the store."""
+        self._store = store
+        self._sources = _sources(store, images) if images else {}
+        holds_them = store.holds_images and not is_remote(store.path)
+        self.shards = list(self._sources) or (list(store.entries) if holds_them else [])
+        """The shards whose images are at hand, by name."""
+
+    def record(self, shard: str, rows: ShardRows, row: int) -> ImageRecord:
+        """Where the image of one row lies."""
+        root = Path(self._sources[shard].root if self._sources else self._store.tar_of(shard))
+        path = root / rows.paths[row] if self._sources and rows.paths[row] else root
+        label = int(rows.labels[row])
+        where = int(rows.offsets[row]), int(rows.lengths[row])
+        return ImageRecord(rows.keys[row], path, *where, None if label == NO_LABEL else label)
+
+    def view(
+        self, shard: str, rows: ShardRows, row: int, view: int, side: int, interpolation: str = "bicubic"
+    ) -> Image.Image:
+        """What the tower saw of an image, at `side` x `side` pixels; DataError if its bytes are not those encoded."""
+        record = self.record(shard, rows, row)
+        content = read_bytes(record)
+        if zlib.crc32(content) != rows.crc32[row]:
+            raise DataError(
+                f"{record.path}: image {record.key!r} is not the one that was encoded (its CRC32 differs); "
+                "give the images that the tokens were made of."
+            )
+        image = decode(content, f"{record.path}: image {record.key!r}")
+        return replay(image, CropBox(*rows.crops[row, view]), bool(rows.flips[row, view]), side, interpolation)
+
+
+def _sources(store: TokenStore, images: str) -> dict[str, SourceShard]:
+    sources = {shard.name: shard for shard in open_source(images) if shard.name in store.entries}
+    if not sources:
+        raise DataError(f"--images {images} has none of the shards of {store.path}; give what its tokens were made of.")
+    remote = next((shard.root for shard in sources.values() if shard.is_remote), None)
+    if remote:
+        raise DataError(f"{remote} is remote; a page needs its images here, download some of the tars first.")
+    return sources
+
+
+def choose_images(store: TokenStore, shards: Sequence[str], count: int, seed: int) -> list[Place]:
+    """`count` views of as many images of `shards`, uniform over both and drawn by `seed`, in the store's order."""
+    sizes = [store.entries[name]["images"] for name in shards]
+    random = generator(seed, "page images")
+    picked = np.sort(random.choice(sum(sizes), min(count, sum(sizes)), replace=False))
+    views = random.integers(0, store.views, len(picked))
+    ends = np.cumsum(sizes)
+    of = np.searchsorted(ends, picked, side="right")
+    return [
+        Place(shards[shard], int(image - (ends[shard] - sizes[shard])), int(view))
+        for shard, image, view in zip(of, picked, views, strict=True)
+    ]
+
+
+def by_shard(store: TokenStore, images: Iterable[tuple[str, int]]) -> Iterator[tuple[str, ShardRows, list[int]]]:
+    """(shard, its rows, which rows of it) of images, each shard read once."""
+    grouped: dict[str, list[int]] = defaultdict(list)
+    for shard, row in sorted(set(images)):
+        grouped[shard].append(row)
+    for shard, chosen in grouped.items():
+        yield shard, store.read_rows(shard), chosen
