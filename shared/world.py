@@ -142,7 +142,11 @@ def joined_world(device: str = "cpu") -> Iterator[World]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=_LONGEST_WAIT)
+    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=_LONGEST_WAIT))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # Without --rdzv-backend c10d, torchrun keeps its store over restarts, and in it addresses of dead processes.
+        store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_LONGEST_WAIT)
     try:
         yield World(torch.distributed.get_rank(), size)
         # gloo may abort a process that is still talking when another one hangs up.
