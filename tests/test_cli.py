@@ -116,6 +116,9 @@ def test_the_whole_chain_by_command(chain, tower, tmp_path: Path):
     assert key["usage"]["used"] + key["usage"]["dead"] == 16
 
 
+PARTS = 8  # each case starts a command, and several processes share the tests
+
+
 def broken(chain, tower: str, folder: Path) -> dict[str, tuple[list, int, str]]:
     """Arguments, exit code and words of the sentence, for each thing that can be wrong."""
     (folder / "empty.tar").write_bytes(b"")
@@ -194,10 +197,11 @@ def broken(chain, tower: str, folder: Path) -> dict[str, tuple[list, int, str]]:
     }
 
 
-def test_what_is_wrong_is_said_in_one_sentence_and_leaves_nothing_behind(chain, tower, tmp_path: Path):
+@pytest.mark.parametrize("part", range(PARTS))
+def test_what_is_wrong_is_said_in_one_sentence_and_leaves_nothing_behind(chain, tower, tmp_path: Path, part: int):
     if torch.cuda.is_available():
         pytest.skip("one of the cases needs a machine without CUDA")
-    for name, (arguments, code, words) in broken(chain, tower, tmp_path).items():
+    for name, (arguments, code, words) in list(broken(chain, tower, tmp_path).items())[part::PARTS]:
         result = mapet_command(*arguments)
         said = [line for line in result.stderr.splitlines() if line.startswith("mapet: ")]
         assert result.returncode == code, (name, result)

@@ -1,37 +1,29 @@
 """pretrain: images and their stored tokens -> a pre-trained MaPeT. No teacher, no masks in the loader."""
 
-import json
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from ..shared.console import progress, say, table
-from ..shared.devices import choose_device, choose_workers, peak_flops
+from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError, Interrupted
-from ..shared.files import written_whole
 from ..shared.loading import batches
 from ..shared.token_store import TokenStore
 from ..shared.world import Vote, World, joined_world
-from .checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, load_tensors
 from .data import LoadSample, check_grid
 from .dry_run import measure, show_plan
-from .interchange import start_from
-from .join import join
-from .logbook import Logbook, StepMetrics, drop_lines_after
+from .logbook import Logbook, StepMetrics
 from .order import global_batches
 from .parallel import peers_explained
-from .plan import Plan, flops_per_image, make_plan
-from .probe import RunProbe
-from .record import write_record
-from .resume import find_resumable, refuse_other_images, refuse_other_start
+from .plan import Plan, make_plan
+from .run import Run, join_images, open_run
 from .settings import Settings, resolve
 from .streaming import tars_at_hand
 from .tokenised import TokenisedImages
@@ -80,131 +72,11 @@ def pretrain(
         if dry_run:
             _dry_run(images, TokenStore(tokens), settings, device, world)
             return None
-        run = _open(images, tokens, Path(out), settings, init, resume, device, world)
+        run = open_run(images, tokens, Path(out), settings, init, resume, device, world)
         with run.logbook as logbook:
             path = _train(run, logbook)
         _summary(run, path)
     return path
-
-
-class _Run:
-    """What a run is made of, as it is when training begins or goes on."""
-
-    def __init__(
-        self, settings: Settings, store: TokenStore, data: TokenisedImages, out: Path, device: str, world: World
-    ):
-        self.settings, self.store, self.data, self.out, self.world = settings, store, data, out, world
-        self.device = device
-        self.plan = make_plan(settings, len(data), world.size)
-        self.probe = RunProbe(settings, device) if world.is_first and settings.probe.images is not None else None
-        self.trainer = Trainer(settings, store.k, self.plan, world, device)
-        self.start = 0
-        self.init: dict[str, str] | None = None
-        self.checkpoints: Checkpoints
-        self.logbook: Logbook
-
-    def about(self, pending: list[dict[str, Any]]) -> dict[str, Any]:
-        """What a checkpoint says besides tensors; `pending` are the metrics since the last line of metrics.jsonl."""
-        settings = self.settings
-        return {
-            "model": settings.model.shape(self.store.k).to_json(),
-            "input": {name: getattr(settings.data, name) for name in ("mean", "std", "interpolation")},
-            "seed": settings.train.seed,
-            "settings": settings.to_json(),
-            "codebook_fingerprint": self.store.fingerprint,
-            "view": self.store.view,
-            "images": len(self.data),
-            "keys_sha256": self.data.keys_sha256,
-            "init": self.init,
-            "loss_watch": self.trainer.watch.to_json(),
-            "pending": pending,
-        }
-
-    def save(self, step: int) -> None:
-        """Has a checkpoint written while training goes on."""
-        pending, tensors = self.logbook.pending(step), self.trainer.tensors()
-        if self.world.is_first:
-            self.checkpoints.save(step, tensors, self.about(pending))
-
-
-def _open(
-    images: str | Path | Sequence[str | Path] | None,
-    tokens: str | Path,
-    out: Path,
-    settings: Settings,
-    init: str | Path | None,
-    resume: str,
-    device: str,
-    world: World,
-) -> _Run:
-    """The run, new or as its newest checkpoint left it."""
-    store = TokenStore(tokens)
-    check_grid(store, settings.model)
-    found = world.from_first(lambda: find_resumable(out, resume, settings, store))
-    data = _join(images, store, settings, world)
-    run = world.together(lambda: _Run(settings, store, data, out, device, world))
-    pending: list[StepMetrics] = []
-    if found:
-        path, state = found
-        world.together(lambda: refuse_other_images(path, state, data))
-        world.together(lambda: refuse_other_start(path, state["init"], init))
-        run.trainer.prepare()
-        names = [MODEL, OPTIMIZER, *([EMA] if settings.train.ema is not None else [])]
-        run.trainer.restore({name: load_tensors(path, name) for name in names}, state["loss_watch"])
-        run.start, run.init = state["step"], state["init"]
-        pending = [StepMetrics(**metrics) for metrics in state["pending"]]
-        say(f"Going on from {path} (step {run.start} of {run.plan.steps}).")
-    else:
-        if init is not None:
-            run.init = world.together(lambda: start_from(run.trainer.model, init))
-        run.trainer.prepare()
-    if world.is_first:
-        _begin_folder(run)
-    train = settings.train
-    run.checkpoints = Checkpoints(out, train.keep_last, train.keep_every)
-    run.logbook = Logbook(
-        out,
-        run.start,
-        pending,
-        every=train.log_every,
-        steps=run.plan.steps,
-        steps_per_epoch=run.plan.steps_per_epoch,
-        peak_images_per_second=_peak_images_per_second(run),
-        wandb=train.wandb,
-        settings=settings.to_json(),
-        writes=world.is_first,
-    )
-    world.wait()
-    return run
-
-
-def _peak_images_per_second(run: _Run) -> float | None:
-    """At the GPUs' greatest bfloat16 FLOP/s, where the maker states it."""
-    peak = peak_flops(run.device)
-    return peak and run.world.size * peak / flops_per_image(run.settings, run.store.k)
-
-
-def _begin_folder(run: _Run) -> None:
-    run.out.mkdir(parents=True, exist_ok=True)
-    with written_whole(run.out / "settings.yaml") as partial:
-        OmegaConf.save(OmegaConf.structured(run.settings), partial)
-    about = {
-        "images": len(run.data),
-        "keys_sha256": run.data.keys_sha256,
-        "tokens": str(run.store.path),
-        "view": run.store.view,
-        "codebook_fingerprint": run.store.fingerprint,
-        "init": run.init,
-        "processes": run.world.size,
-    }
-    write_record(run.out, run.start, about)
-    # What was written down after the checkpoint is about to happen again.
-    for path in (*_keys_folder(run).glob("*.jsonl"), *run.out.glob("bad-steps.jsonl"), *run.out.glob("probe.jsonl")):
-        drop_lines_after(path, run.start)
-
-
-def _keys_folder(run: _Run) -> Path:
-    return run.out / "keys"
 
 
 @contextmanager
@@ -220,13 +92,6 @@ def _stop_asked() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _join(
-    images: str | Path | Sequence[str | Path] | None, store: TokenStore, settings: Settings, world: World
-) -> TokenisedImages:
-    data = settings.data
-    return join(images, store, data.skip_missing, world, shuffle=data.shuffle, cache=data.cache)
 
 
 def _load(
@@ -247,7 +112,7 @@ def _dry_run(
     images: str | Path | Sequence[str | Path] | None, store: TokenStore, settings: Settings, device: str, world: World
 ) -> None:
     check_grid(store, settings.model)
-    data = _join(images, store, settings, world)
+    data = join_images(images, store, settings, world)
     plan = world.together(lambda: make_plan(settings, len(data), world.size))
     memory = show_plan(settings, store.k, plan, world, device)
     trainer = Trainer(settings, store.k, plan, world, device)
@@ -256,7 +121,7 @@ def _dry_run(
     say("Dry run: nothing was written.")
 
 
-def _train(run: _Run, logbook: Logbook) -> Path:
+def _train(run: Run, logbook: Logbook) -> Path:
     settings, plan = run.settings, run.plan
     loader = _load(settings, plan, run.data, run.world, run.device, run.start)
     vote = Vote(run.world)
@@ -279,7 +144,7 @@ def _train(run: _Run, logbook: Logbook) -> Path:
             except BadStep as bad:
                 _give_up(run, bad)
             if _is_probed(run, step + 1):
-                _probe(run, step + 1)
+                run.probe_now(step + 1)
             if stop:
                 _stop(run, step + 1)
     return run.world.from_first(run.checkpoints.finish)
@@ -292,37 +157,21 @@ def _next(loader: Iterator[dict[str, Tensor]], plan: Plan) -> tuple[list[dict[st
     return parts, time.perf_counter() - began
 
 
-def _step(run: _Run, step: int, parts: list[dict[str, Tensor]]) -> StepMetrics:
+def _step(run: Run, step: int, parts: list[dict[str, Tensor]]) -> StepMetrics:
     if run.settings.train.log_keys:
         # Before the step, in which processes wait for each other: no checkpoint has a step whose keys are not written.
-        keys = [run.data.key(int(index)) for part in parts for index in part["index"]]
-        _append(_keys_folder(run) / f"process-{run.world.rank}.jsonl", {"step": step + 1, "keys": keys})
+        run.log_keys(step + 1, [run.data.key(int(index)) for part in parts for index in part["index"]])
     try:
         metrics = run.trainer.step(step, parts)
     except BadStep as bad:
         _give_up(run, bad)
     if metrics.problem is not None:
-        _list_bad_step(run, step + 1, metrics.problem)
+        run.list_bad_step(step + 1, metrics.problem)
     return metrics
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def _list_bad_step(run: _Run, step: int, problem: str) -> None:
-    """Adds a step's images to RUN/bad-steps.jsonl, those of all processes."""
-    if not run.world.is_first:
-        return
-    _, batch = next(global_batches(run.data, run.settings, step - 1))
-    keys = [run.data.key(index) for index in batch.tolist()]
-    _append(run.out / "bad-steps.jsonl", {"step": step, "problem": problem, "keys": keys})
-
-
-def _give_up(run: _Run, bad: BadStep) -> NoReturn:
-    _list_bad_step(run, bad.step, bad.problem)
+def _give_up(run: Run, bad: BadStep) -> NoReturn:
+    run.list_bad_step(bad.step, bad.problem)
     run.world.raise_agreed(
         DataError(
             f"Step {bad.step} has {bad.problem}; its images are listed in {run.out / 'bad-steps.jsonl'}. Lower "
@@ -331,7 +180,7 @@ def _give_up(run: _Run, bad: BadStep) -> NoReturn:
     )
 
 
-def _stop(run: _Run, step: int) -> NoReturn:
+def _stop(run: Run, step: int) -> NoReturn:
     path = run.world.from_first(run.checkpoints.finish)
     run.world.raise_agreed(
         Interrupted(
@@ -340,20 +189,12 @@ def _stop(run: _Run, step: int) -> NoReturn:
     )
 
 
-def _is_probed(run: _Run, step: int) -> bool:
+def _is_probed(run: Run, step: int) -> bool:
     probe = run.settings.probe
     return probe.images is not None and (step % probe.every == 0 or step == run.plan.steps)
 
 
-def _probe(run: _Run, step: int) -> None:
-    weights = run.trainer.weights()
-    if run.probe is not None:
-        found = run.probe.measure(weights, run.store.k)
-        _append(run.out / "probe.jsonl", {"step": step, **found})
-        run.logbook.probed(step, found)
-
-
-def _summary(run: _Run, path: Path) -> None:
+def _summary(run: Run, path: Path) -> None:
     if not run.world.is_first:
         return
     logbook = run.logbook

@@ -1,0 +1,87 @@
+"""What --dry-run foretells beside what then happens: one JSON line for each way to train.
+
+python benchmarks/dry_run.py [--threads 2] [--steps 40]
+
+Memory is the peak of what is resident above that after imports; time is that of all steps.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import typer
+from mapet.demo import TOWER
+from mapet.shared.drawings import write_drawings
+from mapet.shared.world import World
+from mapet.tokenize_stage.build_codebook import build_codebook
+from mapet.tokenize_stage.encode_shards import encode_shards
+from mapet.train_stage.dry_run import estimate_memory
+from mapet.train_stage.plan import make_plan
+from mapet.train_stage.settings import resolve
+
+WAYS = {
+    "tiny": ["model.name=vit-tiny"],
+    "tiny, two parts": ["model.name=vit-tiny", "execution.micro_batch=8"],
+    "tiny, bfloat16": ["model.name=vit-tiny", "train.precision=bfloat16"],
+    "small, checkpointing": ["model.name=vit-small", "execution.grad_checkpointing=true"],
+    "small, average kept": ["model.name=vit-small", "train.ema=0.999"],
+}
+COMMON = ["model.image_size=224", "model.patch_size=28", "train.batch_size=16", "optimizer.warmup_epochs=0.1"]
+K = 64
+TRAINED = """
+import json, resource, sys, time
+from pathlib import Path
+import mapet.train_stage.pretrain, faiss, zarr
+before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+mapet.train_stage.pretrain.pretrain(*sys.argv[1:4], overrides=sys.argv[4:], device="cpu")
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"bytes": peak - before}))
+"""
+
+
+def main(threads: int = 2, steps: int = 40) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_drawings(root / "images", 160, seed=1, per_tar=32)
+        build_codebook(root / "images", root / "codebook", tower=f"local-dir:{TOWER}", k=K, restarts=1, iterations=5)
+        encode_shards(root / "images", root / "codebook", root / "tokens")
+        for name, overrides in WAYS.items():
+            settings = [*COMMON, *overrides, f"train.epochs={steps // 10}"]
+            print(json.dumps(compare(root, name, settings)), flush=True)
+
+
+def compare(root: Path, name: str, overrides: list[str]) -> dict:
+    settings = resolve(None, overrides)
+    foretold = estimate_memory(settings, K, make_plan(settings, 160), World())
+    words = ["--images", root / "images", "--tokens", root / "tokens", "--out", root / name, "--device", "cpu"]
+    options = [word for one in overrides for word in ("--set", one)]
+    start = [sys.executable, "-c", "from mapet.cli import main; main()", "train", "pretrain"]
+    told = run([*start, *words, *options, "--dry-run"])
+    hours, minutes, seconds = map(int, re.search(r"all steps.*?(\d+):(\d\d):(\d\d)", told).groups())
+    a_step = float(re.search(r"a step.*?([\d.]+) s", told)[1])
+    happened = run([sys.executable, "-c", TRAINED, root / "images", root / "tokens", root / name, *overrides])
+    used = json.loads(happened.splitlines()[-1])["bytes"]
+    lines = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+    took = sum(16 * 10 / line["images_per_second"] for line in lines)
+    return {
+        "figure": f"dry run, {name}",
+        "memory_mb": used >> 20,
+        "memory_foretold_over_used": round(foretold / used, 3),
+        "seconds": round(took, 1),
+        "time_foretold_over_taken": round(a_step * len(lines) * 10 / took, 3),
+        "printed": str(timedelta(hours=hours, minutes=minutes, seconds=seconds)),
+    }
+
+
+def run(command: list) -> str:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    typer.run(main)
