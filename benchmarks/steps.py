@@ -96,14 +96,17 @@ def seconds(run: Callable, device: str = "cpu") -> float:
     return time.perf_counter() - began
 
 
+def interleaved_seconds(ours: Callable, theirs: Callable, pairs: int, device: str) -> list[tuple[float, float]]:
+    """Times of both in turns, after two of each that do not count."""
+    for run in (ours, theirs):
+        for _ in range(2):
+            run()
+    return [(seconds(ours, device), seconds(theirs, device)) for _ in range(pairs)]
+
+
 def interleaved(ours: Step, theirs: Step, pairs: int, device: str = "cpu") -> dict:
     """Times of forward and backward in turns; ratio is the median of theirs / ours, above 1 where ours is faster."""
-    for step in (ours, theirs):
-        for _ in range(2):
-            step().backward()
-    times = [
-        (seconds(lambda: ours().backward(), device), seconds(lambda: theirs().backward(), device)) for _ in range(pairs)
-    ]
+    times = interleaved_seconds(lambda: ours().backward(), lambda: theirs().backward(), pairs, device)
     return {
         "ratio": round(statistics.median(b / a for a, b in times), 3),
         "our_ms": round(1e3 * statistics.median(a for a, _ in times), 1),
