@@ -25,7 +25,7 @@ from .trainer import PretrainingLoss, Trainer
 WARM_UP, MEASURED = 2, 10
 # What a process holds beside its tensors, measured on the CPU (benchmarks/dry_run.py): kernels and thread pools that
 # are loaded at their first use, and memory that the allocator cannot use again.
-_LIBRARIES, _ALLOCATOR = 95 << 20, 1.15
+_LIBRARIES, _ALLOCATOR = 30 << 20, 1.2
 
 
 def show_plan(settings: Settings, k: int, plan: Plan, world: World, device: str) -> int:
