@@ -1,11 +1,13 @@
 """Files that appear whole or not at all, and digests that prove what is in them."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ from .remote import explained, is_remote, read_whole, uploaded_whole
 
 _PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LONGEST_WAIT_FOR_LOCK = 60.0
 SEAL = "sha256_of_the_rest"
 
 
@@ -102,6 +105,49 @@ def _not_written(path: Path, number: int, text: str) -> DataError:
     reason = os.strerror(number) if number else text
     remedy = "make room" if number in _FULL else "make it writable or choose another place"
     return DataError(f"{place} could not be written ({reason}); {remedy} and give the same command again.")
+
+
+class WriteLock:
+    """Keeps two processes from writing to one folder at the same time; the kernel lets go when its holder dies.
+
+    Where the file system knows no locks, nobody is kept out.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._file: int | None = None
+
+    def take(self) -> None:
+        """Takes the lock, if the folder exists and it is not held yet.
+
+        Waits a minute for a process that is just ending, then raises UsageError.
+        """
+        if self._file is not None or not self._folder.is_dir():
+            return
+        self._file = os.open(self._folder / ".lock", os.O_CREAT | os.O_WRONLY)
+        deadline = time.monotonic() + _LONGEST_WAIT_FOR_LOCK
+        while not _locked(self._file):
+            if time.monotonic() > deadline:
+                self.release()
+                raise UsageError(
+                    f"Another process is writing to {self._folder}; wait until it ends or choose another --out."
+                )
+            time.sleep(0.2)
+
+    def release(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def _locked(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:

@@ -1,5 +1,6 @@
 """pretrain: images and their stored tokens -> a pre-trained MaPeT. No teacher, no masks in the loader."""
 
+import os
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..shared.console import progress, say, table
 from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError, Interrupted
+from ..shared.files import WriteLock
 from ..shared.loading import batches
 from ..shared.token_store import TokenStore
 from ..shared.world import Vote, World, joined_world
@@ -72,10 +74,14 @@ def pretrain(
         if dry_run:
             _dry_run(images, TokenStore(tokens), settings, device, world)
             return None
-        run = open_run(images, tokens, Path(out), settings, init, resume, device, world)
-        with run.logbook as logbook:
-            path = _train(run, logbook)
-        _summary(run, path)
+        lock = WriteLock(Path(out))
+        try:
+            run = open_run(images, tokens, Path(out), settings, init, resume, device, world, lock)
+            with run.logbook as logbook:
+                path = _train(run, logbook)
+            _summary(run, path)
+        finally:
+            lock.release()
     return path
 
 
@@ -124,7 +130,7 @@ def _dry_run(
 def _train(run: Run, logbook: Logbook) -> Path:
     settings, plan = run.settings, run.plan
     loader = _load(settings, plan, run.data, run.world, run.device, run.start)
-    vote = Vote(run.world)
+    vote, parent = Vote(run.world), os.getppid()
     with (
         _stop_asked() as asked,
         tars_at_hand(run.data, settings, run.start) as passed,
@@ -138,7 +144,9 @@ def _train(run: Run, logbook: Logbook) -> Path:
                 note = logbook.note(step + 1, metrics, waited)
                 advance(1, note)
                 done = step + 1 == plan.steps
-                stop = vote.ask(asked.is_set()) and not done
+                # Processes whose torchrun was killed would train on beside those that another one starts.
+                orphaned = run.world.size > 1 and os.getppid() != parent
+                stop = vote.ask(asked.is_set() or orphaned) and not done
                 if done or stop or (step + 1) % settings.train.checkpoint_every == 0:
                     run.save(step + 1)
             except BadStep as bad:

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from ..shared.console import say
 from ..shared.devices import peak_flops
-from ..shared.files import written_whole
+from ..shared.files import WriteLock, written_whole
 from ..shared.token_store import TokenStore
 from ..shared.world import World
 from .checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, load_tensors
@@ -95,10 +95,12 @@ def open_run(
     resume: str,
     device: str,
     world: World,
+    lock: WriteLock,
 ) -> Run:
-    """The run, new or as its newest checkpoint left it."""
+    """The run, new or as its newest checkpoint left it; its first process holds the `lock` of its folder."""
     store = TokenStore(tokens)
     check_grid(store, settings.model)
+    world.from_first(lock.take)
     found = world.from_first(lambda: find_resumable(out, resume, settings, store))
     data = join_images(images, store, settings, world)
     run = world.together(lambda: Run(settings, store, data, out, device, world))
@@ -117,8 +119,7 @@ def open_run(
         if init is not None:
             run.init = world.together(lambda: start_from(run.trainer.model, init))
         run.trainer.prepare()
-    if world.is_first:
-        _begin_folder(run)
+    world.from_first(lambda: _begin_folder(run, lock))
     train = settings.train
     run.checkpoints = Checkpoints(out, train.keep_last, train.keep_every)
     run.logbook = Logbook(
@@ -151,8 +152,9 @@ def _peak_images_per_second(run: Run) -> float | None:
     return peak and run.world.size * peak / flops_per_image(run.settings, run.store.k)
 
 
-def _begin_folder(run: Run) -> None:
+def _begin_folder(run: Run, lock: WriteLock) -> None:
     run.out.mkdir(parents=True, exist_ok=True)
+    lock.take()
     with written_whole(run.out / "settings.yaml") as partial:
         OmegaConf.save(OmegaConf.structured(run.settings), partial)
     about = {

@@ -163,6 +163,19 @@ def test_torchrun_restarts_what_a_killed_process_ended_and_it_ends_bit_identical
     assert metrics(out) == metrics(two)
 
 
+def test_processes_whose_torchrun_was_killed_stop_before_others_go_on(chain, two: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    words = arguments(chain, out, "train.checkpoint_every=3", "train.epochs=7")
+    process = torchrun(2, words)
+    wait_for_step(out, 2, process)
+    process.kill()  # its workers are not told
+    finished(torchrun(2, words))
+    assert same_weights(newest_checkpoint(out), newest_checkpoint(two))
+    assert keys_of_steps(out) == keys_of_steps(two)
+    assert metrics(out) == metrics(two)
+    process.communicate()
+
+
 def test_a_process_that_fails_ends_the_run_with_its_reason(chain, tmp_path: Path, write_folder):
     """One image of 96 is damaged; whichever process meets it says so, and the other one does not hang."""
     tars = {path.name: path.read_bytes() for path in chain.tars}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from mapet.shared.errors import DataError, UsageError
+from mapet.shared.files import WriteLock
 from mapet.train_stage.checkpoint import newest_checkpoint
 from mapet.train_stage.interchange import load_weights
 from mapet.train_stage.logbook import BANDS, Logbook, StepMetrics
@@ -123,6 +124,17 @@ def test_a_probe_of_images_without_labels_is_refused_before_training(chain, tmp_
     with pytest.raises(DataError, match="have no label"):
         run(chain, tmp_path / "run", f"probe.images={chain.images}", f"probe.val={unlabelled}")
     assert newest_checkpoint(tmp_path / "run") is None
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(chain, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("mapet.shared.files._LONGEST_WAIT_FOR_LOCK", 0.5)
+    other = WriteLock(tmp_path)
+    other.take()
+    with pytest.raises(UsageError, match=r"Another process is writing to .*; wait until it ends"):
+        run(chain, tmp_path)
+    other.release()
+    run(chain, tmp_path)
+    run(chain, tmp_path, "train.log_every=5")  # it was let go
 
 
 WITH_WANDB = """
