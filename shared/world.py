@@ -121,6 +121,11 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def local_rank() -> int:
+    """Which of its node's processes this one is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 @contextmanager
 def joined_world(device: str = "cpu") -> Iterator[World]:
     """The world that torchrun started this process in; a world of one if it did not.
@@ -140,7 +145,7 @@ def joined_world(device: str = "cpu") -> Iterator[World]:
     import torch
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     store, rank, size = next(torch.distributed.rendezvous("env://", timeout=_LONGEST_WAIT))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 import numpy as np
 
 from ..shared.errors import DataError
-from ..shared.world import World
+from ..shared.world import World, local_rank
 
 _ALIGNMENT = 64
 T = TypeVar("T")
@@ -77,11 +77,6 @@ class ColumnWriter:
 def text_at(text: np.ndarray, ends: np.ndarray, index: int) -> str:
     """The text number `index` of two columns that `ColumnWriter.add_strings` wrote."""
     return text[ends[index - 1] if index else 0 : ends[index]].tobytes().decode()
-
-
-def local_rank() -> int:
-    """Which of its node's processes this one is."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def shared_columns(

@@ -28,7 +28,7 @@ WARM_UP, MEASURED = 2, 10
 _LIBRARIES, _ALLOCATOR = 30 << 20, 1.2
 
 
-def show_plan(settings: Settings, k: int, plan: Plan, world: World, device: str) -> int:
+def show_plan(settings: Settings, k: int, plan: Plan, world: World) -> int:
     """Prints the resolved plan; returns the bytes that a process will hold, imports aside."""
     shape, train, optimizer = settings.model.shape(k), settings.train, settings.optimizer
     layout = step_layout(settings.objective, shape.patches, train.seed, 0, plan.steps, "cpu")

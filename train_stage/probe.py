@@ -74,7 +74,9 @@ def probe(
     if pixels:
         rows.append((f"pixels {PIXELS}x{PIXELS}", lambda shown: adaptive_avg_pool2d(shown, PIXELS).flatten(1)))
     functions = [function for _, function in rows]
-    passes = _extract(sources, found.preprocess, functions, batch_size, choose_workers(workers, device), device)
+    workers = choose_workers(workers, device)
+    with progress("extracting features", sum(map(len, sources))) as advance:
+        passes = _extract(sources, found.preprocess, functions, batch_size, workers, device, advance)
     outcome = [
         ProbeResult(name, linear_probe(train, labels[0], test, labels[1]), knn(train, labels[0], test, labels[1]))
         for (name, _), (train, test) in zip(rows, passes, strict=True)
@@ -103,8 +105,7 @@ class RunProbe:
         labels = [torch.tensor([record.label for record in records]) for records in self._sources]
         workers = choose_workers(data.workers, self._device)
         functions = [_pooled(weights, self._device)]
-        with torch.no_grad():
-            ((train, test),) = _passes(self._sources, weights.preprocess, functions, 128, workers, self._device)
+        ((train, test),) = _extract(self._sources, weights.preprocess, functions, 128, workers, self._device)
         found = {"knn": knn(train, labels[0], test, labels[1])}
         if settings.probe.linear:
             found["linear"] = linear_probe(train, labels[0], test, labels[1])
@@ -148,21 +149,9 @@ def _extract(
     batch_size: int,
     workers: int,
     device: str,
-) -> list[list[Tensor]]:
-    """For each function, its features (n, dim) float32 on `device` of the training and of the validation images."""
-    with progress("extracting features", sum(map(len, sources))) as advance:
-        return _passes(sources, preprocess, functions, batch_size, workers, device, advance)
-
-
-def _passes(
-    sources: list[list[ImageRecord]],
-    preprocess: Preprocess,
-    functions: list[Callable[[Tensor], Tensor]],
-    batch_size: int,
-    workers: int,
-    device: str,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[list[Tensor]]:
+    """For each function, its features (n, dim) float32 on `device` of the training and of the validation images."""
     passes = []
     for records in sources:
         parts = []

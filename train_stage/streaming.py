@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 
 from ..shared.errors import DataError, MapetError
 from ..shared.remote import download
-from .columns import local_rank
+from ..shared.world import local_rank
 from .join import TARS_PREFIX
 from .order import shard_groups
 from .settings import Settings
