@@ -16,7 +16,7 @@ import torch
 import typer
 from dense_reference import split_heads
 from mapet.shared.devices import keep_freed_memory
-from mapet.train_stage.attention import Window, attend
+from mapet.train_stage.attention import Pattern, Window, attend
 from steps import PATCHES, Batch, count_flops, interleaved, peak_bytes, saved_bytes, under
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -101,7 +101,7 @@ def attention(data: Batch, pairs: int) -> dict:
     rows, dim = 1 + PATCHES, data.model.shape.dim
     queries = torch.randn(len(data.order), rows, dim, dtype=torch.bfloat16, requires_grad=True)
     keys_values = torch.randn(len(data.order), rows, 2 * dim, dtype=torch.bfloat16, requires_grad=True)
-    everything = [[Window(slice(0, rows), slice(0, rows))]]
+    everything = Pattern([[Window(slice(0, rows), slice(0, rows))]])
 
     def plain() -> torch.Tensor:
         parts = [split_heads(part, data.heads) for part in (queries, *keys_values.chunk(2, dim=-1))]

@@ -1,4 +1,4 @@
-"""Fused attention in which each row sees one unbroken range of keys, its window."""
+"""Fused attention in which each row sees one unbroken range of keys, its window: by windows, or under one mask."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_FUSED_BY_HAND = ("cpu",)
+_BY_WINDOWS = ("cpu",)
+"""Where slices of rows are cheaper than a mask over all keys; on an H200 one masked call takes 0.43 of their time
+(benchmarks/gpu_check.py)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,36 +25,47 @@ class Window:
     mask: Tensor | None = None
 
 
-def attend(
-    streams: Sequence[Tensor], keys_values: Tensor, heads: int, windows: Sequence[Sequence[Window]]
-) -> list[Tensor]:
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """What the rows of one or more streams attend to, in the form that their device computes fastest."""
+
+    windows: Sequence[Sequence[Window]]
+    """The windows of each stream; their rows follow one another and cover all of its rows."""
+    mask: Tensor | None = None
+    """Elsewhere than on the CPU: the same as bool (rows of all streams, keys); None if every row sees every key."""
+
+
+def make_pattern(windows: Sequence[Sequence[Window]], keys: int, device: torch.device | str) -> Pattern:
+    """The pattern of these windows, for streams on `device` that attend to so many keys."""
+    unmasked = all(window.mask is None and window.keys == slice(0, keys) for some in windows for window in some)
+    if unmasked or torch.device(device).type in _BY_WINDOWS:
+        return Pattern(windows)
+    seen = [torch.zeros(some[-1].rows.stop, keys, dtype=torch.bool, device=device) for some in windows]
+    for stream, some in zip(seen, windows, strict=True):
+        for window in some:
+            stream[window.rows, window.keys] = True if window.mask is None else window.mask
+    return Pattern(windows, torch.cat(seen))
+
+
+def attend(streams: Sequence[Tensor], keys_values: Tensor, heads: int, pattern: Pattern) -> list[Tensor]:
     """Multi-head attention of streams of queries (B, rows, dim) to one set of keys and values (B, keys, 2 dim).
 
-    `windows` has the windows of each stream; their rows follow one another and cover all of its rows. Returns what
-    each stream's rows take, (B, rows, dim).
+    Returns what each stream's rows take, (B, rows, dim).
     """
-    streams, keys_values = [_by_head(queries, heads) for queries in streams], _by_head(keys_values, 2 * heads)
-    if keys_values.device.type in _FUSED_BY_HAND:
-        joined = _OnCpu.apply(windows, keys_values, *streams)
-    else:
-        joined = [_plain(*pair, keys_values) for pair in zip(streams, windows, strict=True)]
-    return [rows.transpose(1, 2).flatten(2) for rows in joined]
+    keys_values = _by_head(keys_values, 2 * heads)
+    if keys_values.device.type in _BY_WINDOWS:
+        taken = _OnCpu.apply(pattern.windows, keys_values, *(_by_head(queries, heads) for queries in streams))
+        return [rows.transpose(1, 2).flatten(2) for rows in taken]
+    keys, values = keys_values.chunk(2, dim=1)
+    # One call for all streams: keys and values are read once, and have one gradient instead of a sum of several.
+    joined = _by_head(torch.cat(list(streams), dim=1), heads)
+    taken = scaled_dot_product_attention(joined, keys, values, attn_mask=pattern.mask).transpose(1, 2).flatten(2)
+    return list(taken.split([queries.shape[1] for queries in streams], dim=1))
 
 
 def _by_head(rows: Tensor, heads: int) -> Tensor:
     """(B, rows, heads * d) -> (B, heads, rows, d), a view."""
     return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _plain(queries: Tensor, windows: Sequence[Window], keys_values: Tensor) -> Tensor:
-    keys, values = keys_values.chunk(2, dim=1)
-    parts = [
-        scaled_dot_product_attention(
-            queries[:, :, window.rows], keys[:, :, window.keys], values[:, :, window.keys], attn_mask=window.mask
-        )
-        for window in windows
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 class _OnCpu(torch.autograd.Function):

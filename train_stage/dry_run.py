@@ -32,7 +32,7 @@ def show_plan(settings: Settings, k: int, plan: Plan, world: World) -> int:
     """Prints the resolved plan; returns the bytes that a process will hold, imports aside."""
     shape, train, optimizer = settings.model.shape(k), settings.train, settings.optimizer
     layout = step_layout(settings.objective, shape.patches, train.seed, 0, plan.steps, "cpu")
-    content = layout.content_windows[-1].rows.stop
+    content = layout.content_rows
     flops = flops_per_image(settings, k)
     parameters = parameters_of(shape)
     memory = estimate_memory(settings, k, plan, world)

@@ -6,6 +6,7 @@ blocks; objectives.py makes it. Parameters carry the names of the published chec
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn.functional import embedding, linear, pixel_unshuffle
 from torch.utils.checkpoint import checkpoint
 
 from ..shared.errors import UsageError
-from .attention import Window, attend
+from .attention import Pattern, Window, attend, make_pattern
 
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """(dim, depth, heads) of the model names `vit-tiny` ... `vit-large`."""
@@ -70,6 +71,21 @@ class Layout:
     """Which content rows the content rows attend to."""
     read_windows: tuple[Window, ...]
     """Which content rows the rows that the head reads attend to."""
+
+    @property
+    def content_rows(self) -> int:
+        return self.content_windows[-1].rows.stop
+
+    @cached_property
+    def pattern(self) -> Pattern:
+        """Of the content rows, then the query rows, if there are any: of all blocks but the last."""
+        windows = (self.content_windows, self.read_windows) if self.queries else (self.content_windows,)
+        return make_pattern(windows, self.content_rows, self.ranks.device)
+
+    @cached_property
+    def last_pattern(self) -> Pattern:
+        """Of the rows that the head reads: of the last block."""
+        return make_pattern((self.read_windows,), self.content_rows, self.ranks.device)
 
 
 class PatchEmbed(nn.Module):
@@ -131,20 +147,20 @@ class Block(nn.Module):
         self,
         content: Tensor,
         reading: Sequence[Tensor],
-        windows: Sequence[Sequence[Window]],
+        pattern: Pattern,
         keep: Tensor | None = None,
     ) -> list[Tensor]:
         """What becomes of each of the `reading` streams (B, rows, dim); keys and values are those of `content`.
 
         Args:
             content: (B, rows, dim); may be one of the streams, then as the first.
-            windows: for each stream, what its rows attend to.
+            pattern: what the rows of the streams attend to.
             keep: (B, 2) float, by how much each image's attention and MLP branch count (0 where dropped), or None.
         """
         attn, mlp = self.attn, self.mlp
         normed = _lowered(self.norm1(content))
         queries = [attn.q(normed if rows is content else _lowered(self.norm1(rows))) for rows in reading]
-        attended = attend(queries, attn.kv(normed), attn.heads, windows)
+        attended = attend(queries, attn.kv(normed), attn.heads, pattern)
         project, shrink = self.ls1.folded(attn.proj), self.ls2.folded(mlp.fc2)
         after = []
         for rows, taken in zip(reading, attended, strict=True):
@@ -209,15 +225,14 @@ class MaPeT(nn.Module):
         self._check(images, order)
         content, queries = self._embed(images, order, layout)
         streams = [content] if queries is None else [content, queries]
-        windows = [layout.content_windows, layout.read_windows][: len(streams)]
         for index, block in enumerate(self.blocks):
             if index == len(self.blocks) - 1:  # the head reads these rows only
                 content, *queries = streams
                 streams = queries or [content[:, 1 + layout.visible :]]
-                windows = [layout.read_windows]
+                pattern = layout.last_pattern
             else:
-                content = streams[0]
-            arguments = (content, streams, windows, None if keep is None else keep[:, index])
+                content, pattern = streams[0], layout.pattern
+            arguments = (content, streams, pattern, None if keep is None else keep[:, index])
             streams = (
                 checkpoint(block, *arguments, use_reentrant=False) if self.grad_checkpointing else block(*arguments)
             )
@@ -245,8 +260,9 @@ class MaPeT(nn.Module):
         """The plain ViT: images (B, 3, S, S) float -> rows after the last block (B, 1 + N, dim), class token first."""
         rows = torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)], dim=1) + self.pos_embed
         everything = slice(0, rows.shape[1])
+        pattern = Pattern([[Window(everything, everything)]])
         for block in self.blocks:
-            (rows,) = block(rows, [rows], [[Window(everything, everything)]])
+            (rows,) = block(rows, [rows], pattern)
         return rows
 
     def features(self, images: Tensor) -> Tensor:

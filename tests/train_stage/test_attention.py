@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mapet.train_stage import attention
-from mapet.train_stage.attention import Window, attend
+from mapet.train_stage.attention import Window, attend, make_pattern
 from torch import Tensor
 
 HEADS, DIM = 2, 12
@@ -45,15 +45,24 @@ def banded_rows(draw, keys: int) -> tuple[int, list[Window]]:
     return top, windows
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.fixture(params=["by windows", "under one mask"])
+def way(request, monkeypatch) -> str:
+    """The way of the CPU, or that of other devices."""
+    if request.param != "by windows":
+        monkeypatch.setattr(attention, "_BY_WINDOWS", ())
+    return request.param
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), keys=st.integers(1, 7), count=st.integers(1, 2))
-def test_windows_give_the_attention_of_their_dense_mask_and_its_gradients(data, keys: int, count: int):
+def test_windows_give_the_attention_of_their_dense_mask_and_its_gradients(way, data, keys: int, count: int):
     torch.manual_seed(0)
     drawn = [data.draw(banded_rows(keys)) for _ in range(count)]
     windows = [windows for _, windows in drawn]
     inputs = [torch.randn(2, rows, DIM, requires_grad=True) for rows, _ in drawn]
     keys_values = torch.randn(2, keys, 2 * DIM, requires_grad=True)
-    found, expected = attend(inputs, keys_values, HEADS, windows), dense(inputs, keys_values, windows)
+    pattern = make_pattern(windows, keys, "cpu")
+    found, expected = attend(inputs, keys_values, HEADS, pattern), dense(inputs, keys_values, windows)
     weights = [torch.randn_like(output) for output in expected]
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
@@ -67,15 +76,21 @@ def test_windows_give_the_attention_of_their_dense_mask_and_its_gradients(data, 
         assert torch.allclose(ours, theirs, atol=1e-4)
 
 
+def test_every_key_for_every_row_needs_no_mask_anywhere(way):
+    everything = [[Window(slice(0, 3), slice(0, 5)), Window(slice(3, 7), slice(0, 5))]]
+    assert make_pattern(everything, 5, "cpu").mask is None
+    assert (make_pattern(everything, 6, "cpu").mask is None) == (way == "by windows")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_path_of_other_devices_equals_that_of_the_cpu(monkeypatch, dtype: torch.dtype):
+def test_the_way_of_other_devices_equals_that_of_the_cpu(monkeypatch, dtype: torch.dtype):
     torch.manual_seed(0)
     mask = torch.ones(4, 7, dtype=torch.bool).tril(2)
     windows = [[Window(slice(0, 3), slice(0, 5)), Window(slice(3, 7), slice(1, 8), mask)]]
     rows, keys_values = torch.randn(2, 7, DIM, dtype=dtype), torch.randn(2, 8, 2 * DIM, dtype=dtype)
-    on_cpu = attend([rows], keys_values, HEADS, windows)[0]
-    monkeypatch.setattr(attention, "_FUSED_BY_HAND", ())
-    elsewhere = attend([rows], keys_values, HEADS, windows)[0]
+    on_cpu = attend([rows], keys_values, HEADS, make_pattern(windows, 8, "cpu"))[0]
+    monkeypatch.setattr(attention, "_BY_WINDOWS", ())
+    elsewhere = attend([rows], keys_values, HEADS, make_pattern(windows, 8, "cpu"))[0]
     assert on_cpu.dtype == elsewhere.dtype == dtype
     assert torch.allclose(on_cpu, elsewhere, atol=1e-5 if dtype == torch.float32 else 2e-2)
 
@@ -83,6 +98,6 @@ def test_the_path_of_other_devices_equals_that_of_the_cpu(monkeypatch, dtype: to
 def test_the_output_is_laid_out_for_the_projection_without_a_copy():
     everything = Window(slice(0, 5), slice(0, 5))
     rows, keys_values = torch.randn(2, 5, DIM, requires_grad=True), torch.randn(2, 5, 2 * DIM)
-    (output,) = attend([rows], keys_values, HEADS, [[everything]])
+    (output,) = attend([rows], keys_values, HEADS, make_pattern([[everything]], 5, "cpu"))
     assert output.is_contiguous()
     assert output._base is not None

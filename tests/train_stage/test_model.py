@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapet.shared.errors import UsageError
+from mapet.train_stage import attention
 from mapet.train_stage.interchange import load_published
 from mapet.train_stage.loss import token_loss
 from mapet.train_stage.model import MaPeT, Shape, drop_path_keep, drop_path_rates
@@ -60,8 +61,29 @@ def prepared(model: MaPeT, path: str) -> MaPeT:
     return model
 
 
-@pytest.mark.parametrize("path", ["plain", "chunked loss", "one window", "many windows", "checkpointing", "compiled"])
+@pytest.fixture
+def under_one_mask(monkeypatch):
+    """Attention as on other devices than the CPU."""
+    monkeypatch.setattr(attention, "_BY_WINDOWS", ())
+    make_layout.cache_clear()
+    yield
+    make_layout.cache_clear()
+
+
+PATHS = ["plain", "chunked loss", "one window", "many windows", "checkpointing", "compiled"]
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_logits_loss_and_every_gradient_equal_the_published_implementation(published, expected, path: str):
+    check_against_published(published, expected, path)
+
+
+@pytest.mark.parametrize("path", ["plain", "checkpointing", "compiled"])
+def test_so_they_do_where_attention_is_computed_under_one_mask(published, expected, under_one_mask, path: str):
+    check_against_published(published, expected, path)
+
+
+def check_against_published(published: MaPeT, expected: dict[str, Tensor], path: str) -> None:
     order, visible = expected["order"], int(expected["least_number"]) - 1
     slices = {"one window": 1, "many windows": 5}.get(path, 2)
     layout = make_layout("mapet", 16, visible, slices=slices)
