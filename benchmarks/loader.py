@@ -1,13 +1,13 @@
 """Our loader beside bare decoding and beside the usual torchvision pipeline; how long a training step waits for data.
 
-python benchmarks/loader.py TAR [--part bare] [--workers 1] [--jitter 0.4] [--crop center] [--pairs 7] [--passes 10]
+python benchmarks/loader.py TAR [--part bare] [--workers 1] [--jitter 0.4] [--crop center] [--pairs 7] [--passes 30]
 
 TAR holds photographs. Parts: `bare` (images/s of our loader, over as many processes that read, decode, crop and resize
 the same bytes with the same kernels and do nothing else), `usual` (over PIL, crop and bicubic resize, flip,
-ColorJitter, ToTensor and Normalize in a DataLoader; ours leaves the last two to the device), `wait` (share of
-pre-training steps spent waiting for data). Ours and the reference take turns; one JSON line per figure: the median of
-the pairs' ratios, their range, that of images for each second of processor time (on a machine that others use, too),
-and the medians of images/s. Repeat an option for more values.
+ColorJitter, ToTensor and Normalize in a DataLoader; ours draws the jitter and leaves the last three to the device),
+`wait` (share of pre-training steps spent waiting for data). Ours and the reference take turns; one JSON line per
+figure: the median of the pairs' ratios, their range, that of images for each second of processor time (on a machine
+that others use, too), and the medians of images/s. Repeat an option for more values.
 """
 
 import json
@@ -28,16 +28,16 @@ from mapet.shared.devices import choose_device
 from mapet.shared.images import read_bytes
 from mapet.shared.loading import batches
 from mapet.shared.views import CropBox
+from mapet.shared.world import World
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.train_stage.data import LoadSample
+from mapet.train_stage.data import LoadBatch
 from mapet.train_stage.join import join
-from mapet.train_stage.loss import token_loss
-from mapet.train_stage.model import MaPeT
-from mapet.train_stage.objectives import step_layout
 from mapet.train_stage.order import global_batches
+from mapet.train_stage.plan import make_plan
 from mapet.train_stage.settings import Settings, resolve
 from mapet.train_stage.tokenised import TokenisedImages
+from mapet.train_stage.trainer import Trainer
 from PIL import Image
 from simplejpeg import decode_jpeg
 from torch.nn.functional import interpolate
@@ -57,7 +57,7 @@ def main(
     batch_size: int = 64,
     size: Annotated[list[str], typer.Option(help="Of the models that wait.")] = ["tiny"],  # noqa: B006
     pairs: int = 7,
-    passes: int = 10,
+    passes: int = 30,
 ) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +95,12 @@ def tokenised(tar: str, folder: Path, crop: str) -> TokenisedImages:
 def settings_of(jitter: float, batch_size: int, epochs: int, model: str = "tiny") -> Settings:
     """A student of 224 pixels on the small tower's 8x8 grid."""
     grid = ["model.image_size=224", "model.patch_size=28", "optimizer.warmup_epochs=0"]
-    more = [f"data.color_jitter={jitter}", f"train.batch_size={batch_size}", f"train.epochs={epochs}"]
+    more = [
+        f"data.color_jitter={jitter}",
+        "execution.micro_batch=null",
+        f"train.batch_size={batch_size}",
+        f"train.epochs={epochs}",
+    ]
     return resolve(f"vit-{model}-16", [*grid, *more])
 
 
@@ -116,7 +121,7 @@ class Side:
 
 class Ours(Side):
     def run(self) -> int:
-        load = LoadSample(self.data, self.settings)
+        load = LoadBatch(self.data, self.settings)
         return sum(len(batch["pixels"]) for batch in batches(load, self.places, self.workers))
 
 
@@ -195,23 +200,17 @@ def waiting(data: TokenisedImages, model: str, workers: int, batch_size: int, st
     """Share of the time of steps 3, 4, ... in which the loop stood still for its next batch."""
     device = choose_device("auto")
     settings = settings_of(0.4, batch_size, 1 + steps * batch_size // len(data), model)
-    torch.manual_seed(0)
-    network = MaPeT(settings.model.shape(64)).train().to(device)
-    optimizer = torch.optim.AdamW(network.parameters())
+    plan = make_plan(settings, len(data))
+    trainer = Trainer(settings, 64, plan, World(), device)
+    trainer.prepare()
     order = ([(epoch, int(index)) for index in some] for epoch, some in global_batches(data, settings, 0))
-    loader = batches(LoadSample(data, settings), order, workers, pin_memory=device == "cuda")
+    loader = batches(LoadBatch(data, settings), order, workers, pin_memory=device == "cuda")
     waited, spent = [], []
     for step in range(steps):
         began = time.perf_counter()
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(loader).items()}
+        batch = next(loader)
         waited.append(time.perf_counter() - began)
-        layout = step_layout(settings.objective, network.shape.patches, 0, step, steps, device)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            rows = network.predict_rows(batch["pixels"].float() / 255, batch["order"], layout)
-            loss = token_loss(rows, network.decoder, batch["tokens"][:, layout.visible :], 4096)[0]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        trainer.step(step, [batch])
         if device == "cuda":
             torch.cuda.synchronize()
         spent.append(time.perf_counter() - began)

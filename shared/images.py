@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from zlib_ng.zlib_ng import crc32  # zlib's, a tenth of the time
 
 from .errors import DataError
 
@@ -76,6 +77,20 @@ def read_bytes(record: ImageRecord) -> bytes:
         raise DataError(f"{record.path} cannot be read ({error.strerror}) for key {record.key!r}.") from None
     if len(data) != record.length:
         raise DataError(f"{record.path} ends inside the image of key {record.key!r}; it changed or was cut.")
+    return data
+
+
+def read_encoded(record: ImageRecord, expected: int, source: str | None = None) -> bytes:
+    """The image's encoded bytes, if their CRC32 is the `expected` one of those that tokens were made of.
+
+    Raises DataError, about `source` if the record lies in a copy of it, if it is not, or as `read_bytes` does.
+    """
+    data = read_bytes(record)
+    if crc32(data) != expected:
+        raise DataError(
+            f"{source or record.path}: image {record.key!r} is not the one that was encoded (its CRC32 differs); "
+            "give the images that the tokens were made of, or encode these."
+        )
     return data
 
 

@@ -8,12 +8,15 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
+from .devices import keep_freed_memory
 from .errors import MapetError, UsageError
+from .handover import Handed, Slots, forget
 
 
 @contextmanager
@@ -39,6 +42,8 @@ _GRACE_SECONDS = 30
 """How long a worker that was asked to stop goes on serving a reader that does not end."""
 _LONGEST_SOCKET, _SOCKET_IN_IT = 103, "/pymp-12345678/listener-12345678"
 """Bytes of a socket's name that every system takes, and how multiprocessing calls one."""
+_PREFETCHED = 4
+"""Batches that each worker loads ahead."""
 _open_loaders: WeakSet = WeakSet()
 
 
@@ -60,22 +65,43 @@ def _refuse_long_folder() -> None:
         )
 
 
-class _Guarded(Dataset):
-    def __init__(self, load: Callable[[Any], Any]):
-        self.load = load
+@dataclass(frozen=True)
+class OneByOne:
+    """Loads a batch as the collated `load(index)` of each of its indices."""
 
-    def __getitem__(self, index: Any) -> Any:
+    load: Callable[[Any], dict]
+
+    def __call__(self, indices: Sequence[Any]) -> dict:
+        return default_collate([self.load(index) for index in indices])
+
+
+class _Guarded(Dataset):
+    def __init__(self, load: Callable[[Sequence[Any]], dict]):
+        self.load = load
+        self.slots: Slots | None = None
+
+    def __getitems__(self, indices: Sequence[Any]) -> dict | Handed | MapetError:
         try:
-            return self.load(index)
+            batch = self.load(indices)
         except MapetError as error:
             return error
+        if get_worker_info() is None:
+            return batch
+        # PyTorch's loader asks a worker for another batch whenever one of its batches was taken.
+        self.slots = self.slots or Slots(_PREFETCHED + 1)
+        return self.slots.hand_over(batch)
 
 
-def _leave_stopping_to_the_reader(worker: int) -> None:
-    """A terminal and a scheduler ask all processes to stop; the reader may need further batches until it does.
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _begin_worker(worker: int) -> None:
+    """Leaves stopping to the reader: a terminal and a scheduler ask all processes, and it may need further batches.
 
     When it stops it closes the connection over which a worker hands out tensors; that is no news.
     """
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
 
@@ -86,14 +112,12 @@ def _leave_stopping_to_the_reader(worker: int) -> None:
     sys.excepthook = report
 
 
-def _collate(samples: list[Any]) -> Any:
-    return next((sample for sample in samples if isinstance(sample, MapetError)), None) or default_collate(samples)
-
-
 def batches(
-    load: Callable[[Any], dict], indices: Iterable[Sequence[Any]], workers: int, pin_memory: bool = False
+    load: Callable[[Sequence[Any]], dict], indices: Iterable[Sequence[Any]], workers: int, pin_memory: bool = False
 ) -> Iterator[dict]:
-    """Yields the collated `load(index)` for each list in `indices`, in order, loaded by `workers` processes.
+    """Yields the dict `load(some)` for each list `some` in `indices`, in order, loaded by `workers` processes.
+
+    Tensors keep their strides.
 
     Raises the MapetError that `load` raised, whichever process it happened in, and UsageError if workers could not hand
     anything over.
@@ -104,18 +128,23 @@ def batches(
         _Guarded(load),
         batch_sampler=indices,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=_as_it_is,
         pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=_PREFETCHED if workers else None,
         # Workers inherit what is mapped into memory; Python's own choice may be to pickle it.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        worker_init_fn=_leave_stopping_to_the_reader,
+        worker_init_fn=_begin_worker,
     )
     with _signals_wait():
         loaded = iter(loader)
         if workers:
             _open_loaders.add(loaded)
-    for batch in loaded:
-        if isinstance(batch, MapetError):
-            raise batch
-        yield batch
+    processes = [process.pid for process in loaded._workers] if workers else []
+    try:
+        for batch in loaded:
+            if isinstance(batch, MapetError):
+                raise batch
+            yield batch.take() if isinstance(batch, Handed) else batch
+    finally:
+        for process in processes:
+            forget(process)

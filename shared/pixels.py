@@ -1,17 +1,19 @@
-"""The student's pixels: JPEGs decoded and views replayed as uint8 tensors, in half the time that Pillow takes.
+"""The student's pixels: JPEGs decoded and views replayed as uint8 tensors, in half the time that Pillow takes; and
+what every model's pixels are normalised with.
 
 simplejpeg's libjpeg-turbo gives Pillow's very pixels of a JPEG, faster than torchvision's does; whatever it does not
 take, Pillow decodes. The resize is torch's fixed-point one. `views.replay` is the reference, and what a tower sees.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 from simplejpeg import decode_jpeg
-from torch import Tensor
+from torch import Tensor, nn
 
 from .images import decode, decoding, open_image
 from .views import CropBox, replay, to_array
@@ -26,28 +28,30 @@ _NEAR, _FAR = 0.01, 0.05
 """Source pixels by which a view may be shifted: what is not worth a wider margin, and what Pillow must do instead."""
 
 
-def decode_pixels(data: bytes, name: str) -> Tensor:
-    """What `images.decode` gives, as uint8 (3, height, width), channels last in memory; raises DataError as it does."""
+def is_plain_jpeg(data: bytes, name: str) -> bool:
+    """Whether simplejpeg gives Pillow's very pixels of it: a JPEG that is no CMYK, has nothing to turn, and is nothing
+    but one picture. Raises DataError naming `name` if the bytes are no image."""
     with decoding(data, name):
-        header = open_image(data)
-        if _is_plain_jpeg(header):
-            try:
-                pixels = decode_jpeg(data, "RGB")
-            except ValueError:
-                pass  # Pillow says why, or can read it
-            else:
-                return torch.from_numpy(pixels).permute(2, 0, 1)
+        image = open_image(data)
+        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return image.format == "JPEG" and image.mode in ("RGB", "L") and upright
+
+
+def decode_pixels(data: bytes, name: str, plain: bool | None = None) -> Tensor:
+    """What `images.decode` gives, as uint8 (3, height, width), channels last in memory; raises DataError as it does.
+
+    `plain` is what `is_plain_jpeg` said of the same bytes, if it was asked before.
+    """
+    if is_plain_jpeg(data, name) if plain is None else plain:
+        try:
+            return torch.from_numpy(decode_jpeg(data, "RGB")).permute(2, 0, 1)
+        except ValueError:
+            pass  # Pillow says why, or can read it
     return torch.from_numpy(np.array(decode(data, name))).permute(2, 0, 1)
 
 
-def _is_plain_jpeg(image: Image.Image) -> bool:
-    """Whether both decoders agree on it: no CMYK, nothing to turn, nothing but one picture."""
-    upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    return image.format == "JPEG" and image.mode in ("RGB", "L") and upright
-
-
 def replay_pixels(pixels: Tensor, box: CropBox, flip: bool, size: int, interpolation: str = "bicubic") -> Tensor:
-    """What `views.replay` shows of uint8 (3, height, width): uint8 (3, size, size), contiguous.
+    """What `views.replay` shows of uint8 (3, height, width): uint8 (3, size, size), in any memory format.
 
     On photographs the two differ by less than a tenth of a grey level on average (see tests): torch's weights have 16
     bits, a box between source pixels is met to a few hundredths of one, and a filter does not look beyond the upper and
@@ -63,8 +67,23 @@ def replay_pixels(pixels: Tensor, box: CropBox, flip: bool, size: int, interpola
     region = pixels[None, :, rows.begin : rows.end, columns.begin : columns.end]
     region = region.contiguous(memory_format=torch.channels_last)
     shown = resize(region, [rows.margin + size, columns.margin + size], False, 1 / rows.scale, 1 / columns.scale)
-    shown = shown[0, :, rows.margin :, columns.margin :].numpy()
-    return torch.from_numpy(np.ascontiguousarray(shown[:, :, ::-1] if flip else shown))
+    shown = shown[0, :, rows.margin :, columns.margin :]
+    return shown.flip(2) if flip else shown
+
+
+class Normalise(nn.Module):
+    """Pixels (B, 3, S, S) in [0, 255] -> float32 (pixel / 255 - mean) / std on `device`; floats there change in place.
+
+    The arithmetic of torchvision's ToTensor and Normalize, in their order, so that results equal theirs.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str):
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, device=device).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels.to(self.mean.device, torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
 
 class _Span(NamedTuple):

@@ -1,6 +1,5 @@
 """Views of a token store with their pixels, where the images are at hand."""
 
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import DataError
-from .images import ImageRecord, decode, read_bytes
+from .images import ImageRecord, decode, read_encoded
 from .randomness import generator
 from .remote import is_remote
 from .sources import SourceShard, open_source
@@ -52,12 +51,7 @@ class StoredViews:
     ) -> Image.Image:
         """What the tower saw of an image, at `side` x `side` pixels; DataError if its bytes are not those encoded."""
         record = self.record(shard, rows, row)
-        content = read_bytes(record)
-        if zlib.crc32(content) != rows.crc32[row]:
-            raise DataError(
-                f"{record.path}: image {record.key!r} is not the one that was encoded (its CRC32 differs); "
-                "give the images that the tokens were made of."
-            )
+        content = read_encoded(record, rows.crc32[row])
         image = decode(content, f"{record.path}: image {record.key!r}")
         return replay(image, CropBox(*rows.crops[row, view]), bool(rows.flips[row, view]), side, interpolation)
 

@@ -10,7 +10,6 @@ KEY.views.json   crops [[top, left, height, width], ...] in upright source pixel
 import io
 import json
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 
 from .errors import DataError
 from .files import canonical_json
-from .images import ImageRecord, read_bytes
+from .images import ImageRecord, crc32, read_bytes
 from .keys import EXTENSIONS, extension_of, key_of
 from .token_rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
 
@@ -39,7 +38,7 @@ def write_tar(path: Path, rows: ShardRows, records: Sequence[ImageRecord], codeb
     with open(path, "wb") as file, TarWriter(file, encoder=False, **always) as tar:
         for row, record in enumerate(records):
             content = read_bytes(record)
-            if zlib.crc32(content) != rows.crc32[row]:
+            if crc32(content) != rows.crc32[row]:
                 raise DataError(
                     f"{record.path}: image {record.key!r} changed while it was encoded (its CRC32 differs); "
                     "leave the source alone and give the same command again."

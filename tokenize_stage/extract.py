@@ -1,6 +1,5 @@
 """Images on their way through a tower: decoded in workers, cropped to their views, turned into patch features."""
 
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from ..shared.errors import DataError, UsageError
-from ..shared.images import ImageRecord, read_image
-from ..shared.loading import batches
+from ..shared.images import ImageRecord, crc32, read_image
+from ..shared.loading import OneByOne, batches
 from ..shared.sources import Skipped
 from ..shared.views import Preprocess, ViewPolicy, resized, show_view, to_array
 from .towers import Tower
@@ -80,7 +79,7 @@ class _LoadViews:
             *(show_view(image, self.policy, record.key, view, self.preprocess) for view in numbers), strict=True
         )
         pixels = np.stack([to_array(view) for view in shown])
-        return self._sample("", pixels, np.array(boxes), np.array(flips), (image.height, image.width), zlib.crc32(data))
+        return self._sample("", pixels, np.array(boxes), np.array(flips), (image.height, image.width), crc32(data))
 
     def _refuse_long(self, image: Image.Image, record: ImageRecord, numbers: range) -> None:
         """The centre view is cut out of the whole image resized, which of a line of pixels is very large."""
@@ -151,7 +150,7 @@ def extract_groups(
             asked.append(group)
             yield group
 
-    for batch in batches(_LoadViews(policy, tower.preprocess, skip), remembered(), workers):
+    for batch in batches(OneByOne(_LoadViews(policy, tower.preprocess, skip)), remembered(), workers):
         records = [wanted.record for wanted in asked.popleft()]
         problems = batch["problem"]
         sound = torch.tensor([not problem for problem in problems])

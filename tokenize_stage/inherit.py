@@ -3,7 +3,6 @@
 Rows are joined to images by the names in a CSV; nothing is taken by its position among the images.
 """
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from ..shared.console import progress, say, table
 from ..shared.devices import choose_device, refuse_many_processes
 from ..shared.errors import DataError, UsageError
 from ..shared.files import refuse_existing, sha256_file, write_sealed_json
-from ..shared.images import ImageRecord, read_bytes, upright_size
+from ..shared.images import ImageRecord, crc32, read_bytes, upright_size
 from ..shared.sources import SourceShard, open_source, read_records
 from ..shared.token_rows import ShardRows
 from ..shared.token_store import TokenStore, entry_path, read_entry, write_manifest, write_shard
@@ -244,13 +243,13 @@ def _rows(shard: SourceShard, records: list[ImageRecord], book: Codebook, tokens
     preprocess = Preprocess.from_json(book.description["preprocess"])
     count = len(records)
     crops, sizes = np.empty((count, 1, 4)), np.empty((count, 2), dtype=np.int32)
-    crc32 = np.empty(count, dtype=np.uint32)
+    checksums = np.empty(count, dtype=np.uint32)
     for at, record in enumerate(records):
         data = read_bytes(record)
         width, height = upright_size(data, f"{record.path}: image {record.key!r}")
         crops[at, 0] = center_box(preprocess, width, height)
         sizes[at] = height, width
-        crc32[at] = zlib.crc32(data)
+        checksums[at] = crc32(data)
     unused = np.empty((count, 1, 0, 0), dtype=np.float32)
-    batch = ExtractedBatch(records, unused, crops, np.zeros((count, 1), dtype=bool), sizes, crc32, [])
+    batch = ExtractedBatch(records, unused, crops, np.zeros((count, 1), dtype=bool), sizes, checksums, [])
     return as_rows(shard, batch, tokens)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..shared.errors import DataError, MapetError, UsageError
+from ..shared.pixels import Normalise
 from ..shared.views import Preprocess
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,8 +51,7 @@ class Tower:
         dtype = PRECISIONS[settings.precision]
         self._module = opened.module.eval().requires_grad_(False).to(self.device, dtype)
         self._intermediates = opened.intermediates
-        self._mean = torch.tensor(self.preprocess.mean, device=self.device).view(1, 3, 1, 1)
-        self._std = torch.tensor(self.preprocess.std, device=self.device).view(1, 3, 1, 1)
+        self._normalise = Normalise(self.preprocess.mean, self.preprocess.std, self.device)
         blank = torch.zeros(1, 3, self.preprocess.image_size, self.preprocess.image_size, dtype=torch.uint8)
         _, self.dim, height, width = self._maps(blank).shape
         self.grid = (height, width)
@@ -73,8 +73,7 @@ class Tower:
 
     @torch.inference_mode()
     def _maps(self, pixels: Tensor) -> Tensor:
-        # The arithmetic of torchvision's ToTensor and Normalize, in their order, so that results equal theirs.
-        scaled = pixels.to(self.device, torch.float32).div_(255).sub_(self._mean).div_(self._std)
+        scaled = self._normalise(pixels)
         settings = self.settings
         try:
             # cuDNN would otherwise choose its kernels by speed and round float32 to TF32.

@@ -1,7 +1,6 @@
 """verify: is a codebook or a token store whole, unchanged, and made of what it names?"""
 
 import time
-import zlib
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,7 @@ from ..shared.codebook import Codebook, read_description
 from ..shared.console import progress, say, table
 from ..shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
 from ..shared.files import sha256_file
-from ..shared.images import ImageRecord, read_bytes
+from ..shared.images import ImageRecord, crc32, read_bytes
 from ..shared.keys import Skipped
 from ..shared.remote import as_path, exists, file_size
 from ..shared.sources import SourceShard, open_source
@@ -225,9 +224,9 @@ def _check_source(store: TokenStore, name: str, rows: ShardRows, source: SourceS
     return problems
 
 
-def _check_image(record: ImageRecord | None, key: str, crc32: int) -> str | None:
+def _check_image(record: ImageRecord | None, key: str, expected: int) -> str | None:
     if record is None:
         return f"image {key!r} is not in the source"
-    if zlib.crc32(read_bytes(record)) != crc32:
+    if crc32(read_bytes(record)) != expected:
         return f"image {key!r} has other bytes than when it was encoded"
     return None

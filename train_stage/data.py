@@ -3,10 +3,12 @@
 Images and tokens are joined by key, and an image's bytes must be the ones that were encoded (CRC32).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..shared.errors import UsageError
 from ..shared.images import ImageRecord
@@ -15,12 +17,10 @@ from ..shared.randomness import generator
 from ..shared.token_store import TokenStore
 from ..shared.views import CropBox, view_of_epoch
 from .permutations import draw_permutation
+from .photometric import draw_jitter
 from .settings import ModelSettings, Settings
 from .streaming import wait_for
 from .tokenised import TokenisedImages
-
-_BRIGHTNESS, _CONTRAST, _SATURATION = range(3)
-_GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 def check_grid(store: TokenStore, model: ModelSettings) -> None:
@@ -41,63 +41,55 @@ def check_grid(store: TokenStore, model: ModelSettings) -> None:
 
 
 @dataclass(frozen=True)
-class LoadSample:
-    """Loads the sample (epoch, image): a pure function of (seed, epoch, key)."""
+class LoadBatch:
+    """Loads samples (epoch, image); each one is a pure function of (seed, epoch, key)."""
 
     images: TokenisedImages
     settings: Settings
 
-    def __call__(self, place: tuple[int, int]) -> dict[str, np.ndarray]:
-        """pixels uint8 (3, S, S); order (N,) int64; tokens (N,) int64 in that order; draws (depth, 2) float32."""
-        epoch, index = place
-        record = self.images.record(index)
-        view = view_of_epoch(self.images.views, self.settings.train.seed, epoch, record.key)
-        tokens = self.images.tokens[self.images.rows[index], view]
-        random = self._random("permutation", epoch, record)
-        order = draw_permutation(self.settings.objective, len(tokens), random)
-        return {
-            "index": index,
-            "pixels": self._pixels(record, index, view, epoch),
-            "order": order,
-            "tokens": tokens.reshape(-1)[order].astype(np.int64),
-            "draws": self._random("drop path", epoch, record).random((self.settings.model.depth, 2), dtype=np.float32),
+    def __call__(self, places: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """B samples.
+
+        index (B,) int64; pixels uint8 (B, 3, S, S), channels last in memory; order (B, N) int64, the permutation;
+        tokens (B, N) int64 in that order; draws (B, depth, 2) float32 in [0, 1); and if there is colour jitter
+        jitter_factors (B, 3) float32 and jitter_order (B, 3) int64.
+        """
+        records = [self.images.record(index) for _, index in places]
+        # Step by step for the whole batch: each step's code stays in the processor's cache.
+        drawn = [self._draw(epoch, record.key) for (epoch, _), record in zip(places, records, strict=True)]
+        indices = np.array([index for _, index in places])
+        rows, views = self.images.rows[indices], np.array([sample["view"] for sample in drawn])
+        batch = {name: np.stack([sample[name] for sample in drawn]) for name in drawn[0] if name != "view"}
+        tokens = self.images.tokens[rows, views].reshape(len(rows), -1)
+        batch["tokens"] = np.take_along_axis(tokens, batch["order"], axis=1).astype(np.int64)
+        loaded = {name: torch.from_numpy(values) for name, values in {"index": indices, **batch}.items()}
+        return {**loaded, "pixels": self._pixels(records, indices, rows, views)}
+
+    def _draw(self, epoch: int, key: str) -> dict[str, np.ndarray | int]:
+        """All that is random about a sample."""
+        seed, data = self.settings.train.seed, self.settings.data
+        random = generator(seed, "sample", epoch, key)
+        sample = {
+            "view": view_of_epoch(self.images.views, seed, epoch, key),
+            "order": draw_permutation(self.settings.objective, self.images.tokens.shape[-1], random),
+            "draws": random.random((self.settings.model.depth, 2), dtype=np.float32),
         }
+        if data.color_jitter:
+            sample["jitter_factors"], sample["jitter_order"] = draw_jitter(data.color_jitter, random)
+        return sample
 
-    def _random(self, what: str, epoch: int, record: ImageRecord) -> np.random.Generator:
-        return generator(self.settings.train.seed, what, epoch, record.key)
+    def _pixels(self, records: list[ImageRecord], indices: np.ndarray, rows: np.ndarray, views: np.ndarray) -> Tensor:
+        size, interpolation = self.settings.model.image_size, self.settings.data.interpolation
+        contents = [self._read(record, index) for record, index in zip(records, indices, strict=True)]
+        boxes, flips = self.images.crops[rows, views].tolist(), self.images.flips[rows, views].tolist()
+        pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)
+        for place, content in enumerate(contents):
+            name = f"{self.images.source(indices[place])}: image {records[place].key!r}"
+            source = decode_pixels(content, name, self.images.is_plain(indices[place], content, name))
+            pixels[place] = replay_pixels(source, CropBox(*boxes[place]), flips[place], size, interpolation)
+        return pixels
 
-    def _pixels(self, record: ImageRecord, index: int, view: int, epoch: int) -> np.ndarray:
+    def _read(self, record: ImageRecord, index: int) -> bytes:
         if self.images.is_remote:
             wait_for(record.path)
-        content = self.images.read(record, index)
-        source = decode_pixels(content, f"{self.images.source(index)}: image {record.key!r}")
-        row = self.images.rows[index]
-        box, flip = CropBox(*self.images.crops[row, view].tolist()), bool(self.images.flips[row, view])
-        size, data = self.settings.model.image_size, self.settings.data
-        student = replay_pixels(source, box, flip, size, data.interpolation).numpy()
-        if data.color_jitter:
-            student = jitter(student, data.color_jitter, self._random("jitter", epoch, record))
-        return student
-
-
-def jitter(pixels: np.ndarray, strength: float, random: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast and saturation by factors from [1 - strength, 1 + strength], in random order, no hue.
-
-    Takes and gives uint8 (3, height, width). As torchvision's adjustments, but rounded once, at the end.
-    """
-    factors = random.uniform(1 - strength, 1 + strength, size=3).astype(np.float32)
-    image = pixels.astype(np.float32)
-    for which in random.permutation(3):
-        factor = factors[which]
-        if which == _CONTRAST:
-            towards = (1 - factor) * (_GREY @ image.mean(axis=(1, 2)))
-        elif which == _SATURATION:
-            towards = np.einsum("chw,c->hw", image, (1 - factor) * _GREY)
-        else:
-            towards = None
-        image *= factor
-        if towards is not None:
-            image += towards
-        torch.from_numpy(image).clamp_(0, 255)  # four times as fast as NumPy's
-    image += 0.5
-    return image.astype(np.uint8)
+        return self.images.read(record, index)

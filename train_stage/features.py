@@ -16,7 +16,8 @@ from ..shared.console import progress, table
 from ..shared.devices import choose_device, choose_workers
 from ..shared.files import refuse_existing, written_whole
 from ..shared.images import ImageRecord, read_image
-from ..shared.loading import batches
+from ..shared.loading import OneByOne, batches
+from ..shared.pixels import Normalise
 from ..shared.sources import read_records
 from ..shared.token_rows import NO_LABEL
 from ..shared.views import Preprocess, center_view, to_array
@@ -150,11 +151,11 @@ def normalised_views(
 
     Raises DataError for an image that cannot be read.
     """
-    mean, std = (torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (preprocess.mean, preprocess.std))
+    normalise = Normalise(preprocess.mean, preprocess.std, device)
     count = len(records)
     indices = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    for batch in batches(_CenterViews(records, preprocess), indices, workers):
-        yield batch["pixels"].to(device).float().div_(255).sub_(mean).div_(std)
+    for batch in batches(OneByOne(_CenterViews(records, preprocess)), indices, workers):
+        yield normalise(batch["pixels"])
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The join by key: which tokens belong to which image, and where its bytes lie."""
 
 import hashlib
+import mmap
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,7 +56,8 @@ def join(
         return places, (digest, folder if any(map(is_url, joining.paths)) else None)
 
     columns, (digest, folder) = shared_columns(build, world or World())
-    return TokenisedImages(**columns, keys_sha256=digest, folder=folder)
+    plain = np.frombuffer(mmap.mmap(-1, max(len(columns["rows"]), 1)), dtype=np.uint8)  # shared with loader workers
+    return TokenisedImages(**columns, keys_sha256=digest, plain=plain, folder=folder)
 
 
 class _Join:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..shared.console import progress
 from ..shared.devices import choose_device
 from ..shared.errors import DataError, FingerprintMismatch, UsageError
+from ..shared.pixels import Normalise
 from ..shared.randomness import generator
 from ..shared.report.pictures import data_uri
 from ..shared.stored_views import StoredViews, by_shard, choose_images
@@ -134,8 +134,7 @@ def _predicted(
             for row, _ in batch
         ]
     )
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (seen.mean, seen.std))
-    shown: Tensor = torch.from_numpy(np.stack(pixels)).to(device).float().div_(255).sub_(mean).div_(std)
+    shown = Normalise(seen.mean, seen.std, device)(torch.from_numpy(np.stack(pixels)))
     layout = make_layout(run.objective.name, shape.patches, run.visible, device=device)
     codes = run.model(shown, torch.from_numpy(order).to(device), layout).argmax(-1).cpu().numpy()
     predicted = np.full(order.shape, GIVEN)

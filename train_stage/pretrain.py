@@ -19,7 +19,7 @@ from ..shared.files import WriteLock
 from ..shared.loading import batches
 from ..shared.token_store import TokenStore
 from ..shared.world import Vote, World, joined_world
-from .data import LoadSample, check_grid
+from .data import LoadBatch, check_grid
 from .dry_run import measure, show_plan
 from .logbook import Logbook, StepMetrics
 from .order import global_batches
@@ -111,7 +111,7 @@ def _load(
                 yield [(epoch, index) for index in part.tolist()]
 
     workers = choose_workers(settings.data.workers, device)
-    return batches(LoadSample(data, settings), my_parts(), workers, pin_memory=device == "cuda")
+    return batches(LoadBatch(data, settings), my_parts(), workers, pin_memory=device == "cuda")
 
 
 def _dry_run(

@@ -1,17 +1,18 @@
 """Images joined with their rows of a token store, as columns of which every process sees the same memory."""
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..shared.errors import DataError
-from ..shared.images import ImageRecord, read_bytes
+from ..shared.images import ImageRecord, read_encoded
+from ..shared.pixels import is_plain_jpeg
 from ..shared.remote import is_url
 from ..shared.token_rows import NO_LABEL
 from .columns import text_at
+
+PLAIN, NOT_PLAIN = 1, 2
 
 
 class RemoteTar(NamedTuple):
@@ -59,6 +60,8 @@ class TokenisedImages:
     """(shards,) int64: the row after the last one of each shard."""
     keys_sha256: str
     """Which images these are, whatever their order (`images.keys_sha256`)."""
+    plain: np.ndarray
+    """(n,) uint8, by image, written by the processes that load: `PLAIN` or `NOT_PLAIN` once that is known."""
     folder: Path | None = None
     """Where remote tars lie while they are needed; None if all images are local."""
 
@@ -100,12 +103,13 @@ class TokenisedImages:
         row, path = self.rows[index], self._here(self.source(index))
         return ImageRecord(self.key(index), path, int(self.offsets[row]), int(self.lengths[row]), self.label(index))
 
+    def is_plain(self, index: int, content: bytes, name: str) -> bool:
+        """`pixels.is_plain_jpeg` of an image; its header is looked at once, since `read` sees to it that the bytes are
+        the same every time."""
+        if not self.plain[index]:
+            self.plain[index] = PLAIN if is_plain_jpeg(content, name) else NOT_PLAIN
+        return self.plain[index] == PLAIN
+
     def read(self, record: ImageRecord, index: int) -> bytes:
         """The bytes of the image `index`, at `record`; DataError unless they are those that were encoded."""
-        content = read_bytes(record)
-        if zlib.crc32(content) != self.crc32[self.rows[index]]:
-            raise DataError(
-                f"{self.source(index)}: image {record.key!r} is not the one that was encoded (its CRC32 differs); "
-                "restore the source or encode it again."
-            )
-        return content
+        return read_encoded(record, self.crc32[self.rows[index]], self.source(index) if self.is_remote else None)

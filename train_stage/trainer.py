@@ -11,6 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..shared.devices import refuse_missing_compiler
 from ..shared.errors import DataError
+from ..shared.pixels import Normalise
 from ..shared.world import World
 from .checkpoint import EMA, MODEL, OPTIMIZER, Tensors
 from .logbook import BANDS, StepMetrics
@@ -18,6 +19,7 @@ from .loss import token_loss
 from .model import Layout, MaPeT, drop_path_keep
 from .objectives import step_layout
 from .parallel import exchange, fill, fill_optimizer, optimizer_tensors, spread, whole
+from .photometric import jitter
 from .plan import Plan
 from .settings import OptimizerSettings, Settings
 from .watch import BadStep, LossWatch
@@ -46,6 +48,8 @@ class Trainer:
         """Spreads the model over the processes and makes the optimizer; what `model` holds now is where it starts."""
         settings, plan = self.settings, self.plan
         inner = PretrainingLoss(self.model, settings, self.device)
+        if settings.execution.compile:
+            inner.see = torch.compile(inner.see)
         self._loss = spread(inner, self.model.blocks, settings.execution.parallel, self.world, self.device)
         self.optimizer = _adamw(self.model, settings.optimizer)
         self.schedule = CosineLRScheduler(
@@ -136,24 +140,29 @@ class Trainer:
 
 
 class PretrainingLoss(nn.Module):
-    """What is around the model in a step: normalisation before it, head and cross-entropy behind it."""
+    """What is around the model in a step: jitter and normalisation before it, head and cross-entropy behind it."""
 
     def __init__(self, model: MaPeT, settings: Settings, device: str):
         super().__init__()
         self.model, self.settings, self.device = model, settings, device
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(settings.data, name), device=device)
-            self.register_buffer(name, values.view(1, 3, 1, 1), persistent=False)
+        self.normalise = Normalise(settings.data.mean, settings.data.std, device)
         precision = settings.train.precision
         chosen = precision if precision != "auto" else "bfloat16" if device == "cuda" else "float32"
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=chosen == "bfloat16")
 
+    def see(self, part: dict[str, Tensor]) -> Tensor:
+        """What the model sees, float32 (B, 3, S, S): jittered, where that was drawn, and normalised."""
+        pixels = part["pixels"].to(torch.float32, memory_format=torch.contiguous_format)
+        if "jitter_factors" in part:
+            jitter(pixels, part["jitter_factors"], part["jitter_order"])
+        return self.normalise(pixels)
+
     def forward(self, part: dict[str, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
         """(mean cross-entropy over the predicted tokens, which were guessed right: bool (B, P)) of a part of a batch.
 
-        `part` is what `data.LoadSample` gives, collated.
+        `part` is what `data.LoadBatch` gives.
         """
-        pixels = part["pixels"].float().div_(255).sub_(self.mean).div_(self.std)
+        pixels = self.see(part)
         targets = part["tokens"][:, layout.visible :][:, layout.ranks]
         with self.autocast:
             keep = drop_path_keep(part["draws"], self.settings.model.drop_path)

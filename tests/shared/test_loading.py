@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.loading import batches
+from mapet.shared.loading import OneByOne, batches
 
 
 def load(index: int) -> dict[str, int]:
@@ -16,7 +16,7 @@ def load(index: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_come_in_order_and_an_error_comes_as_itself(workers: int):
-    loaded = batches(load, [[0, 1], [2], [4, 3], [5]], workers)
+    loaded = batches(OneByOne(load), [[0, 1], [2], [4, 3], [5]], workers)
     assert next(loaded)["index"].tolist() == [0, 1]
     assert next(loaded)["index"].tolist() == [2]
     with pytest.raises(DataError, match=r"^image 3 is damaged\.$"):
@@ -31,9 +31,9 @@ def test_a_temporary_folder_that_workers_cannot_use_is_refused(
         folder = Path(root, "x" * (length - len(root) - 1))
         folder.mkdir()
         monkeypatch.setattr("tempfile.tempdir", str(folder))
-        assert next(batches(load, [[0]], 0))["index"].tolist() == [0]
+        assert next(batches(OneByOne(load), [[0]], 0))["index"].tolist() == [0]
         if works:
-            assert next(batches(load, [[0]], 1))["index"].tolist() == [0]
+            assert next(batches(OneByOne(load), [[0]], 1))["index"].tolist() == [0]
         else:
             with pytest.raises(UsageError, match="set TMPDIR to a shorter one"):
-                next(batches(load, [[0]], 1))
+                next(batches(OneByOne(load), [[0]], 1))

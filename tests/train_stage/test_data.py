@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, UsageError
 from mapet.shared.loading import batches
@@ -16,19 +18,24 @@ from mapet.shared.token_store import TokenStore
 from mapet.shared.views import view_of_epoch
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.towers import TowerSettings, open_tower
-from mapet.train_stage.data import LoadSample, check_grid, jitter
+from mapet.train_stage.data import LoadBatch, check_grid
 from mapet.train_stage.join import join
+from mapet.train_stage.photometric import BRIGHTNESS, CONTRAST, SATURATION, draw_jitter, jitter
 from mapet.train_stage.settings import DataSettings, resolve
 from mapet.train_stage.tokenised import TokenisedImages
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
 GRID = ["model.image_size=64", "model.patch_size=8", "data.color_jitter=0"]
 
 
-def loader(chain, *overrides: str, seed: int = 0) -> LoadSample:
+def loader(chain, *overrides: str, seed: int = 0) -> LoadBatch:
     settings = resolve("vit-tiny-16", [*GRID, f"train.seed={seed}", *overrides])
-    return LoadSample(join(chain.images, TokenStore(chain.tokens)), settings)
+    return LoadBatch(join(chain.images, TokenStore(chain.tokens)), settings)
+
+
+def sample_of(load: LoadBatch, epoch: int, index: int) -> dict[str, np.ndarray]:
+    return {name: values[0].numpy() for name, values in load([(epoch, index)]).items()}
 
 
 def keys_of(data: TokenisedImages) -> set[str]:
@@ -38,7 +45,7 @@ def keys_of(data: TokenisedImages) -> set[str]:
 def test_a_samples_pixels_give_its_tokens_when_encoded_again(chain, tower):
     """The student's own pixels through the tower: only an image and the tokens of that very view agree."""
     load, book, frozen = loader(chain), Codebook.load(chain.codebook), open_tower(TowerSettings(tower))
-    samples = [load((0, index)) for index in range(0, 96, 8)]
+    samples = [sample_of(load, 0, index) for index in range(0, 96, 8)]
     pixels = torch.stack([torch.from_numpy(sample["pixels"]) for sample in samples])
     found, _ = book.assign(frozen.features(pixels).reshape(-1, frozen.dim).numpy())
     for sample, tokens in zip(samples, found.reshape(len(samples), -1), strict=True):
@@ -49,12 +56,12 @@ def test_every_epoch_sees_the_pixels_and_the_tokens_of_one_stored_view(chain, to
     """Crop and flip are shared for every view: what the student sees, encoded again, gives its tokens."""
     out = tmp_path / "tokens"
     store = encode_shards(chain.images, chain.codebook, out, batch_size=16, crop="random-resized", views=4)
-    load = LoadSample(join(chain.images, store), resolve("vit-tiny-16", GRID))
+    load = LoadBatch(join(chain.images, store), resolve("vit-tiny-16", GRID))
     book, frozen = Codebook.load(chain.codebook), open_tower(TowerSettings(tower))
     indices = range(0, 96, 12)
     flips = set()
     for index in indices:
-        samples = [load((epoch, index)) for epoch in range(8)]
+        samples = [sample_of(load, epoch, index) for epoch in range(8)]
         pixels = torch.stack([torch.from_numpy(sample["pixels"]) for sample in samples])
         found, _ = book.assign(frozen.features(pixels).reshape(-1, frozen.dim).numpy())
         tokens = found.reshape(8, -1)
@@ -91,14 +98,25 @@ def test_samples_are_a_pure_function_of_seed_epoch_and_key(chain, tmp_path: Path
     for number, path in enumerate(sorted(shuffled.glob("*.tar"))):
         path.rename(shuffled / f"{9 - number}.tar")
     one = loader(chain, "data.color_jitter=0.4")
-    other = LoadSample(join(shuffled, TokenStore(chain.tokens)), one.settings)
+    other = LoadBatch(join(shuffled, TokenStore(chain.tokens)), one.settings)
     place = {other.images.key(index): index for index in range(len(other.images))}
     for index in (0, 50, 95):
-        first, second = one((3, index)), other((3, place[one.images.key(index)]))
+        first, second = sample_of(one, 3, index), sample_of(other, 3, place[one.images.key(index)])
+        assert {"pixels", "tokens", "order", "draws", "jitter_factors", "jitter_order"} < set(first)
         assert all(np.array_equal(first[name], second[name]) for name in first)
-    assert not np.array_equal(one((3, 0))["order"], one((4, 0))["order"])
-    assert not np.array_equal(one((3, 0))["order"], one((3, 1))["order"])
-    assert not np.array_equal(one((3, 0))["order"], loader(chain, seed=1)((3, 0))["order"])
+    for name in ("order", "draws", "jitter_factors"):
+        drawn = [sample_of(one, 3, 0), sample_of(one, 4, 0), sample_of(one, 3, 1)]
+        drawn.append(sample_of(loader(chain, "data.color_jitter=0.4", seed=1), 3, 0))
+        assert len({sample[name].tobytes() for sample in drawn}) == 4
+
+
+def test_a_sample_does_not_depend_on_the_others_of_its_batch(chain):
+    load = loader(chain, "data.color_jitter=0.4")
+    batch = load([(1, 7), (2, 50), (1, 31)])
+    assert batch["pixels"].is_contiguous(memory_format=torch.channels_last)
+    for place, (epoch, index) in enumerate([(1, 7), (2, 50), (1, 31)]):
+        alone = sample_of(load, epoch, index)
+        assert all(np.array_equal(alone[name], batch[name][place].numpy()) for name in batch)
 
 
 def test_a_sample_does_not_depend_on_threads_or_on_which_process_loads_it(chain):
@@ -114,39 +132,60 @@ def test_a_sample_does_not_depend_on_threads_or_on_which_process_loads_it(chain)
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_jitter_is_torchvisions_for_each_adjustment():
-    pixels = smooth_noise(32)
-    image = Image.fromarray(pixels.transpose(1, 2, 0))
-
-    class Only:
-        """Draws the factor 1.3 for one of the adjustments, 1 for the others."""
-
-        def __init__(self, which: int):
-            self.which = which
-
-        def uniform(self, low: float, high: float, size: int) -> np.ndarray:
-            return np.where(np.arange(size) == self.which, 1.3, 1.0)
-
-        def permutation(self, count: int) -> range:
-            return range(count)
-
-    for which, adjust in enumerate((adjust_brightness, adjust_contrast, adjust_saturation)):
-        expected = np.asarray(adjust(image, 1.3)).transpose(2, 0, 1).astype(int)
-        assert np.abs(jitter(pixels, 0.4, Only(which)) - expected).max() <= 1
-        assert np.abs(pixels - expected).max() > 20
+ADJUSTMENTS = {BRIGHTNESS: adjust_brightness, CONTRAST: adjust_contrast, SATURATION: adjust_saturation}
 
 
-def smooth_noise(side: int) -> np.ndarray:
-    coarse = np.random.default_rng(0).integers(20, 200, (4, 4, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+@given(factors=st.lists(st.floats(0.6, 1.4), min_size=3, max_size=3), order=st.permutations(list(ADJUSTMENTS)))
+def test_jitter_is_torchvisions_adjustments_in_the_order_drawn(factors: list[float], order: list[int]):
+    images = torch.from_numpy(np.stack([smooth_noise(seed) for seed in range(2)])).float()
+    expected = images[1:] / 255
+    for which in order:
+        expected = ADJUSTMENTS[which](expected, factors[which])
+    # The other image of the batch has factors and an order of its own.
+    drawn = torch.tensor([[1.2, 0.7, 0.9], factors]), torch.tensor([[2, 0, 1], order])
+    found = jitter(images, *drawn)[1:]
+    assert (found - expected * 255).abs().max() < 0.05
 
 
-def test_jitter_changes_colours_only(chain):
-    plain, jittered = (loader(chain, f"data.color_jitter={strength}")((0, 0)) for strength in (0, 0.4))
-    assert np.array_equal(plain["order"], jittered["order"])
-    assert not np.array_equal(plain["pixels"], jittered["pixels"])
-    shape = [np.sign(np.diff(sample["pixels"].astype(float).sum(0), axis=0)) for sample in (plain, jittered)]
-    assert (shape[0] * shape[1] >= 0).mean() > 0.97
+def smooth_noise(seed: int) -> np.ndarray:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+
+
+def test_jitter_is_drawn_evenly_from_its_range():
+    random = np.random.default_rng(0)
+    factors, orders = map(np.stack, zip(*(draw_jitter(0.4, random) for _ in range(2000)), strict=True))
+    assert factors.dtype == np.float32
+    assert 0.6 <= factors.min() < 0.61
+    assert 1.39 < factors.max() <= 1.4
+    assert np.abs(factors.mean(0) - 1).max() < 0.02
+    _, counts = np.unique(orders, axis=0, return_counts=True)
+    assert len(counts) == 6
+    assert counts.min() > 270
+
+
+def test_images_that_pillow_must_decode_look_the_same_once_that_is_known(chain, tmp_path: Path):
+    picture, turned = Image.fromarray(smooth_noise(5).transpose(1, 2, 0)), Image.Exif()
+    turned[ExifTags.Base.Orientation] = 3
+    folder = tmp_path / "images"
+    folder.mkdir()
+    picture.save(folder / "plain.jpg")
+    picture.save(folder / "turned.jpg", exif=turned)
+    picture.save(folder / "other.png")
+    store = encode_shards(folder, chain.codebook, tmp_path / "tokens")
+    load = LoadBatch(join(folder, store), resolve("vit-tiny-16", GRID))
+    once, again = (load([(0, index) for index in range(3)])["pixels"].int() for _ in range(2))
+    assert torch.equal(once, again)
+    other, plain, turned = once  # by key
+    assert (plain - other).abs().float().mean() < 6
+    assert (plain - turned.flip(1, 2)).abs().float().mean() < 1
+    assert (plain - turned).abs().float().mean() > 20
+
+
+def test_jitter_changes_nothing_else_of_a_sample(chain):
+    plain, jittered = (sample_of(loader(chain, f"data.color_jitter={each}"), 0, 0) for each in (0, 0.4))
+    assert set(jittered) - set(plain) == {"jitter_factors", "jitter_order"}
+    assert all(np.array_equal(plain[name], jittered[name]) for name in plain)
 
 
 def test_images_without_tokens_are_named_or_skipped_as_chosen(chain, tmp_path: Path):
@@ -173,9 +212,9 @@ def test_an_image_replaced_since_encoding_stops_the_loader(chain, tmp_path: Path
     data = bytearray(tar.read_bytes())
     data[member.offset_data : member.offset_data + member.size] = buffer.getvalue().ljust(member.size, b"\0")
     tar.write_bytes(data)
-    load = LoadSample(join(tmp_path / "images", TokenStore(chain.tokens)), resolve("vit-tiny-16", GRID))
+    load = LoadBatch(join(tmp_path / "images", TokenStore(chain.tokens)), resolve("vit-tiny-16", GRID))
     with pytest.raises(DataError, match="CRC32"):
-        load((0, 0))
+        load([(0, 0)])
 
 
 def test_a_truncated_token_shard_stops_the_join(chain, tmp_path: Path):
@@ -193,7 +232,7 @@ def test_a_grid_that_does_not_fit_says_which_sizes_would(chain):
 
 
 def test_pixels_are_decoded_at_the_students_own_resolution(chain):
-    assert loader(chain, "model.image_size=96", "model.patch_size=12")((0, 0))["pixels"].shape == (3, 96, 96)
+    assert sample_of(loader(chain, "model.image_size=96", "model.patch_size=12"), 0, 0)["pixels"].shape == (3, 96, 96)
 
 
 def test_settings_of_data_are_checked():

@@ -15,7 +15,7 @@ from mapet.shared.errors import DataError, UsageError
 from mapet.shared.loading import batches
 from mapet.shared.token_store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.train_stage.data import LoadSample
+from mapet.train_stage.data import LoadBatch
 from mapet.train_stage.join import join
 from mapet.train_stage.order import global_batches
 from mapet.train_stage.settings import Settings, resolve
@@ -74,7 +74,7 @@ def samples(data: TokenisedImages, settings: Settings, start: int = 0, workers: 
     """The batches of a run, as the trainer takes them."""
     places = ([(epoch, int(index)) for index in some] for epoch, some in global_batches(data, settings, start))
     with tars_at_hand(data, settings, start) as passed:
-        for step, batch in enumerate(batches(LoadSample(data, settings), places, workers), start + 1):
+        for step, batch in enumerate(batches(LoadBatch(data, settings), places, workers), start + 1):
             yield batch
             passed(step)
 
@@ -171,7 +171,7 @@ KILLED = """
 import sys
 from mapet.shared.loading import batches
 from mapet.shared.token_store import TokenStore
-from mapet.train_stage.data import LoadSample
+from mapet.train_stage.data import LoadBatch
 from mapet.train_stage.join import join
 from mapet.train_stage.settings import resolve
 from mapet.train_stage.streaming import tars_at_hand
@@ -184,7 +184,7 @@ data = join("memory://here", TokenStore(root / "tokens"), shuffle="shards")
 with tars_at_hand(data, settings, 0):
     print("ready", flush=True)
     object.__setattr__(data, "folder", data.folder / "never")
-    next(batches(LoadSample(data, settings), [[(0, 0)]], 1))
+    next(batches(LoadBatch(data, settings), [[(0, 0)]], 1))
 """
 
 

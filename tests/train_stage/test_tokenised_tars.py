@@ -9,7 +9,7 @@ from mapet.shared.errors import DataError, UsageError
 from mapet.shared.sources import open_source
 from mapet.shared.token_store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.train_stage.data import LoadSample
+from mapet.train_stage.data import LoadBatch
 from mapet.train_stage.features import features
 from mapet.train_stage.join import join
 from mapet.train_stage.pretrain import pretrain
@@ -56,7 +56,7 @@ def test_an_image_that_changed_inside_its_tar_stops_the_loader(tars: Path, tmp_p
     content[record.offset + 100] ^= 1
     record.path.write_bytes(content)
     with pytest.raises(DataError, match=f"image '{record.key}' is not the one that was encoded"):
-        LoadSample(data, resolve(None, SETTINGS))((0, 7))
+        LoadBatch(data, resolve(None, SETTINGS))([(0, 7)])
 
 
 def test_probe_and_features_take_tokenised_tars_as_images(run: Path, chain, tars: Path, tmp_path: Path):

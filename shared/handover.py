@@ -1,0 +1,103 @@
+"""How a worker process hands a batch over: in shared memory that is used again and again.
+
+A new piece of shared memory for every batch, as PyTorch's own loader takes it, costs a tenth of the time in which a
+photograph is decoded: the kernel clears each of its pages first.
+"""
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in a slot: the offset is in bytes, strides are in elements."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Shared memory for the tensors of one batch."""
+
+    memory: Tensor
+    places: dict[str, Place]
+
+    def views(self) -> dict[str, Tensor]:
+        views = {}
+        for name, (offset, dtype, shape, strides) in self.places.items():
+            piece = self.memory[offset : offset + shape.numel() * dtype.itemsize]
+            views[name] = piece.view(dtype).as_strided(shape, strides)
+        return views
+
+
+_known: dict[int, dict[int, Slot]] = defaultdict(dict)
+"""In the reader: the slots of each worker, by its process."""
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What a worker sends instead of a batch: which of its slots the tensors lie in, and the slot where it is new."""
+
+    process: int
+    number: int
+    slot: Slot | None
+    rest: dict[str, Any]
+
+    def take(self, pinned: bool = False) -> dict[str, Any]:
+        """The batch, in memory of its own; tensors keep their strides."""
+        slots = _known[self.process]
+        if self.slot is not None:
+            slots[self.number] = self.slot
+        views = slots[self.number].views()
+        return {name: view.pin_memory() if pinned else view.clone() for name, view in views.items()} | self.rest
+
+    def pin_memory(self) -> dict[str, Any]:
+        """What PyTorch's loader calls, in a thread of its own."""
+        return self.take(pinned=True)
+
+
+def forget(process: int) -> None:
+    """Frees the slots of a worker that has ended."""
+    _known.pop(process, None)
+
+
+class Slots:
+    """A worker's slots, `count` of them, one after the other.
+
+    The reader must take a batch before it asks for the one that comes `count` batches later.
+    """
+
+    def __init__(self, count: int):
+        self._slots: dict[int, Slot] = {}
+        self._count, self._turn = count, 0
+
+    def hand_over(self, batch: dict[str, Any]) -> Handed:
+        """Copies the tensors of a batch into the next slot."""
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        number, self._turn = self._turn, (self._turn + 1) % self._count
+        places, size = _arrange(tensors)
+        slot, new = self._slots.get(number), None
+        if slot is None or slot.places != places:
+            slot = new = self._slots[number] = Slot(torch.empty(size, dtype=torch.uint8).share_memory_(), places)
+        for name, view in slot.views().items():
+            view.copy_(tensors[name])
+        return Handed(os.getpid(), number, new, {name: batch[name] for name in batch if name not in tensors})
+
+
+def _arrange(tensors: dict[str, Tensor]) -> tuple[dict[str, Place], int]:
+    """Where the tensors lie, one after the other, and how many bytes they take."""
+    places, end = {}, 0
+    for name, tensor in tensors.items():
+        strides = torch.empty_like(tensor, device="meta").stride()  # those of `tensor`, but without gaps
+        places[name] = Place(end, tensor.dtype, tensor.shape, strides)
+        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return places, max(end, 1)

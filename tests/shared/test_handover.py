@@ -1,0 +1,75 @@
+"""A worker's batches arrive as they were, though they lie in the same memory one after the other."""
+
+import multiprocessing
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mapet.shared import handover
+from mapet.shared.handover import Slots
+from mapet.shared.loading import batches
+
+LONGEST = 40
+
+
+def load(numbers: Sequence[int]) -> dict:
+    """Batches of three kinds, one of them larger, with different memory formats and something that is no tensor."""
+    count = 3 if numbers[0] % 7 else 5
+    pixels = torch.full((count, 3, 8, 8), numbers[0] % 251, dtype=torch.uint8)
+    pixels = pixels.to(memory_format=torch.channels_last if numbers[0] % 3 else torch.contiguous_format)
+    return {"pixels": pixels, "number": torch.tensor(numbers), "name": f"batch {numbers[0]}"}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_all_batches_arrive_and_stay_as_they_were(workers: int):
+    expected = [load([number]) for number in range(LONGEST)]
+    found = list(batches(load, [[number] for number in range(LONGEST)], workers))  # kept, all of them
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["name"] == theirs["name"]
+        for name in ("pixels", "number"):
+            assert torch.equal(ours[name], theirs[name])
+            assert (ours[name].dtype, ours[name].stride()) == (theirs[name].dtype, theirs[name].stride())
+
+
+def test_a_reader_that_stops_early_keeps_no_memory_and_no_files():
+    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    for _ in range(3):
+        loaded = batches(load, [[number] for number in range(LONGEST)], 2)
+        assert next(loaded)["name"] == "batch 0"
+        loaded.close()
+        assert not handover._known
+    if before:
+        # PyTorch's own queues may keep a few; slots would be 15.
+        assert len(list(Path("/proc/self/fd").iterdir())) - before < 10
+    assert not multiprocessing.active_children()
+
+
+DTYPES = [torch.uint8, torch.bool, torch.int64, torch.float32, torch.bfloat16]
+
+
+@given(data=st.data(), count=st.integers(1, 3))
+def test_any_tensors_come_out_of_a_slot_as_they_went_in(data, count: int):
+    slots = Slots(count)
+    try:
+        for _ in range(4):
+            batch = {}
+            for name in data.draw(st.sets(st.sampled_from("abcd"))):
+                shape = data.draw(st.lists(st.integers(0, 4), max_size=3))
+                tensor = (torch.randn(*shape, 6) * 50).to(data.draw(st.sampled_from(DTYPES)))
+                ways = {
+                    "as it is": tensor,
+                    "with gaps": tensor[..., ::2],
+                    "turned": tensor.movedim(-1, 0),
+                    "repeated": tensor[..., :1].expand(*shape, 3),
+                    "scalar": tensor.new_ones(()),
+                }
+                batch[name] = ways[data.draw(st.sampled_from(sorted(ways)))]
+            taken = slots.hand_over(batch).take()
+            assert set(taken) == set(batch)
+            assert all(torch.equal(taken[name], batch[name]) for name in batch)
+            assert all(taken[name].dtype == batch[name].dtype for name in batch)
+    finally:
+        handover._known.clear()
