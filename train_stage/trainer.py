@@ -15,7 +15,7 @@ from ..shared.pixels import Normalise
 from ..shared.world import World
 from .checkpoint import EMA, MODEL, OPTIMIZER, Tensors
 from .logbook import BANDS, StepMetrics
-from .loss import token_loss
+from .loss import judge, token_loss
 from .model import Layout, MaPeT, drop_path_keep
 from .objectives import step_layout
 from .parallel import exchange, fill, fill_optimizer, optimizer_tensors, spread, whole
@@ -49,7 +49,7 @@ class Trainer:
         settings, plan = self.settings, self.plan
         inner = PretrainingLoss(self.model, settings, self.device)
         if settings.execution.compile:
-            inner.see = torch.compile(inner.see)
+            inner.see, inner.judge = torch.compile(inner.see), torch.compile(inner.judge)
         self._loss = spread(inner, self.model.blocks, settings.execution.parallel, self.world, self.device)
         self.optimizer = _adamw(self.model, settings.optimizer)
         self.schedule = CosineLRScheduler(
@@ -144,7 +144,7 @@ class PretrainingLoss(nn.Module):
 
     def __init__(self, model: MaPeT, settings: Settings, device: str):
         super().__init__()
-        self.model, self.settings, self.device = model, settings, device
+        self.model, self.settings, self.judge = model, settings, judge
         self.normalise = Normalise(settings.data.mean, settings.data.std, device)
         precision = settings.train.precision
         chosen = precision if precision != "auto" else "bfloat16" if device == "cuda" else "float32"
@@ -167,7 +167,7 @@ class PretrainingLoss(nn.Module):
         with self.autocast:
             keep = drop_path_keep(part["draws"], self.settings.model.drop_path)
             rows = self.model.predict_rows(pixels, part["order"], layout, keep)
-            return token_loss(rows, self.model.decoder, targets, self.settings.execution.loss_chunk)
+            return token_loss(rows, self.model.decoder, targets, self.settings.execution.loss_chunk, self.judge)
 
 
 def _adamw(model: MaPeT, settings: OptimizerSettings) -> torch.optim.AdamW:

@@ -1,10 +1,12 @@
 """The chunked loss is PyTorch's cross-entropy of a linear head, value and gradients."""
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mapet.train_stage.loss import token_loss
+from mapet.train_stage.loss import judge, token_loss
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -30,6 +32,21 @@ def test_any_chunk_gives_the_loss_the_hits_and_the_gradients_of_all_logits_at_on
     ours, theirs = (torch.autograd.grad(value * scale, inputs) for value in (loss, expected))
     for one, other in zip(ours, theirs, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_it_is_the_same(dtype: torch.dtype):
+    torch.manual_seed(0)
+    logits, truth = torch.randn(13, 300, dtype=dtype) * 4, torch.randint(300, (13, 1))
+    truth[0] = logits[0].argmax()
+    compiled = torch.compile(judge)
+    for rows in (13, 5):  # the last chunk is smaller
+        ours, theirs = (one(logits[:rows], truth[:rows], 40) for one in (compiled, judge))
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.allclose(one.float(), other.float(), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    assert theirs[1][0]
 
 
 def test_no_more_logits_exist_than_a_chunk_has():
