@@ -1,8 +1,9 @@
 """What --dry-run foretells beside what then happens: one JSON line for each way to train.
 
-python benchmarks/dry_run.py [--threads 2] [--steps 40]
+python benchmarks/dry_run.py [--threads 2] [--steps 40] [--repeats 1] [--only tiny]
 
-Memory is the peak of what is resident above that after imports; time is that of all steps.
+Memory is the peak of what is resident above that after imports; time is that of all steps, each side's median over
+repeats that alternate. Other programs on the machine show in `spread`, the ratio of each repeat.
 """
 
 import json
@@ -11,8 +12,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from datetime import timedelta
 from pathlib import Path
+from shutil import rmtree
+from statistics import median
 
 import typer
 from mapet.demo import TOWER
@@ -30,6 +32,7 @@ WAYS = {
     "tiny, bfloat16": ["model.name=vit-tiny", "train.precision=bfloat16"],
     "small, checkpointing": ["model.name=vit-small", "execution.grad_checkpointing=true"],
     "small, average kept": ["model.name=vit-small", "train.ema=0.999"],
+    "tiny, steps after a checkpoint": ["model.name=vit-tiny", "train.checkpoint_every=5"],
 }
 COMMON = ["model.image_size=224", "model.patch_size=28", "train.batch_size=16", "optimizer.warmup_epochs=0.1"]
 K = 64
@@ -44,7 +47,7 @@ print(json.dumps({"bytes": peak - before}))
 """
 
 
-def main(threads: int = 2, steps: int = 40) -> None:
+def main(threads: int = 2, steps: int = 40, repeats: int = 1, only: str = "") -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -52,30 +55,43 @@ def main(threads: int = 2, steps: int = 40) -> None:
         build_codebook(root / "images", root / "codebook", tower=f"local-dir:{TOWER}", k=K, restarts=1, iterations=5)
         encode_shards(root / "images", root / "codebook", root / "tokens")
         for name, overrides in WAYS.items():
+            if not name.startswith(only):
+                continue
             settings = [*COMMON, *overrides, f"train.epochs={steps // 10}"]
-            print(json.dumps(compare(root, name, settings)), flush=True)
+            found = [compare(root, name, settings) for _ in range(repeats)]
+            print(json.dumps(summary(name, found)), flush=True)
+
+
+def summary(name: str, found: list[dict]) -> dict:
+    foretold, taken = (median(one[side] for one in found) for side in ("foretold_seconds", "seconds"))
+    return {
+        "figure": f"dry run, {name}",
+        "memory_mb": max(one["bytes"] for one in found) >> 20,
+        "memory_foretold_over_used": [round(one["foretold_bytes"] / one["bytes"], 3) for one in found],
+        "seconds": round(taken, 1),
+        "time_foretold_over_taken": round(foretold / taken, 3),
+        "spread": [round(one["foretold_seconds"] / one["seconds"], 3) for one in found],
+    }
 
 
 def compare(root: Path, name: str, overrides: list[str]) -> dict:
     settings = resolve(None, overrides)
-    foretold = estimate_memory(settings, K, make_plan(settings, 160), World())
+    foretold = estimate_memory(settings, K, make_plan(settings, 160), World(), "cpu")
+    rmtree(root / name, ignore_errors=True)
     words = ["--images", root / "images", "--tokens", root / "tokens", "--out", root / name, "--device", "cpu"]
     options = [word for one in overrides for word in ("--set", one)]
     start = [sys.executable, "-c", "from mapet.cli import main; main()", "train", "pretrain"]
     told = run([*start, *words, *options, "--dry-run"])
-    hours, minutes, seconds = map(int, re.search(r"all steps.*?(\d+):(\d\d):(\d\d)", told).groups())
     a_step = float(re.search(r"a step.*?([\d.]+) s", told)[1])
     happened = run([sys.executable, "-c", TRAINED, root / "images", root / "tokens", root / name, *overrides])
     used = json.loads(happened.splitlines()[-1])["bytes"]
     lines = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
     took = sum(16 * 10 / line["images_per_second"] for line in lines)
     return {
-        "figure": f"dry run, {name}",
-        "memory_mb": used >> 20,
-        "memory_foretold_over_used": round(foretold / used, 3),
-        "seconds": round(took, 1),
-        "time_foretold_over_taken": round(a_step * len(lines) * 10 / took, 3),
-        "printed": str(timedelta(hours=hours, minutes=minutes, seconds=seconds)),
+        "foretold_bytes": foretold,
+        "bytes": used,
+        "foretold_seconds": a_step * len(lines) * 10,
+        "seconds": took,
     }
 
 

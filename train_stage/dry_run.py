@@ -4,6 +4,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -23,19 +24,22 @@ from .settings import Settings
 from .trainer import PretrainingLoss, Trainer
 
 WARM_UP, MEASURED = 2, 10
-# What a process holds beside its tensors, measured on the CPU (benchmarks/dry_run.py): kernels and thread pools that
-# are loaded at their first use, and memory that the allocator cannot use again.
-_LIBRARIES, _ALLOCATOR = 30 << 20, 1.2
+# What a process holds beside its tensors, measured on the CPU. Kernels that are mapped and what libraries allocate at
+# their first use: 35 to 45 MiB. Holes in glibc's heap, which did not fit the next tensor: resident memory was 1.1 to
+# 1.4 times the tensors of a step, most with gradient checkpointing, where pieces come and go twice (up to 1.7 times
+# with four times the images). The tensors themselves are foretold to 1 %.
+_LIBRARIES, _HOLES = 40 << 20, 1.2
 
 
-def show_plan(settings: Settings, k: int, plan: Plan, world: World) -> int:
-    """Prints the resolved plan; returns the bytes that a process will hold, imports aside."""
+def show_plan(settings: Settings, k: int, plan: Plan, world: World, device: str) -> int:
+    """Prints the resolved plan; returns the bytes that a process will hold on its device, imports aside."""
     shape, train, optimizer = settings.model.shape(k), settings.train, settings.optimizer
     layout = step_layout(settings.objective, shape.patches, train.seed, 0, plan.steps, "cpu")
     content = layout.content_rows
     flops = flops_per_image(settings, k)
     parameters = parameters_of(shape)
-    memory = estimate_memory(settings, k, plan, world)
+    memory, copies = estimate_memory(settings, k, plan, world, device), bytes_of_copies(settings, k)
+    where = "on the GPU" if device == "cuda" else "beside Python's and PyTorch's own"
     queries = f" + {len(layout.ranks)} query rows" if layout.queries else ""
     split = f"{world.size} process(es) x {plan.parts} part(s) x {plan.micro_batch} images"
     table(
@@ -50,29 +54,44 @@ def show_plan(settings: Settings, k: int, plan: Plan, world: World) -> int:
             ("steps", f"{plan.steps:,} = {train.epochs} epochs x {plan.steps_per_epoch:,}"),
             ("warm-up", f"{plan.warmup:,} steps from {optimizer.warmup_lr:g} to {optimizer.lr:g}"),
             ("then", f"{plan.steps - plan.warmup:,} steps along a cosine to {optimizer.min_lr:g}"),
-            ("memory, estimated", f"{as_text(memory)} a process, beside Python's and PyTorch's own"),
+            ("memory, estimated", f"{as_text(memory)} a process, {where}"),
+            *([("host memory", f"{as_text(copies)} for checkpoints, first process")] if device == "cuda" else []),
         ],
     )
     return memory
 
 
-def estimate_memory(settings: Settings, k: int, plan: Plan, world: World) -> int:
-    """Bytes that one process will hold at its peak, imports aside.
+def estimate_memory(settings: Settings, k: int, plan: Plan, world: World, device: str) -> int:
+    """Bytes that one process will hold at its peak on the device that computes, imports aside.
 
-    All tensors of a step at their peak, from a step on tensors without content, plus the copies that checkpoints are
-    written from, plus what libraries and allocator hold. On a GPU the copies are in the host's memory.
+    All tensors of a step at their peak, from a step on tensors without content, plus what libraries and allocator hold.
+    On the CPU the copies that checkpoints are written from are there as well; a GPU's are in the host's memory.
     """
-    weights = 4 * parameters_of(settings.model.shape(k))
-    averages = settings.train.ema is not None
-    shards = world.size if settings.execution.parallel == "fsdp" else 1
-    tensors = _peak_of_step(settings, k, plan)
+    weights, shards = _bytes_of_weights(settings, k), world.size if settings.execution.parallel == "fsdp" else 1
+    tensors = _peak_of_step(settings, k, plan, device)
     # Of weights, gradients, two moments and the average every process keeps its shard.
-    tensors -= (4 + averages) * weights * (shards - 1) // shards
-    copies = (3 + averages) * weights if world.is_first else 0
-    return round(_ALLOCATOR * (tensors + copies)) + _LIBRARIES
+    tensors -= (4 + (settings.train.ema is not None)) * weights * (shards - 1) // shards
+    peak = round(_HOLES * tensors)
+    if device == "cpu" and world.is_first:
+        copies = bytes_of_copies(settings, k)
+        # Kept from one checkpoint to the next, so that steps come on top of them; the last one's are made where a
+        # step's tensors were.
+        peak = peak + copies if settings.train.checkpoint_every < plan.steps else max(peak, copies // shards + copies)
+    return peak + _LIBRARIES
 
 
-def _peak_of_step(settings: Settings, k: int, plan: Plan) -> int:
+def bytes_of_copies(settings: Settings, k: int) -> int:
+    """Bytes that checkpoints are written from, in the first process: weights, two moments and the average."""
+    return (3 + (settings.train.ema is not None)) * _bytes_of_weights(settings, k)
+
+
+def _bytes_of_weights(settings: Settings, k: int) -> int:
+    return 4 * parameters_of(settings.model.shape(k))
+
+
+def _peak_of_step(settings: Settings, k: int, plan: Plan, device: str) -> int:
+    if device == "cuda" and settings.train.precision == "auto":  # the step below is one on the CPU
+        settings = replace(settings, train=replace(settings.train, precision="bfloat16"))
     shape = settings.model.shape(k)
     # Outside of the fake mode, as the mask is looked at to see whether it masks anything.
     layout = step_layout(settings.objective, shape.patches, settings.train.seed, 0, plan.steps, "cpu")
@@ -152,6 +171,7 @@ def measure(trainer: Trainer, loader: Iterator[dict[str, Tensor]], memory: int) 
         f"Measured in {len(timed)} steps",
         [
             ("a step", f"{a_step:.3f} s, {trainer.settings.train.batch_size / a_step:,.1f} images/s"),
+            ("shortest, longest", f"{min(timed):.3f} s, {max(timed):.3f} s"),
             (
                 "all steps",
                 f"{timedelta(seconds=round(a_step * plan.steps))} (h:mm:ss) on {world.size} such process(es)",

@@ -120,7 +120,7 @@ def _dry_run(
     check_grid(store, settings.model)
     data = join_images(images, store, settings, world)
     plan = world.together(lambda: make_plan(settings, len(data), world.size))
-    memory = show_plan(settings, store.k, plan, world)
+    memory = show_plan(settings, store.k, plan, world, device)
     trainer = Trainer(settings, store.k, plan, world, device)
     with tars_at_hand(data, settings, 0):
         measure(trainer, _load(settings, plan, data, world, device, 0), memory)

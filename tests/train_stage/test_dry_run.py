@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from mapet.shared.memory import as_text
 from mapet.shared.world import World
 from mapet.train_stage import dry_run
-from mapet.train_stage.dry_run import estimate_memory
+from mapet.train_stage.dry_run import bytes_of_copies, estimate_memory, show_plan
 from mapet.train_stage.loss import token_loss
 from mapet.train_stage.model import MaPeT
 from mapet.train_stage.objectives import step_layout
@@ -58,10 +59,10 @@ def test_flops_are_those_of_a_real_step(objective: str):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters_of(settings.model.shape(16))
 
 
-def memory_of(*overrides: str, world: World | None = None) -> int:
+def memory_of(*overrides: str, world: World | None = None, device: str = "cpu") -> int:
     settings = resolve(overrides=["model.name=vit-tiny", "train.batch_size=64", *overrides])
     world = world or World()
-    return estimate_memory(settings, 8192, make_plan(settings, 1000, world.size), world)
+    return estimate_memory(settings, 8192, make_plan(settings, 1000, world.size), world, device)
 
 
 def test_the_memory_estimate_knows_what_saves_memory():
@@ -73,3 +74,28 @@ def test_the_memory_estimate_knows_what_saves_memory():
     assert memory_of("execution.micro_batch=8", "execution.parallel=fsdp", world=World(1, 8)) < memory_of(
         "execution.micro_batch=8", world=World(1, 8)
     )
+
+
+def test_copies_for_checkpoints_are_added_to_steps_that_follow_one():
+    settings = resolve(overrides=["model.name=vit-tiny", "train.batch_size=64", "train.epochs=20"])
+    steps, copies = make_plan(settings, 1000).steps, bytes_of_copies(settings, 8192)
+    at_the_end, before = (
+        memory_of("train.epochs=20", f"train.checkpoint_every={every}") for every in (steps, steps - 1)
+    )
+    assert copies == 3 * 4 * parameters_of(settings.model.shape(8192))
+    assert before - at_the_end == copies
+
+
+def test_a_gpu_holds_no_copies_and_computes_in_bfloat16():
+    often, never = (f"train.checkpoint_every={every}" for every in (1, 10**6))
+    assert memory_of(often, device="cuda") == memory_of(never, device="cuda")
+    assert memory_of(device="cuda") == memory_of("train.precision=bfloat16", device="cuda")
+    assert memory_of(device="cuda") < memory_of("train.precision=float32", device="cuda")
+
+
+def test_the_host_memory_of_a_gpu_run_is_printed_apart(capsys):
+    settings = resolve(overrides=["model.name=vit-tiny", "train.batch_size=64"])
+    show_plan(settings, 64, make_plan(settings, 1000), World(), "cuda")
+    text = capsys.readouterr().out
+    assert "a process, on the GPU" in text
+    assert f"{as_text(bytes_of_copies(settings, 64))} for checkpoints, first process" in text
