@@ -109,6 +109,8 @@ def _peak_of_step(settings: Settings, k: int, plan: Plan, device: str) -> int:
             "tokens": torch.empty(count, patches, dtype=torch.int64),
             "draws": torch.empty(count, shape.depth, 2),
         }
+        if settings.data.color_jitter:
+            part |= {"jitter_factors": torch.empty(count, 3), "jitter_order": torch.zeros(count, 3, dtype=torch.int64)}
         kept = [[torch.empty_like(p) for p in model.parameters()] for _ in range(2 + (settings.train.ema is not None))]
         for _ in range(min(plan.parts, 2)):  # from the second part on, gradients are there
             loss(part, layout)[0].backward()
