@@ -24,10 +24,10 @@ from .settings import Settings
 from .trainer import PretrainingLoss, Trainer
 
 WARM_UP, MEASURED = 2, 10
-# What a process holds beside its tensors, measured on the CPU. Kernels that are mapped and what libraries allocate at
-# their first use: 35 to 45 MiB. Holes in glibc's heap, which did not fit the next tensor: resident memory was 1.1 to
-# 1.4 times the tensors of a step, most with gradient checkpointing, where pieces come and go twice (up to 1.7 times
-# with four times the images). The tensors themselves are foretold to 1 %.
+# What a process holds beside its tensors, measured on the CPU (glibc 2.36); not measured on a GPU. Kernels that are
+# mapped and what libraries allocate at their first use: about 40 MiB. Holes in the heap, too small for the next tensor:
+# without these 40 MiB, resident memory was 1.1 to 1.4 times a step's tensors, most with gradient checkpointing (1.7
+# times with 64 images at once), whether or not `keep_freed_memory` is called. The tensors are foretold to 1 %.
 _LIBRARIES, _HOLES = 40 << 20, 1.2
 
 

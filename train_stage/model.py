@@ -67,6 +67,8 @@ class Layout:
     queries: bool
     ranks: Tensor
     """(P,) int64: the ranks, from 0, whose tokens are predicted: by the query stream, or else by the content rows."""
+    rank_numbers: tuple[int, ...]
+    """The same in the host's memory, so that nobody waits for a GPU to read them."""
     content_windows: tuple[Window, ...]
     """Which content rows the content rows attend to."""
     read_windows: tuple[Window, ...]

@@ -97,6 +97,7 @@ def make_layout(
         patches=objective != "mim",
         queries=objective != "mim",
         ranks=chosen.to(device),
+        rank_numbers=tuple(chosen.tolist()),
         content_windows=tuple(content),
         read_windows=tuple(read),
     )

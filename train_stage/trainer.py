@@ -1,6 +1,7 @@
 """The state of a run and what a step does to it: model, optimizer, schedule, moving average."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -79,8 +80,7 @@ class Trainer:
         """
         self.schedule.step_update(step)
         layout, count = self.layout(step), self.plan.parts
-        bands = layout.ranks * BANDS // (self.model.shape.patches - layout.visible)
-        of_band = one_hot(bands, BANDS).float()
+        of_band, guesses = _bands(layout.rank_numbers, self.model.shape.patches - layout.visible, self.device)
         sums = torch.zeros(1 + BANDS, device=self.device)
         for index, part in enumerate(parts):
             moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()}
@@ -99,9 +99,8 @@ class Trainer:
             if self.ema:
                 self._average(list(self.ema.values()), [p.detach() for p in self.model.parameters()], None)
         self.optimizer.zero_grad(set_to_none=True)
-        guesses = (of_band.sum(0).int() * self.settings.train.batch_size).tolist()
-        lr = self.optimizer.param_groups[0]["lr"]
-        return StepMetrics(loss, right, guesses, norm, self.settings.train.batch_size, lr, problem)
+        lr, images = self.optimizer.param_groups[0]["lr"], self.settings.train.batch_size
+        return StepMetrics(loss, right, [images * count for count in guesses], norm, images, lr, problem)
 
     def _reason_to_skip(self, step: int, loss: Tensor, norm: Tensor) -> str | None:
         """Why this step's update is left out, or None. All processes know the same loss and norm, so they agree."""
@@ -137,6 +136,13 @@ class Trainer:
                 fill(target[key], tensors[name][key])
         fill_optimizer(self.model, self.optimizer, tensors[OPTIMIZER])
         self.watch.restore(loss_watch)
+
+
+@lru_cache(maxsize=512)
+def _bands(ranks: tuple[int, ...], predicted: int, device: str) -> tuple[Tensor, list[int]]:
+    """Which band each of the `ranks` lies in, float (P, BANDS) on `device` with a 1 a row, and how many lie in each."""
+    of_band = one_hot(torch.tensor(ranks) * BANDS // predicted, BANDS)
+    return of_band.float().to(device, non_blocking=True), of_band.sum(0).tolist()
 
 
 class PretrainingLoss(nn.Module):
