@@ -45,8 +45,8 @@ def decode_pixels(data: bytes, name: str, plain: bool | None = None) -> Tensor:
     if is_plain_jpeg(data, name) if plain is None else plain:
         try:
             return torch.from_numpy(decode_jpeg(data, "RGB")).permute(2, 0, 1)
-        except ValueError:
-            pass  # Pillow says why, or can read it
+        except Exception:  # a decoder raises whatever the bytes lead it to; Pillow says why, or can read it
+            pass
     return torch.from_numpy(np.array(decode(data, name))).permute(2, 0, 1)
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _BY_WINDOWS = ("cpu",)
-"""Where slices of rows are cheaper than a mask over all keys; on an H200 one masked call takes 0.43 of their time
+"""Where slices of rows are cheaper than a mask over all keys; on an H200 one masked call takes half of their time
 (benchmarks/gpu_check.py)."""
 
 

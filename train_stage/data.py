@@ -55,7 +55,7 @@ class LoadBatch:
         jitter_factors (B, 3) float32 and jitter_order (B, 3) int64.
         """
         records = [self.images.record(index) for _, index in places]
-        # Step by step for the whole batch: each step's code stays in the processor's cache.
+        # For all of the batch before any pixels, which would drive this code out of the processor's cache.
         drawn = [self._draw(epoch, record.key) for (epoch, _), record in zip(places, records, strict=True)]
         indices = np.array([index for _, index in places])
         rows, views = self.images.rows[indices], np.array([sample["view"] for sample in drawn])
@@ -80,16 +80,13 @@ class LoadBatch:
 
     def _pixels(self, records: list[ImageRecord], indices: np.ndarray, rows: np.ndarray, views: np.ndarray) -> Tensor:
         size, interpolation = self.settings.model.image_size, self.settings.data.interpolation
-        contents = [self._read(record, index) for record, index in zip(records, indices, strict=True)]
         boxes, flips = self.images.crops[rows, views].tolist(), self.images.flips[rows, views].tolist()
         pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)
-        for place, content in enumerate(contents):
-            name = f"{self.images.source(indices[place])}: image {records[place].key!r}"
-            source = decode_pixels(content, name, self.images.is_plain(indices[place], content, name))
+        for place, (record, index) in enumerate(zip(records, indices.tolist(), strict=True)):
+            if self.images.is_remote:
+                wait_for(record.path)
+            content = self.images.read(record, index)
+            name = f"{self.images.source(index)}: image {record.key!r}"
+            source = decode_pixels(content, name, self.images.is_plain(index, content, name))
             pixels[place] = replay_pixels(source, CropBox(*boxes[place]), flips[place], size, interpolation)
         return pixels
-
-    def _read(self, record: ImageRecord, index: int) -> bytes:
-        if self.images.is_remote:
-            wait_for(record.path)
-        return self.images.read(record, index)
