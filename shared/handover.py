@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import DataError
+from .memory import as_text
+
 _ALIGNMENT = 64
 
 
@@ -81,16 +84,29 @@ class Slots:
         self._count, self._turn = count, 0
 
     def hand_over(self, batch: dict[str, Any]) -> Handed:
-        """Copies the tensors of a batch into the next slot."""
+        """Copies the tensors of a batch into the next slot. Raises DataError if there is no room for one."""
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         number, self._turn = self._turn, (self._turn + 1) % self._count
         places, size = _arrange(tensors)
         slot, new = self._slots.get(number), None
         if slot is None or slot.places != places:
-            slot = new = self._slots[number] = Slot(torch.empty(size, dtype=torch.uint8).share_memory_(), places)
+            slot = new = self._slots[number] = Slot(_shared(size), places)
         for name, view in slot.views().items():
             view.copy_(tensors[name])
         return Handed(os.getpid(), number, new, {name: batch[name] for name in batch if name not in tensors})
+
+
+def _shared(size: int) -> Tensor:
+    """Shared memory; DataError if there is no room for it, as in containers, which are often given little."""
+    try:
+        return torch.empty(size, dtype=torch.uint8).share_memory_()
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise DataError(
+            f"There is no room in /dev/shm for another batch ({as_text(size)}) of a loader worker; allow more shared "
+            "memory (docker run --shm-size=8g), or use fewer workers or smaller batches (execution.micro_batch)."
+        ) from None
 
 
 def _arrange(tensors: dict[str, Tensor]) -> tuple[dict[str, Place], int]:

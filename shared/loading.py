@@ -83,13 +83,13 @@ class _Guarded(Dataset):
     def __getitems__(self, indices: Sequence[Any]) -> dict | Handed | MapetError:
         try:
             batch = self.load(indices)
+            if get_worker_info() is None:
+                return batch
+            # PyTorch's loader asks a worker for another batch whenever one of its batches was taken.
+            self.slots = self.slots or Slots(_PREFETCHED + 1)
+            return self.slots.hand_over(batch)
         except MapetError as error:
             return error
-        if get_worker_info() is None:
-            return batch
-        # PyTorch's loader asks a worker for another batch whenever one of its batches was taken.
-        self.slots = self.slots or Slots(_PREFETCHED + 1)
-        return self.slots.hand_over(batch)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -119,8 +119,8 @@ def batches(
 
     Tensors keep their strides.
 
-    Raises the MapetError that `load` raised, whichever process it happened in, and UsageError if workers could not hand
-    anything over.
+    Raises the MapetError that `load` raised, whichever process it happened in, UsageError if workers could not hand
+    anything over, and DataError if there is too little shared memory for that.
     """
     if workers:
         _refuse_long_folder()

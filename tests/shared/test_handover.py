@@ -1,6 +1,9 @@
 """A worker's batches arrive as they were, though they lie in the same memory one after the other."""
 
 import multiprocessing
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,6 +48,33 @@ def test_a_reader_that_stops_early_keeps_no_memory_and_no_files():
         # PyTorch's own queues may keep a few; slots would be 15.
         assert len(list(Path("/proc/self/fd").iterdir())) - before < 10
     assert not multiprocessing.active_children()
+
+
+def test_too_little_shared_memory_is_said_in_one_sentence(tmp_path: Path):
+    """As in a container: the workers' own view of /dev/shm is a disk of two megabytes."""
+    script = tmp_path / "load.py"
+    script.write_text(
+        "import torch\n"
+        "from mapet.shared.errors import DataError\n"
+        "from mapet.shared.loading import batches\n"
+        "load = lambda numbers: {'pixels': torch.zeros(1_000_000, dtype=torch.uint8)}\n"
+        "try:\n"
+        "    list(batches(load, [[number] for number in range(9)], 1))\n"
+        "except DataError as error:\n"
+        "    print(error)\n"
+    )
+    mount = "mount -t tmpfs -o size=2m none /dev/shm"
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode
+    ):
+        pytest.skip("a small /dev/shm of one's own is not allowed here")
+    command = ["unshare", "-m", "sh", "-c", f"{mount} && exec {sys.executable} {script}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith(
+        "There is no room in /dev/shm for another batch (1 MB) of a loader worker; allow more"
+    )
+    assert "Traceback" not in done.stderr
 
 
 DTYPES = [torch.uint8, torch.bool, torch.int64, torch.float32, torch.bfloat16]
