@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,7 +115,12 @@ def test_the_baselines_learn_from_the_same_command(chain, undisturbed: Path, tmp
     assert changed == {"  name: mapet", f"  name: {objective}"}
 
 
-@pytest.mark.parametrize("execution", ["grad_checkpointing=true", "loss_chunk=5", "loss_chunk=null"])
+COMPILED = pytest.param(
+    "compile=true", marks=pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+)
+
+
+@pytest.mark.parametrize("execution", ["grad_checkpointing=true", "loss_chunk=5", "loss_chunk=null", COMPILED])
 def test_how_a_step_is_executed_does_not_change_the_losses(chain, undisturbed: Path, tmp_path: Path, execution: str):
     run(chain, tmp_path, f"execution.{execution}")
     assert losses(tmp_path) == pytest.approx(losses(undisturbed), rel=1e-5)
