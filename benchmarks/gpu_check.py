@@ -194,22 +194,11 @@ def _by_windows(slices: int, heads: int, device: str):
     return run
 
 
-def _seen(device: str) -> list[Tensor]:
-    """The whole pattern: bool masks of content and query rows over all keys."""
-    layout = make_layout("mapet", PATCHES, VISIBLE, device=device)
-    masks = []
-    for windows in (layout.content_windows, layout.read_windows):
-        mask = torch.zeros(windows[-1].rows.stop, layout.content_rows, dtype=torch.bool, device=device)
-        for window in windows:
-            mask[window.rows, window.keys] = True if window.mask is None else window.mask
-        masks.append(mask)
-    return masks
-
-
 def _by_flex(heads: int, device: str):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    masks = _seen(device)
+    layout = make_layout("mapet", PATCHES, VISIBLE, device=device)
+    masks = layout.pattern.mask.split([layout.content_rows, len(layout.ranks)])
     blocks = [
         create_block_mask(lambda b, h, row, key, m=m: m[row, key], None, None, *m.shape, device=device) for m in masks
     ]
