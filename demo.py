@@ -12,10 +12,10 @@ from PIL import Image
 from .shared.console import say
 from .shared.drawings import CLASSES, write_drawings
 from .shared.errors import DataError, UsageError
-from .shared.files import written_whole
 from .shared.images import ImageRecord, read_image
 from .shared.randomness import generator
 from .shared.sources import read_records
+from .shared.storage.files import written_whole
 from .tokenize_stage.build_codebook import build_codebook
 from .tokenize_stage.encode_shards import encode_shards
 from .tokenize_stage.inspect import inspect, show

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import typer
 from mapet.shared.codebook import Codebook
-from mapet.shared.files import write_sealed_json
+from mapet.shared.storage.files import write_sealed_json
 from mapet.shared.token_rows import ShardRows
 from mapet.shared.token_store import read_entry, write_manifest, write_shard
 

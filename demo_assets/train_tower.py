@@ -20,12 +20,13 @@ import faiss
 import numpy as np
 import open_clip
 import torch
-from mapet.shared.drawings import CLASSES, SURFACES, draw
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
+
+from ..shared.drawings import CLASSES, SURFACES, draw
 
 # The text tower is only as wide as a few dozen words need: its table of 49,408 tokens is most of the file.
 CONFIG = {

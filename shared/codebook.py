@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
 from .errors import DataError, UsageError
-from .files import canonical_json, read_sealed_json, sha256_file, write_sealed_json, written_whole
 from .image_tokens import facts_html
-from .remote import as_path, is_remote, read_whole
+from .storage.files import canonical_json, read_sealed_json, sha256_file, write_sealed_json, written_whole
+from .storage.remote import as_path, is_remote, read_whole
 
 FORMAT, VERSION = "mapet-codebook", 1
 MAX_K = 65_536

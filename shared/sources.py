@@ -15,11 +15,11 @@ import braceexpand
 import numpy as np
 
 from .errors import DataError, UsageError
-from .files import sha256_file
 from .folders import list_folder
 from .images import ImageRecord
 from .keys import Skipped
-from .remote import as_path, download, is_url, list_tars, remote_size
+from .storage.files import sha256_file
+from .storage.remote import as_path, download, is_url, list_tars, remote_size
 from .tars import index_tar
 
 

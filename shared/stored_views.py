@@ -11,8 +11,8 @@ from PIL import Image
 from .errors import DataError
 from .images import ImageRecord, decode, read_encoded
 from .randomness import generator
-from .remote import is_remote
 from .sources import SourceShard, open_source
+from .storage.remote import is_remote
 from .token_rows import NO_LABEL, ShardRows
 from .token_store import TokenStore
 from .views import CropBox, replay

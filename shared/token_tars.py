@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from .errors import DataError
-from .files import canonical_json
 from .images import ImageRecord, crc32, read_bytes
 from .keys import EXTENSIONS, extension_of, key_of
+from .storage.files import canonical_json
 from .token_rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
 
 _TOKENS, _VIEWS = "tokens.npy", "views.json"

@@ -17,10 +17,10 @@ from ..shared.codebook import TOKEN_FIELDS, Codebook, faiss_gpus, import_faiss, 
 from ..shared.console import say, table, working
 from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError, UsageError
-from ..shared.files import canonical_json, written_whole
 from ..shared.images import keys_sha256
 from ..shared.memory import memory_budget
 from ..shared.sources import Skipped, open_source
+from ..shared.storage.files import canonical_json, written_whole
 from ..shared.world import World, joined_world
 from .extract import skips
 from .feature_cache import FeatureCache

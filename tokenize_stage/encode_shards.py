@@ -8,9 +8,9 @@ from ..shared.codebook import Codebook, read_description
 from ..shared.console import progress, say, table
 from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError, FingerprintMismatch, UsageError
-from ..shared.files import sha256_file, write_sealed_json
-from ..shared.remote import as_path, exists, explained, file_size
 from ..shared.sources import KeyLedger, SourceShard, open_source
+from ..shared.storage.files import sha256_file, write_sealed_json
+from ..shared.storage.remote import as_path, exists, explained, file_size
 from ..shared.token_rows import ShardRows
 from ..shared.token_store import (
     SUFFIXES,

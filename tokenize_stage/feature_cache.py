@@ -11,8 +11,8 @@ import numpy as np
 
 from ..shared.console import say
 from ..shared.errors import DataError, UsageError
-from ..shared.files import read_sealed_json, write_sealed_json, written_whole
 from ..shared.memory import as_text
+from ..shared.storage.files import read_sealed_json, write_sealed_json, written_whole
 
 FORMAT, VERSION = "mapet-features", 1
 _SHEET, _FEATURES, _DRAWS, _SKIPPED, _PART = "sample.json", "features.f16", "draws.npy", "skipped.json", "part-"

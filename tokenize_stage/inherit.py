@@ -15,9 +15,9 @@ from ..shared.codebook import MAX_K, Codebook, read_description
 from ..shared.console import progress, say, table
 from ..shared.devices import choose_device, refuse_many_processes
 from ..shared.errors import DataError, UsageError
-from ..shared.files import refuse_existing, sha256_file, write_sealed_json
 from ..shared.images import ImageRecord, crc32, read_bytes, upright_size
 from ..shared.sources import SourceShard, open_source, read_records
+from ..shared.storage.files import refuse_existing, sha256_file, write_sealed_json
 from ..shared.token_rows import ShardRows
 from ..shared.token_store import TokenStore, entry_path, read_entry, write_manifest, write_shard
 from ..shared.views import CENTER, Preprocess, center_box

@@ -7,7 +7,7 @@ from upath import UPath
 
 from ..shared.codebook import Codebook
 from ..shared.errors import DataError, UsageError
-from ..shared.remote import as_path, exists
+from ..shared.storage.remote import as_path, exists
 from ..shared.token_rows import NO_LABEL
 from ..shared.token_store import TokenStore
 from .against import Kept, compare_codebooks, compare_stores

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..shared.console import say
-from ..shared.files import written_whole
+from ..shared.storage.files import written_whole
 
 
 @dataclass

@@ -14,13 +14,7 @@ from ..shared.report.render import write_page
 from ..shared.stored_views import Place, StoredViews, by_shard, choose_images
 from ..shared.token_rows import NO_LABEL
 from ..shared.token_store import TokenStore
-from .gallery import (
-    Patch,
-    choose_codes,
-    nearest_patches,
-    refuse_other_codebook,
-    sample_patches,
-)
+from .gallery import Patch, choose_codes, nearest_patches, refuse_other_codebook, sample_patches
 from .picture import code_colours
 from .show import against_rows
 

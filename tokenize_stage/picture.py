@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw
 
 from ..shared.codebook import Codebook
 from ..shared.errors import FingerprintMismatch
-from ..shared.files import written_whole
 from ..shared.images import ImageRecord, read_image
+from ..shared.storage.files import written_whole
 from ..shared.token_store import TokenStore
 from ..shared.views import CropBox, replay
 

@@ -10,11 +10,11 @@ import numpy as np
 from ..shared.codebook import Codebook, read_description
 from ..shared.console import progress, say, table
 from ..shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
-from ..shared.files import sha256_file
 from ..shared.images import ImageRecord, crc32, read_bytes
 from ..shared.keys import Skipped
-from ..shared.remote import as_path, exists, file_size
 from ..shared.sources import SourceShard, open_source
+from ..shared.storage.files import sha256_file
+from ..shared.storage.remote import as_path, exists, file_size
 from ..shared.token_rows import ShardRows
 from ..shared.token_store import TokenStore, read_entry, shard_files
 from .reencode import Reencoding, encode_again

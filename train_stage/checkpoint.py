@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..shared.console import say
 from ..shared.errors import DataError
-from ..shared.files import read_sealed_json, sha256_file, write_sealed_json, written_whole
+from ..shared.storage.files import read_sealed_json, sha256_file, write_sealed_json, written_whole
 
 FORMAT, VERSION = "mapet-checkpoint", 1
 MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"

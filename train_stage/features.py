@@ -14,11 +14,11 @@ from zarr.codecs import Crc32cCodec
 
 from ..shared.console import progress, table
 from ..shared.devices import choose_device, choose_workers
-from ..shared.files import refuse_existing, written_whole
 from ..shared.images import ImageRecord, read_image
 from ..shared.loading import OneByOne, batches
 from ..shared.pixels import Normalise
 from ..shared.sources import read_records
+from ..shared.storage.files import refuse_existing, written_whole
 from ..shared.token_rows import NO_LABEL
 from ..shared.views import Preprocess, center_view, to_array
 from .interchange import load_weights

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..shared.console import say, table
 from ..shared.errors import DataError, UsageError
-from ..shared.files import read_sealed_json, refuse_existing, sha256_file, write_sealed_json, written_whole
+from ..shared.storage.files import read_sealed_json, refuse_existing, sha256_file, write_sealed_json, written_whole
 from .checkpoint import EMA, newest_checkpoint, read_state
 from .model import SIZES, MaPeT, Shape
 from .weights import Input, Weights, published_names

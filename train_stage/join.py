@@ -13,8 +13,8 @@ import numpy as np
 from ..shared.console import progress, say
 from ..shared.errors import DataError, UsageError
 from ..shared.images import ImageRecord
-from ..shared.remote import is_url
 from ..shared.sources import KeyLedger, SourceShard, open_source
+from ..shared.storage.remote import is_url
 from ..shared.token_rows import NO_LABEL, ShardRows
 from ..shared.token_store import TokenStore
 from ..shared.world import World

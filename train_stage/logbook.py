@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..shared.errors import UsageError
-from ..shared.files import written_whole
+from ..shared.storage.files import written_whole
 from .watch import BadStep
 
 BANDS = 8

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..shared.console import progress, say, table
 from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError, Interrupted
-from ..shared.files import WriteLock
 from ..shared.loading import batches
+from ..shared.storage.files import WriteLock
 from ..shared.token_store import TokenStore
 from ..shared.world import Vote, World, joined_world
 from .data import LoadBatch, check_grid

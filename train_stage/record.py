@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..shared.files import written_whole
+from ..shared.storage.files import written_whole
 
 _PACKAGE = Path(__file__).parent.parent
 _LIBRARIES = ("mapet", "torch", "torchvision", "timm", "numpy", "pillow")

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from ..shared.console import say
 from ..shared.devices import peak_flops
-from ..shared.files import WriteLock, written_whole
+from ..shared.storage.files import WriteLock, written_whole
 from ..shared.token_store import TokenStore
 from ..shared.world import World
 from .checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, load_tensors

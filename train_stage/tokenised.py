@@ -8,7 +8,7 @@ import numpy as np
 
 from ..shared.images import ImageRecord, read_encoded
 from ..shared.pixels import is_plain_jpeg
-from ..shared.remote import is_url
+from ..shared.storage.remote import is_url
 from ..shared.token_rows import NO_LABEL
 from .columns import text_at
 

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..shared.errors import DataError, UsageError
-from ..shared.files import sha256_file
+from ..shared.storage.files import sha256_file
 from ..shared.views import Preprocess
 from .model import SIZES, MaPeT, Shape
 

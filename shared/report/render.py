@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..files import written_whole
+from ..storage.files import written_whole
 
 _HERE = Path(__file__).parent
 _LIBRARIES = ("vendor/d3.min.js", "vendor/plot.min.js", "static/page.js")

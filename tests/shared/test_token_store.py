@@ -12,7 +12,7 @@ import pytest
 import zarr
 from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError
-from mapet.shared.files import sha256_file, write_sealed_json
+from mapet.shared.storage.files import sha256_file, write_sealed_json
 from mapet.shared.token_rows import ShardRows
 from mapet.shared.token_store import (
     SHARD_FORMAT,

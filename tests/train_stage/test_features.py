@@ -8,8 +8,8 @@ import timm
 import torch
 import zarr
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.files import sha256_file
 from mapet.shared.sources import read_records
+from mapet.shared.storage.files import sha256_file
 from mapet.train_stage.checkpoint import newest_checkpoint
 from mapet.train_stage.features import features
 from mapet.train_stage.interchange import export, import_weights

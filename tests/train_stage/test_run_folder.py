@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.files import WriteLock
+from mapet.shared.storage.files import WriteLock
 from mapet.train_stage.checkpoint import newest_checkpoint
 from mapet.train_stage.interchange import load_weights
 from mapet.train_stage.logbook import BANDS, Logbook, StepMetrics
@@ -127,7 +127,7 @@ def test_a_probe_of_images_without_labels_is_refused_before_training(chain, tmp_
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(chain, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("mapet.shared.files._LONGEST_WAIT_FOR_LOCK", 0.5)
+    monkeypatch.setattr("mapet.shared.storage.files._LONGEST_WAIT_FOR_LOCK", 0.5)
     other = WriteLock(tmp_path)
     other.take()
     with pytest.raises(UsageError, match=r"Another process is writing to .*; wait until it ends"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 from upath import UPath
 
-from .errors import DataError, UsageError
+from ..errors import DataError, UsageError
 
 # What pip calls the library behind a protocol, where fsspec does not carry it itself.
 _LIBRARIES = {

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from upath import UPath
 
-from .errors import DataError, UsageError
+from ..errors import DataError, UsageError
 from .remote import explained, is_remote, read_whole, uploaded_whole
 
 _PARTIAL = ".partial"
