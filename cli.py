@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .shared.errors import MapetError
-from .shared.world import is_first_process
+from .shared.runtime.distributed import is_first_process
 
 app = typer.Typer(
     name="mapet",

@@ -9,11 +9,11 @@ from pathlib import Path
 import webdataset
 from PIL import Image
 
-from .shared.console import say
 from .shared.drawings import CLASSES, write_drawings
 from .shared.errors import DataError, UsageError
 from .shared.images import ImageRecord, read_image
 from .shared.randomness import generator
+from .shared.runtime.console import say
 from .shared.sources import read_records
 from .shared.storage.files import written_whole
 from .tokenize_stage.build_codebook import build_codebook

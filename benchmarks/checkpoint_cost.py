@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 import typer
-from mapet.shared.devices import choose_device
-from mapet.shared.world import World
+from mapet.shared.runtime.devices import choose_device
+from mapet.shared.runtime.distributed import World
 from mapet.train_stage.checkpoint import Checkpoints
 from mapet.train_stage.plan import make_plan
 from mapet.train_stage.settings import resolve

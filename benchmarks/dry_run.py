@@ -19,7 +19,7 @@ from statistics import median
 import typer
 from mapet.demo import TOWER
 from mapet.shared.drawings import write_drawings
-from mapet.shared.world import World
+from mapet.shared.runtime.distributed import World
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.dry_run import estimate_memory

@@ -26,9 +26,9 @@ import torch
 import typer
 from mapet.demo import TOWER
 from mapet.shared.codebook import Codebook
-from mapet.shared.devices import choose_device
 from mapet.shared.drawings import write_drawings
 from mapet.shared.images import read_image
+from mapet.shared.runtime.devices import choose_device
 from mapet.shared.sources import open_source
 from mapet.shared.token_store import write_shard
 from mapet.shared.views import CENTER, center_view, to_array

@@ -15,7 +15,7 @@ import time
 
 import torch
 import typer
-from mapet.shared.devices import keep_freed_memory
+from mapet.shared.runtime.devices import keep_freed_memory
 from mapet.tokenize_stage.towers import TowerSettings, open_tower
 
 NAME, SIZE = "timm:tf_efficientnet_lite0", 224

@@ -19,8 +19,8 @@ import torch
 import typer
 from dense_reference import split_heads
 from encode import speed
-from mapet.shared.devices import choose_workers, peak_flops
 from mapet.shared.drawings import write_drawings
+from mapet.shared.runtime.devices import choose_workers, peak_flops
 from mapet.tokenize_stage.towers import TowerSettings, open_tower
 from mapet.train_stage.attention import attend
 from mapet.train_stage.interchange import load_published

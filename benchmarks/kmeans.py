@@ -20,7 +20,7 @@ from typing import Annotated
 import faiss
 import numpy as np
 import typer
-from mapet.shared.memory import memory_budget
+from mapet.shared.runtime.memory import memory_budget
 from mapet.tokenize_stage.kmeans import KMeansSettings, block_rows, fixed_bytes, float_blocks, least_bytes, train_kmeans
 
 app = typer.Typer(pretty_exceptions_enable=False)

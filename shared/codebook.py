@@ -11,8 +11,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
-from .errors import DataError, UsageError
+from .errors import DataError
 from .image_tokens import facts_html
+from .runtime.faiss_build import faiss_gpus, import_faiss
 from .storage.files import canonical_json, read_sealed_json, sha256_file, write_sealed_json, written_whole
 from .storage.remote import as_path, is_remote, read_whole
 
@@ -31,23 +32,6 @@ TOKEN_FIELDS = (
     "grid",
     "metric",
 )
-
-
-def import_faiss():
-    """The faiss module, from whichever of its two distributions is installed; UsageError if neither is."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise UsageError(
-            f'faiss is not usable here ({error}); install it with pip install "mapet[cpu]" or "mapet[gpu]", not both.'
-        ) from None
-    return faiss
-
-
-def faiss_gpus() -> int:
-    """How many GPUs this build of FAISS can use; 0 in the CPU build."""
-    count = getattr(import_faiss(), "get_num_gpus", None)
-    return count() if count else 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,9 +6,9 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .codebook import faiss_gpus, import_faiss
-from .console import table
 from .errors import UsageError
+from .runtime.console import table
+from .runtime.faiss_build import faiss_gpus, import_faiss
 
 _PACKAGES = (
     "mapet",

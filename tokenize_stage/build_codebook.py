@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.codebook import TOKEN_FIELDS, Codebook, faiss_gpus, import_faiss, usage
-from ..shared.console import say, table, working
-from ..shared.devices import choose_device, choose_workers
+from ..shared.codebook import TOKEN_FIELDS, Codebook, usage
 from ..shared.errors import DataError, UsageError
 from ..shared.images import keys_sha256
-from ..shared.memory import memory_budget
+from ..shared.runtime.console import say, table, working
+from ..shared.runtime.devices import choose_device, choose_workers
+from ..shared.runtime.distributed import World, joined_world
+from ..shared.runtime.faiss_build import faiss_gpus, import_faiss
+from ..shared.runtime.memory import memory_budget
 from ..shared.sources import Skipped, open_source
 from ..shared.storage.files import canonical_json, written_whole
-from ..shared.world import World, joined_world
 from .extract import skips
 from .feature_cache import FeatureCache
 from .kmeans import KMeansSettings, block_rows, float_blocks, refuse_little_memory, train_kmeans

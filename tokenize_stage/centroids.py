@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ..shared.codebook import Codebook
-from ..shared.console import progress
+from ..shared.runtime.console import progress
 from .figures import code_figures
 
 _CLOSEST = 10

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from ..shared.codebook import Codebook, read_description
-from ..shared.console import progress, say, table
-from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError, FingerprintMismatch, UsageError
+from ..shared.runtime.console import progress, say, table
+from ..shared.runtime.devices import choose_device, choose_workers
+from ..shared.runtime.distributed import World, joined_world
 from ..shared.sources import KeyLedger, SourceShard, open_source
 from ..shared.storage.files import sha256_file, write_sealed_json
 from ..shared.storage.remote import as_path, exists, explained, file_size
@@ -25,7 +26,6 @@ from ..shared.token_store import (
     write_shard,
 )
 from ..shared.views import ViewPolicy
-from ..shared.world import World, joined_world
 from .encoder import Encoder, open_same_tower
 from .estimate import estimate
 from .extract import skips

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..shared.codebook import TOKEN_FIELDS, Codebook
-from ..shared.console import Advance
 from ..shared.errors import DataError, FingerprintMismatch, MapetError
 from ..shared.images import ImageRecord
 from ..shared.keys import Skipped
+from ..shared.runtime.console import Advance
 from ..shared.sources import SourceShard
 from ..shared.token_rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
 from ..shared.views import ViewPolicy

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize, pad
 
 from ..shared.errors import DataError, UsageError
 from ..shared.images import ImageRecord, crc32, read_image
-from ..shared.loading import OneByOne, batches
+from ..shared.runtime.loader import OneByOne, batches
 from ..shared.sources import Skipped
 from ..shared.views import Preprocess, ViewPolicy, resized, show_view, to_array
 from .towers import Tower

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.console import say
 from ..shared.errors import DataError, UsageError
-from ..shared.memory import as_text
+from ..shared.runtime.console import say
+from ..shared.runtime.memory import as_text
 from ..shared.storage.files import read_sealed_json, write_sealed_json, written_whole
 
 FORMAT, VERSION = "mapet-features", 1

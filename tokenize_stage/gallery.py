@@ -8,10 +8,10 @@ from itertools import zip_longest
 import numpy as np
 
 from ..shared.codebook import Codebook
-from ..shared.console import Advance, progress
-from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import FingerprintMismatch
 from ..shared.randomness import generator
+from ..shared.runtime.console import Advance, progress
+from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.stored_views import Place, StoredViews, by_shard, choose_images
 from ..shared.token_rows import ShardRows
 from ..shared.token_store import TokenStore

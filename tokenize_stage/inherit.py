@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..shared.codebook import MAX_K, Codebook, read_description
-from ..shared.console import progress, say, table
-from ..shared.devices import choose_device, refuse_many_processes
 from ..shared.errors import DataError, UsageError
 from ..shared.images import ImageRecord, crc32, read_bytes, upright_size
+from ..shared.runtime.console import progress, say, table
+from ..shared.runtime.devices import choose_device, refuse_many_processes
 from ..shared.sources import SourceShard, open_source, read_records
 from ..shared.storage.files import refuse_existing, sha256_file, write_sealed_json
 from ..shared.token_rows import ShardRows

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..shared.console import say
+from ..shared.runtime.console import say
 from ..shared.storage.files import written_whole
 
 

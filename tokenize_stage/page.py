@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from ..shared.codebook import Codebook
-from ..shared.console import progress, say
 from ..shared.errors import DataError, UsageError
 from ..shared.report.pictures import data_uri, golden_colours, hex_colours
 from ..shared.report.render import write_page
+from ..shared.runtime.console import progress, say
 from ..shared.stored_views import Place, StoredViews, by_shard, choose_images
 from ..shared.token_rows import NO_LABEL
 from ..shared.token_store import TokenStore

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..shared.codebook import Codebook
-from ..shared.console import progress, say
-from ..shared.devices import choose_device, choose_workers
 from ..shared.randomness import generator
+from ..shared.runtime.console import progress, say
+from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.sources import SourceShard
 from ..shared.token_rows import ShardRows, take_rows
 from ..shared.token_store import TokenStore

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..shared.console import Advance, progress
 from ..shared.errors import DataError
 from ..shared.images import ImageRecord
+from ..shared.runtime.console import Advance, progress
+from ..shared.runtime.distributed import World
 from ..shared.sources import KeyLedger, Skipped, SourceShard
 from ..shared.views import CENTER
-from ..shared.world import World
 from .extract import extract
 from .feature_cache import FeatureCache, Rows
 from .sample import PatchSample

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..shared.codebook import usage
-from ..shared.console import progress
 from ..shared.errors import DataError
+from ..shared.runtime.console import progress
 from ..shared.token_rows import NO_LABEL, ShardRows
 from ..shared.token_store import TokenStore
 from .figures import (

@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ..shared.console import say, table
-from ..shared.memory import as_text, free_bytes
-from ..shared.world import World
+from ..shared.runtime.console import say, table
+from ..shared.runtime.distributed import World
+from ..shared.runtime.memory import as_text, free_bytes
 from .model import MaPeT
 from .objectives import step_layout
 from .plan import Plan, flops_per_image, parameters_of

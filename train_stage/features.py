@@ -12,11 +12,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from zarr.codecs import Crc32cCodec
 
-from ..shared.console import progress, table
-from ..shared.devices import choose_device, choose_workers
 from ..shared.images import ImageRecord, read_image
-from ..shared.loading import OneByOne, batches
 from ..shared.pixels import Normalise
+from ..shared.runtime.console import progress, table
+from ..shared.runtime.devices import choose_device, choose_workers
+from ..shared.runtime.loader import OneByOne, batches
 from ..shared.sources import read_records
 from ..shared.storage.files import refuse_existing, written_whole
 from ..shared.token_rows import NO_LABEL

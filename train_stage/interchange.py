@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..shared.console import say, table
 from ..shared.errors import DataError, UsageError
+from ..shared.runtime.console import say, table
 from ..shared.storage.files import read_sealed_json, refuse_existing, sha256_file, write_sealed_json, written_whole
 from .checkpoint import EMA, newest_checkpoint, read_state
 from .model import SIZES, MaPeT, Shape

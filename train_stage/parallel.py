@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..shared.errors import DataError
-from ..shared.world import World
+from ..shared.runtime.distributed import World
 
 
 def spread(module: nn.Module, layers: nn.ModuleList, strategy: str, world: World, device: str) -> nn.Module:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..shared.console import progress
-from ..shared.devices import choose_device
 from ..shared.errors import DataError, FingerprintMismatch, UsageError
 from ..shared.pixels import Normalise
 from ..shared.randomness import generator
 from ..shared.report.pictures import data_uri
+from ..shared.runtime.console import progress
+from ..shared.runtime.devices import choose_device
 from ..shared.stored_views import StoredViews, by_shard, choose_images
 from ..shared.token_rows import ShardRows
 from ..shared.token_store import TokenStore

@@ -12,13 +12,13 @@ from typing import NoReturn
 import numpy as np
 from torch import Tensor
 
-from ..shared.console import progress, say, table
-from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError, Interrupted
-from ..shared.loading import batches
+from ..shared.runtime.console import progress, say, table
+from ..shared.runtime.devices import choose_device, choose_workers
+from ..shared.runtime.distributed import Vote, World, joined_world
+from ..shared.runtime.loader import batches
 from ..shared.storage.files import WriteLock
 from ..shared.token_store import TokenStore
-from ..shared.world import Vote, World, joined_world
 from .data import LoadBatch, check_grid
 from .dry_run import measure, show_plan
 from .logbook import Logbook, StepMetrics

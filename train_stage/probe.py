@@ -9,11 +9,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, normalize, one_hot
 
-from ..shared.console import progress, results
-from ..shared.devices import choose_device, choose_workers
 from ..shared.errors import DataError
 from ..shared.images import ImageRecord
 from ..shared.randomness import generator
+from ..shared.runtime.console import progress, results
+from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.sources import read_records
 from ..shared.views import Preprocess
 from .features import embed, normalised_views

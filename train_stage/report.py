@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from ..shared.console import say, table
 from ..shared.errors import DataError, UsageError
 from ..shared.report.pictures import golden_colours, hex_colours
 from ..shared.report.render import write_page
+from ..shared.runtime.console import say, table
 from .logbook import read_lines
 from .predictions import predict
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from torch.utils.data import get_worker_info
 
 from ..shared.errors import DataError, MapetError
+from ..shared.runtime.distributed import local_rank
 from ..shared.storage.remote import download
-from ..shared.world import local_rank
 from .join import TARS_PREFIX
 from .order import shard_groups
 from .settings import Settings

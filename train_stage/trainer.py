@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..shared.devices import refuse_missing_compiler
 from ..shared.errors import DataError
 from ..shared.pixels import Normalise
-from ..shared.world import World
+from ..shared.runtime.devices import refuse_missing_compiler
+from ..shared.runtime.distributed import World
 from .checkpoint import EMA, MODEL, OPTIMIZER, Tensors
 from .logbook import BANDS, StepMetrics
 from .loss import judge, token_loss

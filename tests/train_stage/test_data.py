@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.loading import batches
+from mapet.shared.runtime.loader import batches
 from mapet.shared.sources import read_records
 from mapet.shared.token_store import TokenStore
 from mapet.shared.views import view_of_epoch

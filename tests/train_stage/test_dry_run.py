@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mapet.shared.memory import as_text
-from mapet.shared.world import World
+from mapet.shared.runtime.distributed import World
+from mapet.shared.runtime.memory import as_text
 from mapet.train_stage import dry_run
 from mapet.train_stage.dry_run import bytes_of_copies, estimate_memory, show_plan
 from mapet.train_stage.loss import token_loss

@@ -121,7 +121,7 @@ def test_keys_of_any_length_and_alphabet_keep_their_order(chain, tmp_path: Path,
 MANY = """
 import os, sys
 from mapet.shared.errors import DataError
-from mapet.shared.world import joined_world
+from mapet.shared.runtime.distributed import joined_world
 from mapet.shared.token_store import TokenStore
 from mapet.train_stage.join import join
 with joined_world() as world:

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 import torch
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.loading import batches
+from mapet.shared.runtime.loader import batches
 from mapet.shared.token_store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.data import LoadBatch
@@ -169,7 +169,7 @@ def test_local_images_need_nothing(many: Path, temporary: Path):
 
 KILLED = """
 import sys
-from mapet.shared.loading import batches
+from mapet.shared.runtime.loader import batches
 from mapet.shared.token_store import TokenStore
 from mapet.train_stage.data import LoadBatch
 from mapet.train_stage.join import join

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
-from .errors import MapetError, UsageError
+from ..errors import MapetError, UsageError
 
 T = TypeVar("T")
 # A process may wait while another one encodes or clusters for days; torchrun ends it if that one dies.

@@ -9,7 +9,7 @@ import pytest
 FAULTS = """
 import resource, sys
 import torch
-from mapet.shared.devices import choose_device
+from mapet.shared.runtime.devices import choose_device
 if sys.argv[1] == "chosen":
     choose_device("cpu")
 for _ in range(10):

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.world import World, joined_world
+from mapet.shared.runtime.distributed import World, joined_world
 
 TALK = """
 import sys
 from mapet.cli import _fail
-from mapet.shared.console import say
+from mapet.shared.runtime.console import say
 from mapet.shared.errors import DataError
-from mapet.shared.world import joined_world
+from mapet.shared.runtime.distributed import joined_world
 
 def refuse_in_all_but_the_first(rank):
     if rank:

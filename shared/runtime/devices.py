@@ -4,7 +4,7 @@ import ctypes
 import os
 import shutil
 
-from .errors import UsageError
+from ..errors import UsageError
 
 PEAK_BFLOAT16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 """Dense bfloat16 FLOP/s from the makers' data sheets."""

@@ -2,7 +2,7 @@
 
 import pytest
 from mapet.shared.errors import UsageError
-from mapet.shared.memory import as_text, free_bytes, memory_budget
+from mapet.shared.runtime.memory import as_text, free_bytes, memory_budget
 
 
 @pytest.mark.parametrize(

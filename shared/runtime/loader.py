@@ -14,9 +14,9 @@ from weakref import WeakSet
 
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
+from ..errors import MapetError, UsageError
 from .devices import keep_freed_memory
-from .errors import MapetError, UsageError
-from .handover import Handed, Slots, forget
+from .shared_memory import Handed, Slots, forget
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .world import is_first_process
+from .distributed import is_first_process
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mapet.shared import handover
-from mapet.shared.handover import Slots
-from mapet.shared.loading import batches
+from mapet.shared.runtime import shared_memory as handover
+from mapet.shared.runtime.loader import batches
+from mapet.shared.runtime.shared_memory import Slots
 
 LONGEST = 40
 
@@ -56,7 +56,7 @@ def test_too_little_shared_memory_is_said_in_one_sentence(tmp_path: Path):
     script.write_text(
         "import torch\n"
         "from mapet.shared.errors import DataError\n"
-        "from mapet.shared.loading import batches\n"
+        "from mapet.shared.runtime.loader import batches\n"
         "load = lambda numbers: {'pixels': torch.zeros(1_000_000, dtype=torch.uint8)}\n"
         "try:\n"
         "    list(batches(load, [[number] for number in range(9)], 1))\n"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import DataError
+from ..errors import DataError
 from .memory import as_text
 
 _ALIGNMENT = 64

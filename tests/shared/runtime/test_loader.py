@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.loading import OneByOne, batches
+from mapet.shared.runtime.loader import OneByOne, batches
 
 
 def load(index: int) -> dict[str, int]:
