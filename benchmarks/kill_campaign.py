@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 from mapet.demo import TOWER
 from mapet.shared.drawings import write_drawings
-from mapet.shared.sources import read_records
+from mapet.shared.images.decode.sources import read_records
 from mapet.shared.token_store import TokenStore
 
 START = [sys.executable, "-c", "from mapet.cli import main; main()", "tokenize"]

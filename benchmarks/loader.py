@@ -24,11 +24,11 @@ from typing import Annotated
 import torch
 import typer
 from mapet.demo import TOWER
-from mapet.shared.images import read_bytes
+from mapet.shared.images.decode.records import read_bytes
+from mapet.shared.images.decode.views import CropBox
 from mapet.shared.runtime.devices import choose_device
 from mapet.shared.runtime.distributed import World
 from mapet.shared.runtime.loader import batches
-from mapet.shared.views import CropBox
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.data import LoadBatch

@@ -9,13 +9,14 @@ import numpy as np
 from PIL import Image
 
 from .errors import DataError
-from .images import ImageRecord, decode, read_encoded
+from .images.decode import decode
+from .images.records import ImageRecord, read_encoded
+from .images.sources import SourceShard, open_source
+from .images.views import CropBox, replay
 from .randomness import generator
-from .sources import SourceShard, open_source
 from .storage.remote import is_remote
 from .token_rows import NO_LABEL, ShardRows
 from .token_store import TokenStore
-from .views import CropBox, replay
 
 
 @dataclass(frozen=True, order=True)

@@ -21,7 +21,7 @@ from upath import UPath
 from .codebook import read_description
 from .errors import DataError, UsageError
 from .image_tokens import ImageTokens, facts_html, to_pandas, to_torch
-from .images import ImageRecord
+from .images.records import ImageRecord
 from .storage.files import read_sealed_json, sha256_file, write_sealed_json, written_whole
 from .storage.remote import as_path, exists, explained, file_size, is_remote, on_this_disk, read_whole
 from .token_rows import ShardRows, rows_sha256

@@ -15,13 +15,14 @@ import numpy as np
 
 from ..shared.codebook import TOKEN_FIELDS, Codebook, usage
 from ..shared.errors import DataError, UsageError
-from ..shared.images import keys_sha256
+from ..shared.images.keys import Skipped
+from ..shared.images.records import keys_sha256
+from ..shared.images.sources import open_source
 from ..shared.runtime.console import say, table, working
 from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.runtime.distributed import World, joined_world
 from ..shared.runtime.faiss_build import faiss_gpus, import_faiss
 from ..shared.runtime.memory import memory_budget
-from ..shared.sources import Skipped, open_source
 from ..shared.storage.files import canonical_json, written_whole
 from .extract import skips
 from .feature_cache import FeatureCache

@@ -6,10 +6,11 @@ from typing import Any
 
 from ..shared.codebook import Codebook, read_description
 from ..shared.errors import DataError, FingerprintMismatch, UsageError
+from ..shared.images.sources import KeyLedger, SourceShard, open_source
+from ..shared.images.views import ViewPolicy
 from ..shared.runtime.console import progress, say, table
 from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.runtime.distributed import World, joined_world
-from ..shared.sources import KeyLedger, SourceShard, open_source
 from ..shared.storage.files import sha256_file, write_sealed_json
 from ..shared.storage.remote import as_path, exists, explained, file_size
 from ..shared.token_rows import ShardRows
@@ -25,7 +26,6 @@ from ..shared.token_store import (
     write_manifest,
     write_shard,
 )
-from ..shared.views import ViewPolicy
 from .encoder import Encoder, open_same_tower
 from .estimate import estimate
 from .extract import skips

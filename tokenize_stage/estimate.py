@@ -8,8 +8,8 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
+from ..shared.images.sources import KeyLedger, SourceShard
 from ..shared.runtime.console import say, table
-from ..shared.sources import KeyLedger, SourceShard
 from ..shared.token_rows import ShardRows, concatenate_rows, empty_rows
 from ..shared.token_store import WEBDATASET, write_shard
 from ..shared.token_tars import bytes_of_tar

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from ..shared.errors import DataError, UsageError
-from ..shared.images import ImageRecord, crc32, read_image
+from ..shared.images.decode import read_image
+from ..shared.images.keys import Skipped
+from ..shared.images.records import ImageRecord, crc32
+from ..shared.images.views import Preprocess, ViewPolicy, resized, show_view, to_array
 from ..shared.runtime.loader import OneByOne, batches
-from ..shared.sources import Skipped
-from ..shared.views import Preprocess, ViewPolicy, resized, show_view, to_array
 from .towers import Tower
 
 _MOST_PIXELS = 100_000_000

@@ -8,10 +8,11 @@ from PIL import Image, ImageDraw
 
 from ..shared.codebook import Codebook
 from ..shared.errors import FingerprintMismatch
-from ..shared.images import ImageRecord, read_image
+from ..shared.images.decode import read_image
+from ..shared.images.records import ImageRecord
+from ..shared.images.views import CropBox, replay
 from ..shared.storage.files import written_whole
 from ..shared.token_store import TokenStore
-from ..shared.views import CropBox, replay
 
 _SIDE, _GAP, _HEADER = 160, 10, 22
 _BACKGROUND, _INK = (250, 250, 248), (40, 40, 44)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..shared.errors import DataError
-from ..shared.images import ImageRecord
+from ..shared.images.keys import Skipped
+from ..shared.images.records import ImageRecord
+from ..shared.images.sources import KeyLedger, SourceShard
+from ..shared.images.views import CENTER
 from ..shared.runtime.console import Advance, progress
 from ..shared.runtime.distributed import World
-from ..shared.sources import KeyLedger, Skipped, SourceShard
-from ..shared.views import CENTER
 from .extract import extract
 from .feature_cache import FeatureCache, Rows
 from .sample import PatchSample

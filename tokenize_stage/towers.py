@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..shared.errors import DataError, MapetError, UsageError
-from ..shared.pixels import Normalise
-from ..shared.views import Preprocess
+from ..shared.images.normalise import Normalise
+from ..shared.images.views import Preprocess
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RANDOM = "none"

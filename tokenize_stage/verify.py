@@ -9,10 +9,10 @@ import numpy as np
 
 from ..shared.codebook import Codebook, read_description
 from ..shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
-from ..shared.images import ImageRecord, crc32, read_bytes
-from ..shared.keys import Skipped
+from ..shared.images.keys import Skipped
+from ..shared.images.records import ImageRecord, crc32, read_bytes
+from ..shared.images.sources import SourceShard, open_source
 from ..shared.runtime.console import progress, say, table
-from ..shared.sources import SourceShard, open_source
 from ..shared.storage.files import sha256_file
 from ..shared.storage.remote import as_path, exists, file_size
 from ..shared.token_rows import ShardRows

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..shared.errors import UsageError
-from ..shared.images import ImageRecord
-from ..shared.pixels import decode_pixels, replay_pixels
+from ..shared.images.fast_pixels import decode_pixels, replay_pixels
+from ..shared.images.records import ImageRecord
+from ..shared.images.views import CropBox, view_of_epoch
 from ..shared.randomness import generator
 from ..shared.token_store import TokenStore
-from ..shared.views import CropBox, view_of_epoch
 from .permutations import draw_permutation
 from .photometric import draw_jitter
 from .settings import ModelSettings, Settings

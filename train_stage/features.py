@@ -12,15 +12,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from zarr.codecs import Crc32cCodec
 
-from ..shared.images import ImageRecord, read_image
-from ..shared.pixels import Normalise
+from ..shared.images.decode import read_image
+from ..shared.images.normalise import Normalise
+from ..shared.images.records import ImageRecord
+from ..shared.images.sources import read_records
+from ..shared.images.views import Preprocess, center_view, to_array
 from ..shared.runtime.console import progress, table
 from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.runtime.loader import OneByOne, batches
-from ..shared.sources import read_records
 from ..shared.storage.files import refuse_existing, written_whole
 from ..shared.token_rows import NO_LABEL
-from ..shared.views import Preprocess, center_view, to_array
 from .interchange import load_weights
 from .weights import Weights
 

@@ -11,10 +11,10 @@ from typing import BinaryIO
 import numpy as np
 
 from ..shared.errors import DataError, UsageError
-from ..shared.images import ImageRecord
+from ..shared.images.records import ImageRecord
+from ..shared.images.sources import KeyLedger, SourceShard, open_source
 from ..shared.runtime.console import progress, say
 from ..shared.runtime.distributed import World
-from ..shared.sources import KeyLedger, SourceShard, open_source
 from ..shared.storage.remote import is_url
 from ..shared.token_rows import NO_LABEL, ShardRows
 from ..shared.token_store import TokenStore

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ..shared.errors import DataError, FingerprintMismatch, UsageError
-from ..shared.pixels import Normalise
+from ..shared.images.normalise import Normalise
+from ..shared.images.views import to_array
 from ..shared.randomness import generator
 from ..shared.report.pictures import data_uri
 from ..shared.runtime.console import progress
@@ -18,7 +19,6 @@ from ..shared.runtime.devices import choose_device
 from ..shared.stored_views import StoredViews, by_shard, choose_images
 from ..shared.token_rows import ShardRows
 from ..shared.token_store import TokenStore
-from ..shared.views import to_array
 from .interchange import load_weights
 from .model import MaPeT
 from .objectives import make_layout

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, normalize, one_hot
 
 from ..shared.errors import DataError
-from ..shared.images import ImageRecord
+from ..shared.images.records import ImageRecord
+from ..shared.images.sources import read_records
+from ..shared.images.views import Preprocess
 from ..shared.randomness import generator
 from ..shared.runtime.console import progress, results
 from ..shared.runtime.devices import choose_device, choose_workers
-from ..shared.sources import read_records
-from ..shared.views import Preprocess
 from .features import embed, normalised_views
 from .interchange import load_weights
 from .model import MaPeT

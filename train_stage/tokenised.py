@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..shared.images import ImageRecord, read_encoded
-from ..shared.pixels import is_plain_jpeg
+from ..shared.images.fast_pixels import is_plain_jpeg
+from ..shared.images.records import ImageRecord, read_encoded
 from ..shared.storage.remote import is_url
 from ..shared.token_rows import NO_LABEL
 from .columns import text_at

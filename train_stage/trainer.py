@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..shared.errors import DataError
-from ..shared.pixels import Normalise
+from ..shared.images.normalise import Normalise
 from ..shared.runtime.devices import refuse_missing_compiler
 from ..shared.runtime.distributed import World
 from .checkpoint import EMA, MODEL, OPTIMIZER, Tensors

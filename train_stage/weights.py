@@ -12,8 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..shared.errors import DataError, UsageError
+from ..shared.images.views import Preprocess
 from ..shared.storage.files import sha256_file
-from ..shared.views import Preprocess
 from .model import SIZES, MaPeT, Shape
 
 _PRETRAINING_ONLY = ("mask_positional_token", "decoder.weight", "decoder.bias")

@@ -20,11 +20,12 @@ import pytest
 import torch
 from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
-from mapet.shared.images import read_bytes, read_image
-from mapet.shared.sources import open_source, read_records
+from mapet.shared.images.decode.decode import read_image
+from mapet.shared.images.decode.records import read_bytes
+from mapet.shared.images.decode.sources import open_source, read_records
+from mapet.shared.images.decode.views import Preprocess, ViewPolicy, center_box
 from mapet.shared.token_rows import NO_LABEL, ShardRows
 from mapet.shared.token_store import TokenStore, read_entry, write_shard
-from mapet.shared.views import Preprocess, ViewPolicy, center_box
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.towers import TowerSettings, open_tower

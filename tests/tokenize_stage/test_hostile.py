@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mapet.shared.errors import DataError
-from mapet.shared.images import decode
+from mapet.shared.images.decode.decode import decode
 from mapet.shared.token_store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inspect import inspect, show

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.images import read_bytes
-from mapet.shared.sources import open_source, read_records
+from mapet.shared.images.decode.records import read_bytes
+from mapet.shared.images.decode.sources import open_source, read_records
 from mapet.shared.token_rows import ShardRows
 from mapet.shared.token_store import TokenStore
 from mapet.tokenize_stage.build_codebook import build_codebook

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
-from mapet.shared.sources import open_source
+from mapet.shared.images.decode.sources import open_source
 from mapet.shared.storage.files import write_sealed_json
 from mapet.shared.token_rows import ShardRows, take_rows
 from mapet.shared.token_store import TokenStore, read_entry, write_manifest, write_shard

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, FingerprintMismatch
-from mapet.shared.images import ImageRecord, read_image
-from mapet.shared.sources import read_records
+from mapet.shared.images.decode.decode import read_image
+from mapet.shared.images.decode.records import ImageRecord
+from mapet.shared.images.decode.sources import read_records
 from mapet.shared.token_store import TokenStore
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.picture import code_colours, draw_token_maps

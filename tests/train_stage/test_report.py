@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
-from mapet.shared.images import read_image
+from mapet.shared.images.decode.decode import read_image
+from mapet.shared.images.decode.sources import read_records
+from mapet.shared.images.decode.views import CropBox, replay
 from mapet.shared.randomness import generator
-from mapet.shared.sources import read_records
 from mapet.shared.token_store import TokenStore
-from mapet.shared.views import CropBox, replay
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.interchange import load_weights

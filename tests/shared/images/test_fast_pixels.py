@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapet.shared.errors import DataError
-from mapet.shared.images import decode
-from mapet.shared.images import read_bytes as bytes_of
-from mapet.shared.pixels import decode_pixels, replay_pixels
-from mapet.shared.sources import read_records
-from mapet.shared.views import CropBox, Preprocess, ViewPolicy, center_box, replay, to_array
+from mapet.shared.images.decode.decode import decode
+from mapet.shared.images.decode.fast_pixels import decode_pixels, replay_pixels
+from mapet.shared.images.decode.records import read_bytes as bytes_of
+from mapet.shared.images.decode.sources import read_records
+from mapet.shared.images.decode.views import CropBox, Preprocess, ViewPolicy, center_box, replay, to_array
 from PIL import Image
 
-RESEARCH_DATA = Path(__file__).parents[3] / "shared" / "data"
+RESEARCH_DATA = Path(__file__).parents[4] / "shared" / "data"
 
 
 def scene(seed: int, width: int, height: int) -> Image.Image:

@@ -14,12 +14,12 @@ from typing import Any
 import braceexpand
 import numpy as np
 
-from .errors import DataError, UsageError
+from ..errors import DataError, UsageError
+from ..storage.files import sha256_file
+from ..storage.remote import as_path, download, is_url, list_tars, remote_size
 from .folders import list_folder
-from .images import ImageRecord
 from .keys import Skipped
-from .storage.files import sha256_file
-from .storage.remote import as_path, download, is_url, list_tars, remote_size
+from .records import ImageRecord
 from .tars import index_tar
 
 

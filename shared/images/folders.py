@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from .errors import DataError
-from .images import ImageRecord
+from ..errors import DataError
 from .keys import EXTENSIONS, OTHER_PICTURES, Skipped, extension_of, key_of, plain, unfit_name
+from .records import ImageRecord
 
 FOLDER_SHARD_IMAGES = 1000
 Listed = ImageRecord | tuple[str, str]

@@ -7,8 +7,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .images import ImageRecord
 from .keys import EXTENSIONS, OTHER_PICTURES, Skipped, extension_of, key_of, plain, unfit_name
+from .records import ImageRecord
 
 _LONGEST_LABEL = 1024
 

@@ -1,21 +1,19 @@
-"""The student's pixels: JPEGs decoded and views replayed as uint8 tensors, in half the time that Pillow takes; and
-what every model's pixels are normalised with.
+"""The student's pixels: JPEGs decoded and views replayed as uint8 tensors, in half the time that Pillow takes.
 
 simplejpeg's libjpeg-turbo gives Pillow's very pixels of a JPEG, faster than torchvision's does; whatever it does not
 take, Pillow decodes. The resize is torch's fixed-point one. `views.replay` is the reference, and what a tower sees.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 from simplejpeg import decode_jpeg
-from torch import Tensor, nn
+from torch import Tensor
 
-from .images import decode, decoding, open_image
+from .decode import decode, decoding, open_image
 from .views import CropBox, replay, to_array
 
 _RESIZE = {
@@ -69,21 +67,6 @@ def replay_pixels(pixels: Tensor, box: CropBox, flip: bool, size: int, interpola
     shown = resize(region, [rows.margin + size, columns.margin + size], False, 1 / rows.scale, 1 / columns.scale)
     shown = shown[0, :, rows.margin :, columns.margin :]
     return shown.flip(2) if flip else shown
-
-
-class Normalise(nn.Module):
-    """Pixels (B, 3, S, S) in [0, 255] -> float32 (pixel / 255 - mean) / std on `device`; floats there change in place.
-
-    The arithmetic of torchvision's ToTensor and Normalize, in their order, so that results equal theirs.
-    """
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str):
-        super().__init__()
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values, device=device).view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return pixels.to(self.mean.device, torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
 
 class _Span(NamedTuple):
