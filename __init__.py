@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .demo import demo
-    from .shared.codebook import Codebook
     from .shared.doctor import doctor
-    from .shared.token_store import TokenStore
+    from .shared.tokens.codebook import Codebook
+    from .shared.tokens.store import TokenStore
     from .tokenize_stage.build_codebook import build_codebook
     from .tokenize_stage.encode_shards import encode_shards
     from .tokenize_stage.inherit import import_tokens

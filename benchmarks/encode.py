@@ -25,13 +25,13 @@ import numpy as np
 import torch
 import typer
 from mapet.demo import TOWER
-from mapet.shared.codebook import Codebook
 from mapet.shared.drawings import write_drawings
 from mapet.shared.images.decode.decode import read_image
 from mapet.shared.images.decode.sources import open_source
 from mapet.shared.images.decode.views import CENTER, center_view, to_array
 from mapet.shared.runtime.devices import choose_device
-from mapet.shared.token_store import write_shard
+from mapet.shared.tokens.codebook import Codebook
+from mapet.shared.tokens.store import write_shard
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.encoder import Encoder

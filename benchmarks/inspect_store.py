@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import typer
-from mapet.shared.codebook import Codebook
 from mapet.shared.storage.files import write_sealed_json
-from mapet.shared.token_rows import ShardRows
-from mapet.shared.token_store import read_entry, write_manifest, write_shard
+from mapet.shared.tokens.codebook import Codebook
+from mapet.shared.tokens.rows import ShardRows
+from mapet.shared.tokens.store import read_entry, write_manifest, write_shard
 
 PER_SHARD = 1000
 MEASURED = """
 import json, resource, sys, time
-from mapet.shared.token_store import TokenStore
+from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.inspect import inspect
 began = time.perf_counter()
 if sys.argv[1] == "read":

@@ -23,7 +23,7 @@ import typer
 from mapet.demo import TOWER
 from mapet.shared.drawings import write_drawings
 from mapet.shared.images.decode.sources import read_records
-from mapet.shared.token_store import TokenStore
+from mapet.shared.tokens.store import TokenStore
 
 START = [sys.executable, "-c", "from mapet.cli import main; main()", "tokenize"]
 # These hold how long something took, the one thing that may differ.

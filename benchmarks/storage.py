@@ -15,9 +15,9 @@ from dataclasses import fields
 import numpy as np
 import typer
 import zarr
-from mapet.shared.token_rows import STRINGS, ShardRows
-from mapet.shared.token_store import TokenStore
-from mapet.shared.token_zarr import OTHER_CODEC, ROWS_PER_CHUNK, TOKEN_CODEC
+from mapet.shared.tokens.rows import STRINGS, ShardRows
+from mapet.shared.tokens.store import TokenStore
+from mapet.shared.tokens.zarr_shard import OTHER_CODEC, ROWS_PER_CHUNK, TOKEN_CODEC
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.storage import MemoryStore
 

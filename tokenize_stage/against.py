@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.codebook import TOKEN_FIELDS, Codebook, usage
-from ..shared.token_rows import ShardRows
-from ..shared.token_store import TokenStore
+from ..shared.tokens.code_usage import usage
+from ..shared.tokens.codebook import TOKEN_FIELDS, Codebook
+from ..shared.tokens.rows import ShardRows
+from ..shared.tokens.store import TokenStore
 from .centroids import distances, nearest_others, spread
 from .suspicions import Suspicion, fault_of, suspect_difference, suspect_fault
 from .usage import Counter, count_store

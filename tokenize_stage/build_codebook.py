@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.codebook import TOKEN_FIELDS, Codebook, usage
 from ..shared.errors import DataError, UsageError
 from ..shared.images.keys import Skipped
 from ..shared.images.records import keys_sha256
@@ -24,6 +23,8 @@ from ..shared.runtime.distributed import World, joined_world
 from ..shared.runtime.faiss_build import faiss_gpus, import_faiss
 from ..shared.runtime.memory import memory_budget
 from ..shared.storage.files import canonical_json, written_whole
+from ..shared.tokens.code_usage import usage
+from ..shared.tokens.codebook import TOKEN_FIELDS, Codebook
 from .extract import skips
 from .feature_cache import FeatureCache
 from .kmeans import KMeansSettings, block_rows, float_blocks, refuse_little_memory, train_kmeans

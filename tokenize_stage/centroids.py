@@ -5,8 +5,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from ..shared.codebook import Codebook
 from ..shared.runtime.console import progress
+from ..shared.tokens.codebook import Codebook
 from .figures import code_figures
 
 _CLOSEST = 10

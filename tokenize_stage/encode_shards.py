@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..shared.codebook import Codebook, read_description
 from ..shared.errors import DataError, FingerprintMismatch, UsageError
 from ..shared.images.sources import KeyLedger, SourceShard, open_source
 from ..shared.images.views import ViewPolicy
@@ -13,8 +12,9 @@ from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.runtime.distributed import World, joined_world
 from ..shared.storage.files import sha256_file, write_sealed_json
 from ..shared.storage.remote import as_path, exists, explained, file_size
-from ..shared.token_rows import ShardRows
-from ..shared.token_store import (
+from ..shared.tokens.codebook import Codebook, read_description
+from ..shared.tokens.rows import ShardRows
+from ..shared.tokens.store import (
     SUFFIXES,
     WEBDATASET,
     ZARR,

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.codebook import TOKEN_FIELDS, Codebook
 from ..shared.errors import DataError, FingerprintMismatch, MapetError
 from ..shared.images.keys import Skipped
 from ..shared.images.records import ImageRecord
 from ..shared.images.sources import SourceShard
 from ..shared.images.views import ViewPolicy
 from ..shared.runtime.console import Advance
-from ..shared.token_rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
+from ..shared.tokens.codebook import TOKEN_FIELDS, Codebook
+from ..shared.tokens.rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
 from .extract import ExtractedBatch, Request, extract_groups, group_requests
 from .towers import Tower, TowerSettings, open_tower
 

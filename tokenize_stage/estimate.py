@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ..shared.images.sources import KeyLedger, SourceShard
 from ..shared.runtime.console import say, table
-from ..shared.token_rows import ShardRows, concatenate_rows, empty_rows
-from ..shared.token_store import WEBDATASET, write_shard
-from ..shared.token_tars import bytes_of_tar
+from ..shared.tokens.rows import ShardRows, concatenate_rows, empty_rows
+from ..shared.tokens.store import WEBDATASET, write_shard
+from ..shared.tokens.tar_shard import bytes_of_tar
 from .encoder import Encoder, as_rows
 from .extract import Request, group_requests
 

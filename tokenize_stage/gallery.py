@@ -7,15 +7,15 @@ from itertools import zip_longest
 
 import numpy as np
 
-from ..shared.codebook import Codebook
 from ..shared.errors import FingerprintMismatch
 from ..shared.images.views import ViewPolicy
 from ..shared.randomness import generator
 from ..shared.runtime.console import Advance, progress
 from ..shared.runtime.devices import choose_device, choose_workers
-from ..shared.stored_views import Place, StoredViews, by_shard, choose_images
-from ..shared.token_rows import ShardRows
-from ..shared.token_store import TokenStore
+from ..shared.tokens.codebook import Codebook
+from ..shared.tokens.rows import ShardRows
+from ..shared.tokens.store import TokenStore
+from ..shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
 from .encoder import open_same_tower
 from .extract import extract
 

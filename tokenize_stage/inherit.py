@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.codebook import MAX_K, Codebook, read_description
 from ..shared.errors import DataError, UsageError
 from ..shared.images.decode import upright_size
 from ..shared.images.records import ImageRecord, crc32, read_bytes
@@ -20,8 +19,9 @@ from ..shared.images.views import CENTER, Preprocess, center_box
 from ..shared.runtime.console import progress, say, table
 from ..shared.runtime.devices import choose_device, refuse_many_processes
 from ..shared.storage.files import refuse_existing, sha256_file, write_sealed_json
-from ..shared.token_rows import ShardRows
-from ..shared.token_store import TokenStore, entry_path, read_entry, write_manifest, write_shard
+from ..shared.tokens.codebook import MAX_K, Codebook, read_description
+from ..shared.tokens.rows import ShardRows
+from ..shared.tokens.store import TokenStore, entry_path, read_entry, write_manifest, write_shard
 from .encoder import as_rows
 from .extract import ExtractedBatch
 from .kmeans import METRICS

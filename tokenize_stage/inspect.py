@@ -5,11 +5,11 @@ from typing import Any
 
 from upath import UPath
 
-from ..shared.codebook import Codebook
 from ..shared.errors import DataError, UsageError
 from ..shared.storage.remote import as_path, exists
-from ..shared.token_rows import NO_LABEL
-from ..shared.token_store import TokenStore
+from ..shared.tokens.codebook import Codebook
+from ..shared.tokens.rows import NO_LABEL
+from ..shared.tokens.store import TokenStore
 from .against import Kept, compare_codebooks, compare_stores
 from .centroids import codebook_figures
 from .show import show

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.token_rows import ShardRows, take_rows
+from ..shared.tokens.rows import ShardRows, take_rows
 from .suspicions import arrangements
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.codebook import Codebook
 from ..shared.errors import DataError, UsageError
 from ..shared.report.pictures import data_uri, golden_colours, hex_colours
 from ..shared.report.render import write_page
 from ..shared.runtime.console import progress, say
-from ..shared.stored_views import Place, StoredViews, by_shard, choose_images
-from ..shared.token_rows import NO_LABEL
-from ..shared.token_store import TokenStore
+from ..shared.tokens.codebook import Codebook
+from ..shared.tokens.rows import NO_LABEL
+from ..shared.tokens.store import TokenStore
+from ..shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
 from .gallery import Patch, choose_codes, nearest_patches, refuse_other_codebook, sample_patches
 from .picture import code_colours
 from .show import against_rows

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..shared.codebook import Codebook
 from ..shared.images.sources import SourceShard
 from ..shared.images.views import ViewPolicy
 from ..shared.randomness import generator
 from ..shared.runtime.console import progress, say
 from ..shared.runtime.devices import choose_device, choose_workers
-from ..shared.token_rows import ShardRows, take_rows
-from ..shared.token_store import TokenStore
+from ..shared.tokens.codebook import Codebook
+from ..shared.tokens.rows import ShardRows, take_rows
+from ..shared.tokens.store import TokenStore
 from .encoder import Encoder, as_rows, open_same_tower
 from .extract import Request, group_requests
 from .suspicions import fault_of, suspect_fault

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..shared.codebook import usage
 from ..shared.errors import DataError
 from ..shared.runtime.console import progress
-from ..shared.token_rows import NO_LABEL, ShardRows
-from ..shared.token_store import TokenStore
+from ..shared.tokens.code_usage import usage
+from ..shared.tokens.rows import NO_LABEL, ShardRows
+from ..shared.tokens.store import TokenStore
 from .figures import (
     Agreement,
     Labels,

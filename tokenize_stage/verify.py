@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..shared.codebook import Codebook, read_description
 from ..shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
 from ..shared.images.keys import Skipped
 from ..shared.images.records import ImageRecord, crc32, read_bytes
@@ -15,8 +14,9 @@ from ..shared.images.sources import SourceShard, open_source
 from ..shared.runtime.console import progress, say, table
 from ..shared.storage.files import sha256_file
 from ..shared.storage.remote import as_path, exists, file_size
-from ..shared.token_rows import ShardRows
-from ..shared.token_store import TokenStore, read_entry, shard_files
+from ..shared.tokens.codebook import Codebook, read_description
+from ..shared.tokens.rows import ShardRows
+from ..shared.tokens.store import TokenStore, read_entry, shard_files
 from .reencode import Reencoding, encode_again
 
 Sources = Mapping[str, SourceShard]

@@ -15,7 +15,7 @@ from ..shared.images.fast_pixels import decode_pixels, replay_pixels
 from ..shared.images.records import ImageRecord
 from ..shared.images.views import CropBox, view_of_epoch
 from ..shared.randomness import generator
-from ..shared.token_store import TokenStore
+from ..shared.tokens.store import TokenStore
 from .permutations import draw_permutation
 from .photometric import draw_jitter
 from .settings import ModelSettings, Settings

@@ -21,7 +21,7 @@ from ..shared.runtime.console import progress, table
 from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.runtime.loader import OneByOne, batches
 from ..shared.storage.files import refuse_existing, written_whole
-from ..shared.token_rows import NO_LABEL
+from ..shared.tokens.rows import NO_LABEL
 from .interchange import load_weights
 from .weights import Weights
 

@@ -16,8 +16,8 @@ from ..shared.images.sources import KeyLedger, SourceShard, open_source
 from ..shared.runtime.console import progress, say
 from ..shared.runtime.distributed import World
 from ..shared.storage.remote import is_url
-from ..shared.token_rows import NO_LABEL, ShardRows
-from ..shared.token_store import TokenStore
+from ..shared.tokens.rows import NO_LABEL, ShardRows
+from ..shared.tokens.store import TokenStore
 from .columns import ColumnWriter, Place, shared_columns
 from .tokenised import TokenisedImages
 

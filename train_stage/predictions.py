@@ -16,9 +16,9 @@ from ..shared.randomness import generator
 from ..shared.report.pictures import data_uri
 from ..shared.runtime.console import progress
 from ..shared.runtime.devices import choose_device
-from ..shared.stored_views import StoredViews, by_shard, choose_images
-from ..shared.token_rows import ShardRows
-from ..shared.token_store import TokenStore
+from ..shared.tokens.rows import ShardRows
+from ..shared.tokens.store import TokenStore
+from ..shared.tokens.stored_views import StoredViews, by_shard, choose_images
 from .interchange import load_weights
 from .model import MaPeT
 from .objectives import make_layout

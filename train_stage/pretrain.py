@@ -18,7 +18,7 @@ from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.runtime.distributed import Vote, World, joined_world
 from ..shared.runtime.loader import batches
 from ..shared.storage.files import WriteLock
-from ..shared.token_store import TokenStore
+from ..shared.tokens.store import TokenStore
 from .data import LoadBatch, check_grid
 from .dry_run import measure, show_plan
 from .logbook import Logbook, StepMetrics

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..shared.errors import DataError, FingerprintMismatch, UsageError
-from ..shared.token_store import TokenStore
+from ..shared.tokens.store import TokenStore
 from .checkpoint import newest_checkpoint, newest_whole_checkpoint
 from .interchange import load_weights
 from .settings import Settings

@@ -11,7 +11,7 @@ from ..shared.runtime.console import say
 from ..shared.runtime.devices import peak_flops
 from ..shared.runtime.distributed import World
 from ..shared.storage.files import WriteLock, written_whole
-from ..shared.token_store import TokenStore
+from ..shared.tokens.store import TokenStore
 from .checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, load_tensors
 from .data import check_grid
 from .interchange import start_from

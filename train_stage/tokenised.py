@@ -9,7 +9,7 @@ import numpy as np
 from ..shared.images.fast_pixels import is_plain_jpeg
 from ..shared.images.records import ImageRecord, read_encoded
 from ..shared.storage.remote import is_url
-from ..shared.token_rows import NO_LABEL
+from ..shared.tokens.rows import NO_LABEL
 from .columns import text_at
 
 PLAIN, NOT_PLAIN = 1, 2

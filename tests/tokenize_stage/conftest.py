@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mapet.shared.token_rows import ShardRows
-from mapet.shared.token_store import TokenStore, read_entry, write_manifest, write_shard
+from mapet.shared.tokens.rows import ShardRows
+from mapet.shared.tokens.store import TokenStore, read_entry, write_manifest, write_shard
 from mapet.tokenize_stage.encode_shards import encode_shards
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}

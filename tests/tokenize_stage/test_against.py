@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.token_rows import ShardRows, take_rows
-from mapet.shared.token_store import TokenStore
+from mapet.shared.tokens.codebook import Codebook
+from mapet.shared.tokens.rows import ShardRows, take_rows
+from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage import against
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards

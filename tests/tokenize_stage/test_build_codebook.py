@@ -14,11 +14,12 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from mapet.shared.codebook import Codebook, usage
 from mapet.shared.errors import DataError, UsageError
 from mapet.shared.images.decode.decode import read_image
 from mapet.shared.images.decode.sources import read_records
 from mapet.shared.images.decode.views import center_view, to_array
+from mapet.shared.tokens.code_usage import usage
+from mapet.shared.tokens.codebook import Codebook
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.sample import PatchSample, draw_sample

@@ -18,14 +18,14 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
 from mapet.shared.images.decode.decode import read_image
 from mapet.shared.images.decode.records import read_bytes
 from mapet.shared.images.decode.sources import open_source, read_records
 from mapet.shared.images.decode.views import Preprocess, ViewPolicy, center_box
-from mapet.shared.token_rows import NO_LABEL, ShardRows
-from mapet.shared.token_store import TokenStore, read_entry, write_shard
+from mapet.shared.tokens.codebook import Codebook
+from mapet.shared.tokens.rows import NO_LABEL, ShardRows
+from mapet.shared.tokens.store import TokenStore, read_entry, write_shard
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.towers import TowerSettings, open_tower

@@ -17,8 +17,8 @@ import webdataset
 from mapet.shared.errors import DataError, UsageError
 from mapet.shared.images.decode.records import ImageRecord, read_bytes
 from mapet.shared.images.decode.sources import open_source, read_records
-from mapet.shared.token_rows import NO_LABEL, ShardRows
-from mapet.shared.token_store import TokenStore, write_shard
+from mapet.shared.tokens.rows import NO_LABEL, ShardRows
+from mapet.shared.tokens.store import TokenStore, write_shard
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inspect import inspect
 from mapet.tokenize_stage.verify import verify

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from mapet.shared.errors import DataError
 from mapet.shared.images.decode.decode import decode
-from mapet.shared.token_store import TokenStore
+from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inspect import inspect, show
 from mapet.tokenize_stage.verify import verify

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, UsageError
 from mapet.shared.images.decode.records import read_bytes
 from mapet.shared.images.decode.sources import open_source, read_records
-from mapet.shared.token_rows import ShardRows
-from mapet.shared.token_store import TokenStore
+from mapet.shared.tokens.codebook import Codebook
+from mapet.shared.tokens.rows import ShardRows
+from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inherit import import_tokens

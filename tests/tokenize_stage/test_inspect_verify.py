@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
 from mapet.shared.images.decode.sources import open_source
 from mapet.shared.storage.files import write_sealed_json
-from mapet.shared.token_rows import ShardRows, take_rows
-from mapet.shared.token_store import TokenStore, read_entry, write_manifest, write_shard
+from mapet.shared.tokens.codebook import Codebook
+from mapet.shared.tokens.rows import ShardRows, take_rows
+from mapet.shared.tokens.store import TokenStore, read_entry, write_manifest, write_shard
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inspect import inspect, show

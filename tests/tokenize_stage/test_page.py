@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
 from mapet.shared.images.decode.views import ViewPolicy
-from mapet.shared.stored_views import StoredViews, choose_images
-from mapet.shared.token_store import TokenStore
+from mapet.shared.tokens.codebook import Codebook
+from mapet.shared.tokens.store import TokenStore
+from mapet.shared.tokens.stored_views import StoredViews, choose_images
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.encoder import open_same_tower

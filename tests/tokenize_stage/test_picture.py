@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, FingerprintMismatch
 from mapet.shared.images.decode.decode import read_image
 from mapet.shared.images.decode.records import ImageRecord
 from mapet.shared.images.decode.sources import read_records
-from mapet.shared.token_store import TokenStore
+from mapet.shared.tokens.codebook import Codebook
+from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.picture import code_colours, draw_token_maps
 from PIL import Image

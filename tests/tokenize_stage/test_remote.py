@@ -18,8 +18,8 @@ from mapet.shared.errors import DataError, UsageError
 from mapet.shared.images.decode.sources import open_source
 from mapet.shared.storage.files import read_sealed_json, write_sealed_json, written_whole
 from mapet.shared.storage.remote import as_path
-from mapet.shared.token_rows import ShardRows
-from mapet.shared.token_store import TokenStore
+from mapet.shared.tokens.rows import ShardRows
+from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inspect import inspect
 from mapet.tokenize_stage.verify import verify

@@ -79,6 +79,6 @@ def test_what_looks_like_markup_is_printed_as_it_is(chain, printed):
 
 
 def inspect_key(chain) -> str:
-    from mapet.shared.token_store import TokenStore
+    from mapet.shared.tokens.store import TokenStore
 
     return next(iter(TokenStore(chain.tokens)))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError
-from mapet.shared.token_rows import ShardRows, take_rows
+from mapet.shared.tokens.codebook import Codebook
+from mapet.shared.tokens.rows import ShardRows, take_rows
 from mapet.tokenize_stage.inspect import inspect, show
 from mapet.tokenize_stage.suspicions import suspect_store
 from mapet.tokenize_stage.verify import verify

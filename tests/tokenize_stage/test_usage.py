@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError
-from mapet.shared.token_rows import ShardRows
+from mapet.shared.tokens.codebook import Codebook
+from mapet.shared.tokens.rows import ShardRows
 from mapet.tokenize_stage import usage
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards

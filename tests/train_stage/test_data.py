@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, UsageError
 from mapet.shared.images.decode.sources import read_records
 from mapet.shared.images.decode.views import view_of_epoch
 from mapet.shared.runtime.loader import batches
-from mapet.shared.token_store import TokenStore
+from mapet.shared.tokens.codebook import Codebook
+from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.towers import TowerSettings, open_tower
 from mapet.train_stage.data import LoadBatch, check_grid

@@ -13,7 +13,7 @@ import torch
 from mapet.shared.errors import DataError
 from mapet.shared.images.decode.records import keys_sha256, read_bytes
 from mapet.shared.images.decode.sources import read_records
-from mapet.shared.token_store import TokenStore
+from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.data import LoadBatch
 from mapet.train_stage.join import join
@@ -122,7 +122,7 @@ MANY = """
 import os, sys
 from mapet.shared.errors import DataError
 from mapet.shared.runtime.distributed import joined_world
-from mapet.shared.token_store import TokenStore
+from mapet.shared.tokens.store import TokenStore
 from mapet.train_stage.join import join
 with joined_world() as world:
     try:

@@ -13,7 +13,7 @@ from mapet.shared.images.decode.decode import read_image
 from mapet.shared.images.decode.sources import read_records
 from mapet.shared.images.decode.views import CropBox, replay
 from mapet.shared.randomness import generator
-from mapet.shared.token_store import TokenStore
+from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.interchange import load_weights

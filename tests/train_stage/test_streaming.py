@@ -13,7 +13,7 @@ import pytest
 import torch
 from mapet.shared.errors import DataError, UsageError
 from mapet.shared.runtime.loader import batches
-from mapet.shared.token_store import TokenStore
+from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.data import LoadBatch
 from mapet.train_stage.join import join
@@ -170,7 +170,7 @@ def test_local_images_need_nothing(many: Path, temporary: Path):
 KILLED = """
 import sys
 from mapet.shared.runtime.loader import batches
-from mapet.shared.token_store import TokenStore
+from mapet.shared.tokens.store import TokenStore
 from mapet.train_stage.data import LoadBatch
 from mapet.train_stage.join import join
 from mapet.train_stage.settings import resolve

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mapet.shared.codebook import TOKEN_FIELDS, Codebook
 from mapet.shared.errors import DataError
 from mapet.shared.storage.files import canonical_json, read_sealed_json, sha256_file, write_sealed_json, written_whole
+from mapet.shared.tokens.codebook import TOKEN_FIELDS, Codebook
 
 CONTENT = {
     "format": "some-format",

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.image_tokens import columns
-from mapet.shared.token_store import TokenStore, read_entry, write_manifest, write_shard
+from mapet.shared.tokens.codebook import Codebook
+from mapet.shared.tokens.notebook import columns
+from mapet.shared.tokens.store import TokenStore, read_entry, write_manifest, write_shard
 
 EVIL = "<script>alert('x')</script>"
 

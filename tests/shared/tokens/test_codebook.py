@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mapet.shared.codebook import TOKEN_FIELDS, Codebook, read_description, usage
 from mapet.shared.errors import DataError
+from mapet.shared.tokens.code_usage import usage
+from mapet.shared.tokens.codebook import TOKEN_FIELDS, Codebook, read_description
 
 DESCRIPTION = {
     "library": "open_clip",
@@ -161,7 +162,7 @@ class Blocker:
             raise ImportError("No module named 'faiss'")
 
 sys.meta_path.insert(0, Blocker())
-from mapet.shared.codebook import import_faiss
+from mapet.shared.tokens.codebook import import_faiss
 from mapet.shared.errors import UsageError
 try:
     import_faiss()

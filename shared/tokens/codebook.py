@@ -11,11 +11,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
-from .errors import DataError
-from .image_tokens import facts_html
-from .runtime.faiss_build import faiss_gpus, import_faiss
-from .storage.files import canonical_json, read_sealed_json, sha256_file, write_sealed_json, written_whole
-from .storage.remote import as_path, is_remote, read_whole
+from ..errors import DataError
+from ..runtime.faiss_build import faiss_gpus, import_faiss
+from ..storage.files import canonical_json, read_sealed_json, sha256_file, write_sealed_json, written_whole
+from ..storage.remote import as_path, is_remote, read_whole
+from .code_usage import usage
+from .notebook import facts_html
 
 FORMAT, VERSION = "mapet-codebook", 1
 MAX_K = 65_536
@@ -157,16 +158,3 @@ class Codebook:
 def read_description(path: Path) -> dict[str, Any]:
     """The JSON of a codebook, from its folder or embedded in a token store; DataError if missing or changed."""
     return read_sealed_json(path, format=FORMAT, version=VERSION)
-
-
-def usage(counts: np.ndarray) -> dict[str, float | int]:
-    """How evenly codes are used: used and dead codes, entropy in bits, perplexity (2 ** entropy), of counts (K,)."""
-    share = counts[counts > 0] / max(counts.sum(), 1)
-    entropy = float(-(share * np.log2(share)).sum()) if len(share) else 0.0
-    return {
-        "codes": len(counts),
-        "used": len(share),
-        "dead": len(counts) - len(share),
-        "entropy_bits": abs(entropy),
-        "perplexity": 2.0 ** abs(entropy),
-    }

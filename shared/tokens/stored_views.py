@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .errors import DataError
-from .images.decode import decode
-from .images.records import ImageRecord, read_encoded
-from .images.sources import SourceShard, open_source
-from .images.views import CropBox, replay
-from .randomness import generator
-from .storage.remote import is_remote
-from .token_rows import NO_LABEL, ShardRows
-from .token_store import TokenStore
+from ..errors import DataError
+from ..images.decode import decode
+from ..images.records import ImageRecord, read_encoded
+from ..images.sources import SourceShard, open_source
+from ..images.views import CropBox, replay
+from ..randomness import generator
+from ..storage.remote import is_remote
+from .rows import NO_LABEL, ShardRows
+from .store import TokenStore
 
 
 @dataclass(frozen=True, order=True)

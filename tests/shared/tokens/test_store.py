@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from mapet.shared.codebook import Codebook
 from mapet.shared.errors import DataError
 from mapet.shared.storage.files import sha256_file, write_sealed_json
-from mapet.shared.token_rows import ShardRows
-from mapet.shared.token_store import (
+from mapet.shared.tokens.codebook import Codebook
+from mapet.shared.tokens.rows import ShardRows
+from mapet.shared.tokens.store import (
     SHARD_FORMAT,
     VERSION,
     TokenStore,

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import UsageError
-from .token_rows import NO_LABEL, ShardRows
+from ..errors import UsageError
+from .rows import NO_LABEL, ShardRows
 
 if TYPE_CHECKING:
     import pandas

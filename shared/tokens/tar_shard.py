@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError
-from .images.keys import EXTENSIONS, extension_of, key_of
-from .images.records import ImageRecord, crc32, read_bytes
-from .storage.files import canonical_json
-from .token_rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
+from ..errors import DataError
+from ..images.keys import EXTENSIONS, extension_of, key_of
+from ..images.records import ImageRecord, crc32, read_bytes
+from ..storage.files import canonical_json
+from .rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
 
 _TOKENS, _VIEWS = "tokens.npy", "views.json"
 

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from upath import UPath
 
+from ..errors import DataError, UsageError
+from ..images.records import ImageRecord
+from ..storage.files import read_sealed_json, sha256_file, write_sealed_json, written_whole
+from ..storage.remote import as_path, exists, explained, file_size, is_remote, on_this_disk, read_whole
 from .codebook import read_description
-from .errors import DataError, UsageError
-from .image_tokens import ImageTokens, facts_html, to_pandas, to_torch
-from .images.records import ImageRecord
-from .storage.files import read_sealed_json, sha256_file, write_sealed_json, written_whole
-from .storage.remote import as_path, exists, explained, file_size, is_remote, on_this_disk, read_whole
-from .token_rows import ShardRows, rows_sha256
-from .token_tars import read_tar, write_tar
-from .token_zarr import read_zarr, write_zarr
+from .notebook import ImageTokens, facts_html, to_pandas, to_torch
+from .rows import ShardRows, rows_sha256
+from .tar_shard import read_tar, write_tar
+from .zarr_shard import read_zarr, write_zarr
 
 if TYPE_CHECKING:
     import pandas

@@ -11,7 +11,7 @@ from zarr.buffer.cpu import Buffer
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from .token_rows import STRINGS, ShardRows
+from .rows import STRINGS, ShardRows
 
 # What benchmarks/storage.py measured as smallest: tokens have hardly a repeat to find, but of their 16 bits only
 # log2(K) vary.

@@ -1,0 +1,1 @@
+"""The two artifacts that both stages share: the codebook and the token store."""
