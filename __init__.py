@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .demo import demo
+    from .quickstart.demo import demo
     from .shared.doctor import doctor
     from .shared.tokens.codebook import Codebook
     from .shared.tokens.store import TokenStore
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Codebook": ".shared.codebook",
+    "Codebook": ".shared.tokens.codebook",
     "MaPeT": ".train_stage.model",
-    "TokenStore": ".shared.token_store",
+    "TokenStore": ".shared.tokens.store",
     "build_codebook": ".tokenize_stage.build_codebook",
-    "demo": ".demo",
+    "demo": ".quickstart.demo",
     "doctor": ".shared.doctor",
     "encode_shards": ".tokenize_stage.encode_shards",
     "export": ".train_stage.interchange",

@@ -397,7 +397,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of pictures, codebook and training.")] = 0,
 ) -> None:
     """Run the whole chain in a few minutes, offline, on what the package carries."""
-    from .demo import demo
+    from .quickstart.demo import demo
 
     demo(images, out=out, seed=seed)
 

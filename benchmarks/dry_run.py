@@ -17,8 +17,8 @@ from shutil import rmtree
 from statistics import median
 
 import typer
-from mapet.demo import TOWER
-from mapet.shared.drawings import write_drawings
+from mapet.quickstart.demo import TOWER
+from mapet.quickstart.drawings import write_drawings
 from mapet.shared.runtime.distributed import World
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards

@@ -24,11 +24,11 @@ import faiss
 import numpy as np
 import torch
 import typer
-from mapet.demo import TOWER
-from mapet.shared.drawings import write_drawings
-from mapet.shared.images.decode.decode import read_image
-from mapet.shared.images.decode.sources import open_source
-from mapet.shared.images.decode.views import CENTER, center_view, to_array
+from mapet.quickstart.demo import TOWER
+from mapet.quickstart.drawings import write_drawings
+from mapet.shared.images.decode import read_image
+from mapet.shared.images.sources import open_source
+from mapet.shared.images.views import CENTER, center_view, to_array
 from mapet.shared.runtime.devices import choose_device
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.store import write_shard

@@ -19,7 +19,7 @@ import torch
 import typer
 from dense_reference import split_heads
 from encode import speed
-from mapet.shared.drawings import write_drawings
+from mapet.quickstart.drawings import write_drawings
 from mapet.shared.runtime.devices import choose_workers, peak_flops
 from mapet.tokenize_stage.towers import TowerSettings, open_tower
 from mapet.train_stage.attention import attend

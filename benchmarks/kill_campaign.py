@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from mapet.demo import TOWER
-from mapet.shared.drawings import write_drawings
-from mapet.shared.images.decode.sources import read_records
+from mapet.quickstart.demo import TOWER
+from mapet.quickstart.drawings import write_drawings
+from mapet.shared.images.sources import read_records
 from mapet.shared.tokens.store import TokenStore
 
 START = [sys.executable, "-c", "from mapet.cli import main; main()", "tokenize"]

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from mapet.demo import TOWER
-from mapet.shared.drawings import write_drawings
+from mapet.quickstart.demo import TOWER
+from mapet.quickstart.drawings import write_drawings
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.checkpoint import newest_checkpoint

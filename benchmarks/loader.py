@@ -23,9 +23,9 @@ from typing import Annotated
 
 import torch
 import typer
-from mapet.demo import TOWER
-from mapet.shared.images.decode.records import read_bytes
-from mapet.shared.images.decode.views import CropBox
+from mapet.quickstart.demo import TOWER
+from mapet.shared.images.records import read_bytes
+from mapet.shared.images.views import CropBox
 from mapet.shared.runtime.devices import choose_device
 from mapet.shared.runtime.distributed import World
 from mapet.shared.runtime.loader import batches

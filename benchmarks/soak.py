@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import typer
-from mapet.demo import TOWER
-from mapet.shared.drawings import write_drawings
+from mapet.quickstart.demo import TOWER
+from mapet.quickstart.drawings import write_drawings
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 

@@ -19,7 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test must not wait for a hub
 # too small here for a second thread to help.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from mapet.shared.drawings import write_drawings
+from mapet.quickstart.drawings import write_drawings
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 

@@ -15,7 +15,7 @@ import mapet
 import pytest
 import torch
 from mapet import cli
-from mapet.shared.drawings import write_drawings
+from mapet.quickstart.drawings import write_drawings
 from mapet.tokenize_stage.build_codebook import build_codebook
 
 COMMAND = [sys.executable, "-c", "from mapet.cli import main; main()"]
@@ -67,7 +67,7 @@ def test_help_and_completion_import_nothing_heavy():
         (cli.features, mapet.features),
         (cli.export, mapet.export),
         (cli.import_weights, mapet.import_weights),
-        (cli.demo, mapet.demo),
+        (cli.demo, mapet.quickstart.demo),
         (cli.doctor, mapet.doctor),
     ],
 )

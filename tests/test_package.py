@@ -32,10 +32,14 @@ def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(whe
         f"mapet/{path.relative_to(ROOT).as_posix()}"
         for room in ("shared", "tokenize_stage", "train_stage")
         for path in (ROOT / room).rglob("*.py")
-    } | {"mapet/__init__.py", "mapet/cli.py", "mapet/demo.py"}
+    } | {
+        "mapet/__init__.py",
+        "mapet/cli.py",
+        *(f"mapet/quickstart/{name}.py" for name in ("__init__", "demo", "drawings", "train_tower")),
+    }
     recipes = {f"mapet/recipes/vit-{name}.yaml" for name in ("tiny-16", "small-16", "small-16-one-gpu", "base-16")}
     tower = {
-        f"mapet/demo_assets/tower/{name}"
+        f"mapet/quickstart/tower/{name}"
         for name in ("README.md", "open_clip_config.json", "open_clip_model.safetensors")
     }
     report = {
@@ -51,4 +55,4 @@ def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(whe
 
 def test_what_the_demo_carries_is_at_most_5_mb(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
-        assert sum(info.file_size for info in archive.infolist() if "demo_assets" in info.filename) <= 5_000_000
+        assert sum(info.file_size for info in archive.infolist() if "quickstart" in info.filename) <= 5_000_000

@@ -10,7 +10,7 @@ MAY_IMPORT = {
     "shared": {"shared"},
     "tokenize_stage": {"shared", "tokenize_stage"},
     "train_stage": {"shared", "train_stage"},
-    "demo.py": {"shared", "tokenize_stage", "train_stage"},
+    "quickstart": {"shared", "tokenize_stage", "train_stage", "quickstart"},
 }
 STAGES = {"tokenize_stage", "train_stage"}
 
@@ -41,9 +41,9 @@ def test_a_room_imports_only_from_below(room: str):
 
 
 def test_the_stages_meet_in_the_demo_only():
-    assert imported_rooms(ROOT / "demo.py") >= STAGES
+    assert imported_rooms(ROOT / "quickstart" / "demo.py") >= STAGES
     roots = {path.name for path in ROOT.glob("*.py")}
-    assert roots == {"__init__.py", "cli.py", "demo.py"}
+    assert roots == {"__init__.py", "cli.py"}
 
 
 def test_the_wall_check_sees_a_breach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.images.decode.decode import read_image
-from mapet.shared.images.decode.sources import read_records
-from mapet.shared.images.decode.views import center_view, to_array
+from mapet.shared.images.decode import read_image
+from mapet.shared.images.sources import read_records
+from mapet.shared.images.views import center_view, to_array
 from mapet.shared.tokens.code_usage import usage
 from mapet.shared.tokens.codebook import Codebook
 from mapet.tokenize_stage.build_codebook import build_codebook

@@ -19,10 +19,10 @@ import open_clip
 import pytest
 import torch
 from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
-from mapet.shared.images.decode.decode import read_image
-from mapet.shared.images.decode.records import read_bytes
-from mapet.shared.images.decode.sources import open_source, read_records
-from mapet.shared.images.decode.views import Preprocess, ViewPolicy, center_box
+from mapet.shared.images.decode import read_image
+from mapet.shared.images.records import read_bytes
+from mapet.shared.images.sources import open_source, read_records
+from mapet.shared.images.views import Preprocess, ViewPolicy, center_box
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.rows import NO_LABEL, ShardRows
 from mapet.shared.tokens.store import TokenStore, read_entry, write_shard

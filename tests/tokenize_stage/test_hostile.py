@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mapet.shared.errors import DataError
-from mapet.shared.images.decode.decode import decode
+from mapet.shared.images.decode import decode
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inspect import inspect, show

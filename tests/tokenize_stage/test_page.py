@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
-from mapet.shared.images.decode.views import ViewPolicy
+from mapet.shared.images.views import ViewPolicy
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.store import TokenStore
 from mapet.shared.tokens.stored_views import StoredViews, choose_images

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mapet.shared.errors import DataError, FingerprintMismatch
-from mapet.shared.images.decode.decode import read_image
-from mapet.shared.images.decode.records import ImageRecord
-from mapet.shared.images.decode.sources import read_records
+from mapet.shared.images.decode import read_image
+from mapet.shared.images.records import ImageRecord
+from mapet.shared.images.sources import read_records
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.build_codebook import build_codebook

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from mapet.shared.errors import DataError, MapetError, UsageError
-from mapet.shared.images.decode.views import Preprocess, center_view, to_array
+from mapet.shared.images.views import Preprocess, center_view, to_array
 from mapet.tokenize_stage.towers import Tower, TowerSettings, open_tower
 from PIL import Image
 

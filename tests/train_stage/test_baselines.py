@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mapet.shared.images.decode.decode import read_image
-from mapet.shared.images.decode.sources import read_records
-from mapet.shared.images.decode.views import Preprocess, center_view, to_array
+from mapet.shared.images.decode import read_image
+from mapet.shared.images.sources import read_records
+from mapet.shared.images.views import Preprocess, center_view, to_array
 from mapet.tokenize_stage.inherit import import_tokens
 from mapet.train_stage.pretrain import pretrain
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.images.decode.sources import read_records
-from mapet.shared.images.decode.views import view_of_epoch
+from mapet.shared.images.sources import read_records
+from mapet.shared.images.views import view_of_epoch
 from mapet.shared.runtime.loader import batches
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.store import TokenStore

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mapet.shared.drawings import write_drawings
+from mapet.quickstart.drawings import write_drawings
 from mapet.shared.errors import DataError
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.probe import knn, linear_probe, probe

@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
-from mapet.shared.images.decode.decode import read_image
-from mapet.shared.images.decode.sources import read_records
-from mapet.shared.images.decode.views import CropBox, replay
+from mapet.shared.images.decode import read_image
+from mapet.shared.images.sources import read_records
+from mapet.shared.images.views import CropBox, replay
 from mapet.shared.randomness import generator
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.build_codebook import build_codebook

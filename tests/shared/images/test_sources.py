@@ -14,9 +14,9 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.images.decode.folders import FOLDER_SHARD_IMAGES
-from mapet.shared.images.decode.records import read_bytes
-from mapet.shared.images.decode.sources import KeyLedger, open_source, read_records
+from mapet.shared.images.folders import FOLDER_SHARD_IMAGES
+from mapet.shared.images.records import read_bytes
+from mapet.shared.images.sources import KeyLedger, open_source, read_records
 
 
 def read_with_webdataset(path: Path) -> dict[str, dict]:
@@ -466,7 +466,7 @@ def test_a_linked_folder_is_followed(tmp_path: Path, write_folder, png):
 LIST = """
 import json, sys
 from mapet.shared.errors import DataError
-from mapet.shared.images.decode.sources import open_source, read_records
+from mapet.shared.images.sources import open_source, read_records
 skipped = []
 found = [(record.key, record.label) for shard in open_source(sys.argv[1]) for record in shard.index(skipped)]
 digests = [shard.sha256(skip=True) for shard in open_source(sys.argv[1])]

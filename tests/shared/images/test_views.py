@@ -9,7 +9,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapet.shared.errors import UsageError
-from mapet.shared.images.decode.views import (
+from mapet.shared.images.views import (
     CropBox,
     Preprocess,
     ViewPolicy,

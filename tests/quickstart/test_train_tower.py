@@ -6,9 +6,9 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from mapet.shared.drawings import CLASSES, draw
+from mapet.quickstart.drawings import CLASSES, draw
 
-TOWER = Path(__file__).parents[1] / "demo_assets" / "tower"
+TOWER = Path(__file__).parents[2] / "quickstart" / "tower"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from mapet.shared.drawings import CLASSES, COLOURS, draw, write_drawings
+from mapet.quickstart.drawings import CLASSES, COLOURS, draw, write_drawings
 
 
 def pixels(index: int, seed: int, size: int = 64) -> np.ndarray:

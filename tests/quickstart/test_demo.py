@@ -4,7 +4,7 @@ from pathlib import Path
 
 import mapet
 import pytest
-from mapet.shared.drawings import write_drawings
+from mapet.quickstart.drawings import write_drawings
 from mapet.shared.errors import DataError, UsageError
 from PIL import Image
 

@@ -1,6 +1,6 @@
 """Train the demo's small CLIP from drawn pictures and their captions, and write it for open_clip to open.
 
-    python demo_assets/train_tower.py --out demo_assets/tower
+    python -m mapet.quickstart.train_tower --out quickstart/tower
 
 Every step sees pictures it has not seen before, drawn on the fly from `--seed`. The run is deterministic
 given that seed, `--threads` and the machine: another processor or PyTorch version rounds sums differently.
@@ -26,7 +26,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
-from ..shared.drawings import CLASSES, SURFACES, draw
+from .drawings import CLASSES, SURFACES, draw
 
 # The text tower is only as wide as a few dozen words need: its table of 49,408 tokens is most of the file.
 CONFIG = {

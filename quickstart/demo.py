@@ -9,24 +9,24 @@ from pathlib import Path
 import webdataset
 from PIL import Image
 
-from .shared.drawings import CLASSES, write_drawings
-from .shared.errors import DataError, UsageError
-from .shared.images.decode import read_image
-from .shared.images.records import ImageRecord
-from .shared.images.sources import read_records
-from .shared.randomness import generator
-from .shared.runtime.console import say
-from .shared.storage.files import written_whole
-from .tokenize_stage.build_codebook import build_codebook
-from .tokenize_stage.encode_shards import encode_shards
-from .tokenize_stage.inspect import inspect, show
-from .tokenize_stage.picture import draw_token_maps
-from .tokenize_stage.verify import verify
-from .train_stage.pretrain import pretrain
-from .train_stage.probe import ProbeResult, probe
-from .train_stage.report import report
+from ..shared.errors import DataError, UsageError
+from ..shared.images.decode import read_image
+from ..shared.images.records import ImageRecord
+from ..shared.images.sources import read_records
+from ..shared.randomness import generator
+from ..shared.runtime.console import say
+from ..shared.storage.files import written_whole
+from ..tokenize_stage.build_codebook import build_codebook
+from ..tokenize_stage.encode_shards import encode_shards
+from ..tokenize_stage.inspect import inspect, show
+from ..tokenize_stage.picture import draw_token_maps
+from ..tokenize_stage.verify import verify
+from ..train_stage.pretrain import pretrain
+from ..train_stage.probe import ProbeResult, probe
+from ..train_stage.report import report
+from .drawings import CLASSES, write_drawings
 
-TOWER = Path(__file__).parent / "demo_assets" / "tower"
+TOWER = Path(__file__).parent / "tower"
 TRAIN_IMAGES, VAL_IMAGES, _PER_TAR = 4000, 1000, 1000
 _SEED_OF_VAL = 500
 _OWN_VAL_SHARE, _OWN_TAR = 0.2, "images-000000.tar"

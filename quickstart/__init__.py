@@ -1,0 +1,1 @@
+"""The whole chain on pictures that the package draws: the only room that knows both stages."""
