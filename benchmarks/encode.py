@@ -35,7 +35,8 @@ from mapet.shared.tokens.store import write_shard
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.encoder import Encoder
-from mapet.tokenize_stage.towers import TowerSettings, open_tower
+from mapet.tokenize_stage.towers.opening import open_tower
+from mapet.tokenize_stage.towers.tower import TowerSettings
 from mapet.tokenize_stage.verify import verify
 
 START = [sys.executable, "-c", "from mapet.cli import main; main()", "tokenize"]

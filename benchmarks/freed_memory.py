@@ -16,7 +16,8 @@ import time
 import torch
 import typer
 from mapet.shared.runtime.devices import keep_freed_memory
-from mapet.tokenize_stage.towers import TowerSettings, open_tower
+from mapet.tokenize_stage.towers.opening import open_tower
+from mapet.tokenize_stage.towers.tower import TowerSettings
 
 NAME, SIZE = "timm:tf_efficientnet_lite0", 224
 BATCHES, IMAGES = 4, 64

@@ -25,13 +25,14 @@ from ..shared.runtime.memory import memory_budget
 from ..shared.storage.files import canonical_json, written_whole
 from ..shared.tokens.code_usage import usage
 from ..shared.tokens.codebook import TOKEN_FIELDS, Codebook
-from .extract import skips
 from .feature_cache import FeatureCache
 from .kmeans import KMeansSettings, block_rows, float_blocks, refuse_little_memory, train_kmeans
 from .kmeans_state import KMeansRun
 from .sample import PatchSample, choose_images, draw_sample
 from .sample_features import Sampler, Survey, survey
-from .towers import Tower, TowerSettings, open_tower
+from .towers.on_error import skips
+from .towers.opening import open_tower
+from .towers.tower import Tower, TowerSettings
 
 PATCHES_PER_CENTROID = 512
 _MOST_HELD_OUT = 65_536

@@ -28,7 +28,7 @@ from ..shared.tokens.store import (
 )
 from .encoder import Encoder, open_same_tower
 from .estimate import estimate
-from .extract import skips
+from .towers.on_error import skips
 
 
 def encode_shards(

@@ -16,8 +16,9 @@ from ..shared.images.views import ViewPolicy
 from ..shared.runtime.console import Advance
 from ..shared.tokens.codebook import TOKEN_FIELDS, Codebook
 from ..shared.tokens.rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
-from .extract import ExtractedBatch, Request, extract_groups, group_requests
-from .towers import Tower, TowerSettings, open_tower
+from .towers.features import ExtractedBatch, Request, extract_groups, group_requests
+from .towers.opening import open_tower
+from .towers.tower import Tower, TowerSettings
 
 
 def open_same_tower(book: Codebook, tower: str | None, device: str) -> Tower:

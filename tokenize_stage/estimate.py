@@ -14,7 +14,7 @@ from ..shared.tokens.rows import ShardRows, concatenate_rows, empty_rows
 from ..shared.tokens.store import WEBDATASET, write_shard
 from ..shared.tokens.tar_shard import bytes_of_tar
 from .encoder import Encoder, as_rows
-from .extract import Request, group_requests
+from .towers.features import Request, group_requests
 
 _BATCHES = 10
 

@@ -17,7 +17,7 @@ from ..shared.tokens.rows import ShardRows
 from ..shared.tokens.store import TokenStore
 from ..shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
 from .encoder import open_same_tower
-from .extract import extract
+from .towers.features import extract
 
 _CANDIDATES = 16
 _MOST_REENCODED = 256

@@ -23,10 +23,11 @@ from ..shared.tokens.codebook import MAX_K, Codebook, read_description
 from ..shared.tokens.rows import ShardRows
 from ..shared.tokens.store import TokenStore, entry_path, read_entry, write_manifest, write_shard
 from .encoder import as_rows
-from .extract import ExtractedBatch
 from .kmeans import METRICS
 from .listing import read_listing, rows_of_keys
-from .towers import TowerSettings, open_tower
+from .towers.features import ExtractedBatch
+from .towers.opening import open_tower
+from .towers.tower import TowerSettings
 
 _LENGTH_TOLERANCE = 1e-3
 _ROWS_AT_ONCE = 65_536

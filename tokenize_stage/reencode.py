@@ -14,8 +14,8 @@ from ..shared.tokens.codebook import Codebook
 from ..shared.tokens.rows import ShardRows, take_rows
 from ..shared.tokens.store import TokenStore
 from .encoder import Encoder, as_rows, open_same_tower
-from .extract import Request, group_requests
 from .suspicions import fault_of, suspect_fault
+from .towers.features import Request, group_requests
 
 # Another device or batch size rounds differently: where two centroids are as near as that, either token is right.
 _ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2}

@@ -13,10 +13,10 @@ from ..shared.images.sources import KeyLedger, SourceShard
 from ..shared.images.views import CENTER
 from ..shared.runtime.console import Advance, progress
 from ..shared.runtime.distributed import World
-from .extract import extract
 from .feature_cache import FeatureCache, Rows
 from .sample import PatchSample
-from .towers import Tower
+from .towers.features import extract
+from .towers.tower import Tower
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from mapet.shared.tokens.codebook import Codebook
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.sample import PatchSample, draw_sample
-from mapet.tokenize_stage.towers import Tower, TowerSettings, open_tower
+from mapet.tokenize_stage.towers.opening import open_tower
+from mapet.tokenize_stage.towers.tower import Tower, TowerSettings
 from mapet.tokenize_stage.verify import verify
 from PIL import Image
 

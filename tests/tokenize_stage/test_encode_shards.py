@@ -28,7 +28,8 @@ from mapet.shared.tokens.rows import NO_LABEL, ShardRows
 from mapet.shared.tokens.store import TokenStore, read_entry, write_shard
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.tokenize_stage.towers import TowerSettings, open_tower
+from mapet.tokenize_stage.towers.opening import open_tower
+from mapet.tokenize_stage.towers.tower import TowerSettings
 from PIL import Image
 
 

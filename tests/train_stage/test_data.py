@@ -17,7 +17,8 @@ from mapet.shared.runtime.loader import batches
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.tokenize_stage.towers import TowerSettings, open_tower
+from mapet.tokenize_stage.towers.opening import open_tower
+from mapet.tokenize_stage.towers.tower import TowerSettings
 from mapet.train_stage.data import LoadBatch, check_grid
 from mapet.train_stage.join import join
 from mapet.train_stage.photometric import BRIGHTNESS, CONTRAST, SATURATION, draw_jitter, jitter

@@ -20,7 +20,8 @@ from mapet.shared.images.views import (
     to_array,
     view_of_epoch,
 )
-from mapet.tokenize_stage.towers import TowerSettings, open_tower
+from mapet.tokenize_stage.towers.opening import open_tower
+from mapet.tokenize_stage.towers.tower import TowerSettings
 from PIL import Image
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

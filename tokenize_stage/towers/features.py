@@ -10,25 +10,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from ..shared.errors import DataError, UsageError
-from ..shared.images.decode import read_image
-from ..shared.images.keys import Skipped
-from ..shared.images.records import ImageRecord, crc32
-from ..shared.images.views import Preprocess, ViewPolicy, resized, show_view, to_array
-from ..shared.runtime.loader import OneByOne, batches
-from .towers import Tower
+from ...shared.errors import DataError
+from ...shared.images.decode import read_image
+from ...shared.images.keys import Skipped
+from ...shared.images.records import ImageRecord, crc32
+from ...shared.images.views import Preprocess, ViewPolicy, resized, show_view, to_array
+from ...shared.runtime.loader import OneByOne, batches
+from .tower import Tower
 
 _MOST_PIXELS = 100_000_000
-
-
-ON_ERROR = ("stop", "skip")
-
-
-def skips(on_error: str) -> bool:
-    """Whether --on-error says to leave out what cannot be read; UsageError for what it cannot say."""
-    if on_error not in ON_ERROR:
-        raise UsageError(f"--on-error {on_error} is unknown; choose {' or '.join(ON_ERROR)}.")
-    return on_error == "skip"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import timm
 import torch
 from mapet.shared.errors import DataError, MapetError, UsageError
 from mapet.shared.images.views import Preprocess, center_view, to_array
-from mapet.tokenize_stage.towers import Tower, TowerSettings, open_tower
+from mapet.tokenize_stage.towers.opening import open_tower
+from mapet.tokenize_stage.towers.tower import Tower, TowerSettings
 from PIL import Image
 
 

@@ -1,0 +1,20 @@
+"""Opens a tower by the name that its library uses."""
+
+from ...shared.errors import UsageError
+from .clip_towers import open_clip_tower
+from .timm_towers import open_timm_tower
+from .tower import PRECISIONS, Tower, TowerSettings
+
+
+def open_tower(settings: TowerSettings, device: str = "cpu") -> Tower:
+    """Opens a tower by the name that its library uses.
+
+    `settings.tower` is an open_clip model name, `local-dir:PATH`, `hf-hub:ID` or `timm:NAME`; `pretrained` a tag or a
+    file, or "none" for seeded random weights. Raises UsageError for an unknown name or tag and DataError for weights
+    that are missing or cannot be fetched.
+    """
+    if settings.precision not in PRECISIONS:
+        raise UsageError(f"--precision {settings.precision} is unknown; choose from {', '.join(PRECISIONS)}.")
+    if settings.tower.startswith("timm:"):
+        return Tower(settings, open_timm_tower(settings), device)
+    return Tower(settings, open_clip_tower(settings), device)
