@@ -21,7 +21,14 @@ import faiss
 import numpy as np
 import typer
 from mapet.shared.runtime.memory import memory_budget
-from mapet.tokenize_stage.kmeans import KMeansSettings, block_rows, fixed_bytes, float_blocks, least_bytes, train_kmeans
+from mapet.tokenize_stage.kmeans.train import (
+    KMeansSettings,
+    block_rows,
+    fixed_bytes,
+    float_blocks,
+    least_bytes,
+    train_kmeans,
+)
 
 app = typer.Typer(pretty_exceptions_enable=False)
 _BLOCK = 1 << 18

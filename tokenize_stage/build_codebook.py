@@ -6,37 +6,29 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..shared.errors import DataError, UsageError
-from ..shared.images.keys import Skipped
 from ..shared.images.records import keys_sha256
 from ..shared.images.sources import open_source
-from ..shared.runtime.console import say, table, working
+from ..shared.runtime.console import say, table
 from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.runtime.distributed import World, joined_world
-from ..shared.runtime.faiss_build import faiss_gpus, import_faiss
+from ..shared.runtime.faiss_build import import_faiss
 from ..shared.runtime.memory import memory_budget
 from ..shared.storage.files import canonical_json, written_whole
-from ..shared.tokens.code_usage import usage
-from ..shared.tokens.codebook import TOKEN_FIELDS, Codebook
-from .feature_cache import FeatureCache
-from .kmeans import KMeansSettings, block_rows, float_blocks, refuse_little_memory, train_kmeans
-from .kmeans_state import KMeansRun
-from .sample import PatchSample, choose_images, draw_sample
-from .sample_features import Sampler, Survey, survey
+from ..shared.tokens.codebook import Codebook
+from .kmeans.description import describe_codebook
+from .kmeans.feature_cache import FeatureCache
+from .kmeans.patch_sample import choose_images
+from .kmeans.plan import CodebookPlan, plan_codebook
+from .kmeans.sampler import Sampler, Survey, survey
+from .kmeans.train import KMeansSettings, train_kmeans
 from .towers.on_error import skips
 from .towers.opening import open_tower
-from .towers.tower import Tower, TowerSettings
-
-PATCHES_PER_CENTROID = 512
-_MOST_HELD_OUT = 65_536
-_HELD_OUT_SHARE = 0.05
+from .towers.tower import TowerSettings
 
 
 def build_codebook(
@@ -112,7 +104,7 @@ def build_codebook(
         say(f"{tower}: {height}x{width} patches, {opened.dim} features, on {opened.device}; {len(chosen)} images.")
         folder = Path(features_cache) if features_cache else _work_folder(out) / "features"
         cache = FeatureCache(folder, opened.dim, mine=not features_cache)
-        plan = world.from_first(lambda: _plan(opened, found, chosen, patches, kmeans, request, memory, cache))
+        plan = world.from_first(lambda: plan_codebook(opened, found, chosen, patches, kmeans, request, memory, cache))
         some = None if len(chosen) == len(found.all_keys()) else frozenset(chosen)
         processes = choose_workers(workers, opened.device.type)
         sampler = Sampler(opened, plan.extracted, some, metric, skip, batch_size, processes)
@@ -154,56 +146,9 @@ def _already_built(out: Path, request: dict[str, Any]) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The sample of this codebook, the perhaps larger one that is extracted, and what the codebook's JSON says of it.
-
-    `identity` is what the features depend on.
-    """
-
-    sample: PatchSample
-    extracted: PatchSample
-    images: int
-    tower: dict[str, Any]
-    identity: dict[str, Any]
-    request: dict[str, Any]
-
-
-def _plan(
-    tower: Tower,
-    found: Survey,
-    chosen: Sequence[str],
-    patches: int | None,
-    kmeans: KMeansSettings,
-    request: dict[str, Any],
-    memory: str | None,
-    cache: FeatureCache,
-) -> _Plan:
-    """Draws the sample and prepares the folder of its features, if there is enough of everything."""
-    k, per_image = kmeans.k, tower.grid[0] * tower.grid[1]
-    total = len(chosen) * per_image
-    held_out = min(_MOST_HELD_OUT, int(total * _HELD_OUT_SHARE))
-    train = min(patches or PATCHES_PER_CENTROID * k, total - held_out)
-    if k > train:
-        raise DataError(
-            f"--k {k} is larger than the sample: {len(chosen)} images x {per_image} patches, less {held_out} "
-            f"held out, capped by --patches, leave {train} patches; use a smaller --k or more images or patches."
-        )
-    refuse_little_memory(train, tower.dim, kmeans, memory_budget(memory))
-    with working("drawing the sample"):
-        sample = draw_sample(chosen, per_image, train, held_out, kmeans.seed)
-    about = {**tower.description(), "metric": kmeans.metric}
-    identity = {name: about[name] for name in TOKEN_FIELDS} | {
-        "seed": kmeans.seed,
-        "keys_sha256": request["keys_sha256"],
-    }
-    most = cache.begin(identity, found.shards_sha256(), sample.most, train + held_out)
-    return _Plan(sample, replace(sample, most=most), len(chosen), tower.description(), identity, request)
-
-
 def _train(
     out: Path,
-    plan: _Plan,
+    plan: CodebookPlan,
     kmeans: KMeansSettings,
     cache: FeatureCache,
     found: Survey,
@@ -230,7 +175,7 @@ def _train(
     run = train_kmeans(train, kmeans, memory=memory_budget(memory), state=state, about=of_what)
     clock.lap("k-means")
     skipped = [*found.skipped, *unreadable]
-    codebook = _describe(plan, kmeans, run, train, rows[len(train) :], skipped, len(unreadable))
+    codebook = describe_codebook(plan, kmeans, run, train, rows[len(train) :], skipped, len(unreadable))
     clock.lap("statistics")
     with written_whole(out) as partial:
         codebook.save(partial)
@@ -243,56 +188,6 @@ def _use_all_cores(world: World) -> None:
     """torchrun gives each of its processes one thread; now that the others wait, the first one may have all."""
     if world.size > 1 and hasattr(os, "sched_getaffinity"):
         import_faiss().omp_set_num_threads(len(os.sched_getaffinity(0)))
-
-
-def _describe(
-    plan: _Plan,
-    kmeans: KMeansSettings,
-    run: KMeansRun,
-    train: np.ndarray,
-    held_out: np.ndarray,
-    skipped: Skipped,
-    unreadable: int,
-) -> Codebook:
-    draft = Codebook(run.centroids, np.zeros(kmeans.k, dtype=np.int64), {})
-    counts, distance = _assign(draft, train)
-    held_out_counts, held_out_distance = _assign(draft, held_out)
-    description = {
-        **plan.tower,
-        **asdict(kmeans),
-        "faiss_device": "gpu" if faiss_gpus() else "cpu",
-        **run.statistics(),
-        "sample": {
-            "images": plan.images - unreadable,
-            "patches": len(train),
-            "held_out": len(held_out),
-            "keys_sha256": plan.request["keys_sha256"],
-            "drawn": "uniform over all patches, without replacement: the smallest draws by (seed, key)",
-            "stored_as": "float16",
-            "skipped": [list(pair) for pair in skipped],
-        },
-        "training": {**usage(counts), "imbalance": _imbalance(counts), "mean_squared_distance": distance},
-        "held_out": {**usage(held_out_counts), "mean_squared_distance": held_out_distance},
-        "request": plan.request,
-        "versions": {name: version(name) for name in ("torch", "open_clip_torch", "timm", "numpy", "pillow")}
-        | {"faiss": import_faiss().__version__},
-    }
-    return Codebook(run.centroids, counts, description)
-
-
-def _assign(codebook: Codebook, rows: np.ndarray) -> tuple[np.ndarray, float | None]:
-    """How many of `rows` each code wins (K,) int64, and their mean squared distance; block by block."""
-    counts, total = np.zeros(codebook.k, dtype=np.int64), 0.0
-    for block in float_blocks(rows, block_rows(rows.shape[1])):
-        tokens, distances = codebook.assign(block)
-        counts += np.bincount(tokens, minlength=codebook.k)
-        total += distances.sum(dtype=np.float64)
-    return counts, float(total / len(rows)) if len(rows) else None
-
-
-def _imbalance(counts: np.ndarray) -> float:
-    """FAISS's imbalance factor: 1 if all codes are used equally often, K if one has all."""
-    return float(len(counts) * (counts.astype(np.float64) ** 2).sum() / counts.sum() ** 2)
 
 
 def _summary(codebook: Codebook, out: Path) -> None:

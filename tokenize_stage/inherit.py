@@ -23,7 +23,7 @@ from ..shared.tokens.codebook import MAX_K, Codebook, read_description
 from ..shared.tokens.rows import ShardRows
 from ..shared.tokens.store import TokenStore, entry_path, read_entry, write_manifest, write_shard
 from .encoder import as_rows
-from .kmeans import METRICS
+from .kmeans.train import METRICS
 from .listing import read_listing, rows_of_keys
 from .towers.features import ExtractedBatch
 from .towers.opening import open_tower

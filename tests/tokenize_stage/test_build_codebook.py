@@ -22,7 +22,7 @@ from mapet.shared.tokens.code_usage import usage
 from mapet.shared.tokens.codebook import Codebook
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.tokenize_stage.sample import PatchSample, draw_sample
+from mapet.tokenize_stage.kmeans.patch_sample import PatchSample, draw_sample
 from mapet.tokenize_stage.towers.opening import open_tower
 from mapet.tokenize_stage.towers.tower import Tower, TowerSettings
 from mapet.tokenize_stage.verify import verify

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..shared.errors import DataError
-from ..shared.images.keys import Skipped
-from ..shared.images.records import ImageRecord
-from ..shared.images.sources import KeyLedger, SourceShard
-from ..shared.images.views import CENTER
-from ..shared.runtime.console import Advance, progress
-from ..shared.runtime.distributed import World
+from ...shared.errors import DataError
+from ...shared.images.keys import Skipped
+from ...shared.images.records import ImageRecord
+from ...shared.images.sources import KeyLedger, SourceShard
+from ...shared.images.views import CENTER
+from ...shared.runtime.console import Advance, progress
+from ...shared.runtime.distributed import World
+from ..towers.features import extract
+from ..towers.tower import Tower
 from .feature_cache import FeatureCache, Rows
-from .sample import PatchSample
-from .towers.features import extract
-from .towers.tower import Tower
+from .patch_sample import PatchSample
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,13 @@ import faiss
 import numpy as np
 import pytest
 from mapet.shared.errors import DataError, UsageError
-from mapet.tokenize_stage.kmeans import KMeansSettings, fixed_bytes, least_bytes, refuse_few_distinct, train_kmeans
+from mapet.tokenize_stage.kmeans.train import (
+    KMeansSettings,
+    fixed_bytes,
+    least_bytes,
+    refuse_few_distinct,
+    train_kmeans,
+)
 
 SETTINGS = KMeansSettings(k=40, iterations=6, restarts=3, seed=5)
 PLENTY = 1 << 30

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.errors import DataError, UsageError
-from ..shared.runtime.console import progress
-from ..shared.runtime.faiss_build import faiss_gpus, import_faiss
-from ..shared.runtime.memory import as_text
-from ..shared.tokens.codebook import MAX_K
-from .kmeans_state import KMeansRun, SavedState
+from ...shared.errors import DataError, UsageError
+from ...shared.runtime.console import progress
+from ...shared.runtime.faiss_build import faiss_gpus, import_faiss
+from ...shared.runtime.memory import as_text
+from ...shared.tokens.codebook import MAX_K
+from .state import KMeansRun, SavedState
 
 METRICS = ("l2", "cosine")
 INITS = ("random", "k-means++")

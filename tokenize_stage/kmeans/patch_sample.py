@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..shared.randomness import generator
+from ...shared.randomness import generator
 
 
 @dataclass(frozen=True)

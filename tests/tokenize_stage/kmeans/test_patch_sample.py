@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mapet.tokenize_stage.sample import PatchSample, choose_images, draw_sample
+from mapet.tokenize_stage.kmeans.patch_sample import PatchSample, choose_images, draw_sample
 
 KEYS = [f"class{number % 3}/image-{number}" for number in range(40)]
 

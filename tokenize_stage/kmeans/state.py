@@ -10,8 +10,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..shared.runtime.console import say
-from ..shared.storage.files import written_whole
+from ...shared.runtime.console import say
+from ...shared.storage.files import written_whole
 
 
 @dataclass

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.errors import DataError, UsageError
-from ..shared.runtime.console import say
-from ..shared.runtime.memory import as_text
-from ..shared.storage.files import read_sealed_json, write_sealed_json, written_whole
+from ...shared.errors import DataError, UsageError
+from ...shared.runtime.console import say
+from ...shared.runtime.memory import as_text
+from ...shared.storage.files import read_sealed_json, write_sealed_json, written_whole
 
 FORMAT, VERSION = "mapet-features", 1
 _SHEET, _FEATURES, _DRAWS, _SKIPPED, _PART = "sample.json", "features.f16", "draws.npy", "skipped.json", "part-"

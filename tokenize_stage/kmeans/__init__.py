@@ -1,0 +1,1 @@
+"""k-means over a uniform sample of patch features."""

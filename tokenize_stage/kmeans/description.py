@@ -1,0 +1,64 @@
+"""The description of a trained codebook: statistics of k-means and of the sample."""
+
+from dataclasses import asdict
+from importlib.metadata import version
+
+import numpy as np
+
+from ...shared.images.keys import Skipped
+from ...shared.runtime.faiss_build import faiss_gpus, import_faiss
+from ...shared.tokens.code_usage import usage
+from ...shared.tokens.codebook import Codebook
+from .plan import CodebookPlan
+from .state import KMeansRun
+from .train import KMeansSettings, block_rows, float_blocks
+
+
+def describe_codebook(
+    plan: CodebookPlan,
+    kmeans: KMeansSettings,
+    run: KMeansRun,
+    train: np.ndarray,
+    held_out: np.ndarray,
+    skipped: Skipped,
+    unreadable: int,
+) -> Codebook:
+    draft = Codebook(run.centroids, np.zeros(kmeans.k, dtype=np.int64), {})
+    counts, distance = _assign(draft, train)
+    held_out_counts, held_out_distance = _assign(draft, held_out)
+    description = {
+        **plan.tower,
+        **asdict(kmeans),
+        "faiss_device": "gpu" if faiss_gpus() else "cpu",
+        **run.statistics(),
+        "sample": {
+            "images": plan.images - unreadable,
+            "patches": len(train),
+            "held_out": len(held_out),
+            "keys_sha256": plan.request["keys_sha256"],
+            "drawn": "uniform over all patches, without replacement: the smallest draws by (seed, key)",
+            "stored_as": "float16",
+            "skipped": [list(pair) for pair in skipped],
+        },
+        "training": {**usage(counts), "imbalance": _imbalance(counts), "mean_squared_distance": distance},
+        "held_out": {**usage(held_out_counts), "mean_squared_distance": held_out_distance},
+        "request": plan.request,
+        "versions": {name: version(name) for name in ("torch", "open_clip_torch", "timm", "numpy", "pillow")}
+        | {"faiss": import_faiss().__version__},
+    }
+    return Codebook(run.centroids, counts, description)
+
+
+def _assign(codebook: Codebook, rows: np.ndarray) -> tuple[np.ndarray, float | None]:
+    """How many of `rows` each code wins (K,) int64, and their mean squared distance; block by block."""
+    counts, total = np.zeros(codebook.k, dtype=np.int64), 0.0
+    for block in float_blocks(rows, block_rows(rows.shape[1])):
+        tokens, distances = codebook.assign(block)
+        counts += np.bincount(tokens, minlength=codebook.k)
+        total += distances.sum(dtype=np.float64)
+    return counts, float(total / len(rows)) if len(rows) else None
+
+
+def _imbalance(counts: np.ndarray) -> float:
+    """FAISS's imbalance factor: 1 if all codes are used equally often, K if one has all."""
+    return float(len(counts) * (counts.astype(np.float64) ** 2).sum() / counts.sum() ** 2)

@@ -1,0 +1,66 @@
+"""The sample that a codebook is trained on, planned before anything is computed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...shared.errors import DataError
+from ...shared.runtime.console import working
+from ...shared.runtime.memory import memory_budget
+from ...shared.tokens.codebook import TOKEN_FIELDS
+from ..towers.tower import Tower
+from .feature_cache import FeatureCache
+from .patch_sample import PatchSample, draw_sample
+from .sampler import Survey
+from .train import KMeansSettings, refuse_little_memory
+
+PATCHES_PER_CENTROID = 512
+_MOST_HELD_OUT = 65_536
+_HELD_OUT_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class CodebookPlan:
+    """The sample of this codebook, the perhaps larger one that is extracted, and what the codebook's JSON says of it.
+
+    `identity` is what the features depend on.
+    """
+
+    sample: PatchSample
+    extracted: PatchSample
+    images: int
+    tower: dict[str, Any]
+    identity: dict[str, Any]
+    request: dict[str, Any]
+
+
+def plan_codebook(
+    tower: Tower,
+    found: Survey,
+    chosen: Sequence[str],
+    patches: int | None,
+    kmeans: KMeansSettings,
+    request: dict[str, Any],
+    memory: str | None,
+    cache: FeatureCache,
+) -> CodebookPlan:
+    """Draws the sample and prepares the folder of its features, if there is enough of everything."""
+    k, per_image = kmeans.k, tower.grid[0] * tower.grid[1]
+    total = len(chosen) * per_image
+    held_out = min(_MOST_HELD_OUT, int(total * _HELD_OUT_SHARE))
+    train = min(patches or PATCHES_PER_CENTROID * k, total - held_out)
+    if k > train:
+        raise DataError(
+            f"--k {k} is larger than the sample: {len(chosen)} images x {per_image} patches, less {held_out} "
+            f"held out, capped by --patches, leave {train} patches; use a smaller --k or more images or patches."
+        )
+    refuse_little_memory(train, tower.dim, kmeans, memory_budget(memory))
+    with working("drawing the sample"):
+        sample = draw_sample(chosen, per_image, train, held_out, kmeans.seed)
+    about = {**tower.description(), "metric": kmeans.metric}
+    identity = {name: about[name] for name in TOKEN_FIELDS} | {
+        "seed": kmeans.seed,
+        "keys_sha256": request["keys_sha256"],
+    }
+    most = cache.begin(identity, found.shards_sha256(), sample.most, train + held_out)
+    return CodebookPlan(sample, replace(sample, most=most), len(chosen), tower.description(), identity, request)
