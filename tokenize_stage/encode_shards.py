@@ -26,8 +26,9 @@ from ..shared.tokens.store import (
     write_manifest,
     write_shard,
 )
-from .encoder import Encoder, open_same_tower
+from .encoder import Encoder
 from .estimate import estimate
+from .tokenizers.kclip import open_same_tower
 from .towers.on_error import skips
 
 

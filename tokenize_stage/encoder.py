@@ -8,31 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.errors import DataError, FingerprintMismatch, MapetError
+from ..shared.errors import DataError, MapetError
 from ..shared.images.keys import Skipped
 from ..shared.images.records import ImageRecord
 from ..shared.images.sources import SourceShard
 from ..shared.images.views import ViewPolicy
 from ..shared.runtime.console import Advance
-from ..shared.tokens.codebook import TOKEN_FIELDS, Codebook
+from ..shared.tokens.codebook import Codebook
 from ..shared.tokens.rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
 from .towers.features import ExtractedBatch, Request, extract_groups, group_requests
-from .towers.opening import open_tower
-from .towers.tower import Tower, TowerSettings
-
-
-def open_same_tower(book: Codebook, tower: str | None, device: str) -> Tower:
-    """The codebook's tower, opened where it was or at `tower`; FingerprintMismatch if that is another one."""
-    about = book.description
-    recorded = TowerSettings(**{name: about[name] for name in TowerSettings.__dataclass_fields__})
-    opened = open_tower(replace(recorded, tower=tower) if tower else recorded, device)
-    for name, value in opened.description().items():
-        if name in TOKEN_FIELDS and value != about[name]:
-            raise FingerprintMismatch(
-                f"--tower {opened.settings.tower} is not the tower of the codebook: its {name} is {value}, "
-                f"the codebook's {about[name]}."
-            )
-    return opened
+from .towers.tower import Tower
 
 
 @dataclass(frozen=True)

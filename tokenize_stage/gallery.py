@@ -16,7 +16,7 @@ from ..shared.tokens.codebook import Codebook
 from ..shared.tokens.rows import ShardRows
 from ..shared.tokens.store import TokenStore
 from ..shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
-from .encoder import open_same_tower
+from .tokenizers.kclip import open_same_tower
 from .towers.features import extract
 
 _CANDIDATES = 16

@@ -13,8 +13,9 @@ from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.tokens.codebook import Codebook
 from ..shared.tokens.rows import ShardRows, take_rows
 from ..shared.tokens.store import TokenStore
-from .encoder import Encoder, as_rows, open_same_tower
+from .encoder import Encoder, as_rows
 from .suspicions import fault_of, suspect_fault
+from .tokenizers.kclip import open_same_tower
 from .towers.features import Request, group_requests
 
 # Another device or batch size rounds differently: where two centroids are as near as that, either token is right.

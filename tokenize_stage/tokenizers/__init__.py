@@ -1,0 +1,1 @@
+"""Visual tokenizers: pixels of a view -> a grid of token indices."""
