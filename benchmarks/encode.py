@@ -34,7 +34,7 @@ from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.store import write_shard
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.tokenize_stage.encoder import Encoder
+from mapet.tokenize_stage.encoding.shards import Encoder
 from mapet.tokenize_stage.towers.opening import open_tower
 from mapet.tokenize_stage.towers.tower import TowerSettings
 from mapet.tokenize_stage.verify import verify

@@ -26,8 +26,8 @@ from ..shared.tokens.store import (
     write_manifest,
     write_shard,
 )
-from .encoder import Encoder
-from .estimate import estimate
+from .encoding.dry_run import estimate
+from .encoding.shards import Encoder
 from .tokenizers.kclip import open_same_tower
 from .towers.on_error import skips
 

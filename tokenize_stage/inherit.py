@@ -22,7 +22,7 @@ from ..shared.storage.files import refuse_existing, sha256_file, write_sealed_js
 from ..shared.tokens.codebook import MAX_K, Codebook, read_description
 from ..shared.tokens.rows import ShardRows
 from ..shared.tokens.store import TokenStore, entry_path, read_entry, write_manifest, write_shard
-from .encoder import as_rows
+from .encoding.shards import as_rows
 from .kmeans.train import METRICS
 from .listing import read_listing, rows_of_keys
 from .towers.features import ExtractedBatch

@@ -17,7 +17,7 @@ from ..shared.storage.remote import as_path, exists, file_size
 from ..shared.tokens.codebook import Codebook, read_description
 from ..shared.tokens.rows import ShardRows
 from ..shared.tokens.store import TokenStore, read_entry, shard_files
-from .reencode import Reencoding, encode_again
+from .encoding.reencode import Reencoding, encode_again
 
 Sources = Mapping[str, SourceShard]
 

@@ -5,18 +5,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..shared.images.sources import SourceShard
-from ..shared.images.views import ViewPolicy
-from ..shared.randomness import generator
-from ..shared.runtime.console import progress, say
-from ..shared.runtime.devices import choose_device, choose_workers
-from ..shared.tokens.codebook import Codebook
-from ..shared.tokens.rows import ShardRows, take_rows
-from ..shared.tokens.store import TokenStore
-from .encoder import Encoder, as_rows
-from .suspicions import fault_of, suspect_fault
-from .tokenizers.kclip import open_same_tower
-from .towers.features import Request, group_requests
+from ...shared.images.sources import SourceShard
+from ...shared.images.views import ViewPolicy
+from ...shared.randomness import generator
+from ...shared.runtime.console import progress, say
+from ...shared.runtime.devices import choose_device, choose_workers
+from ...shared.tokens.codebook import Codebook
+from ...shared.tokens.rows import ShardRows, take_rows
+from ...shared.tokens.store import TokenStore
+from ..suspicions import fault_of, suspect_fault
+from ..tokenizers.kclip import open_same_tower
+from ..towers.features import Request, group_requests
+from .shards import Encoder, as_rows
 
 # Another device or batch size rounds differently: where two centroids are as near as that, either token is right.
 _ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2}

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.errors import DataError, MapetError
-from ..shared.images.keys import Skipped
-from ..shared.images.records import ImageRecord
-from ..shared.images.sources import SourceShard
-from ..shared.images.views import ViewPolicy
-from ..shared.runtime.console import Advance
-from ..shared.tokens.codebook import Codebook
-from ..shared.tokens.rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
-from .towers.features import ExtractedBatch, Request, extract_groups, group_requests
-from .towers.tower import Tower
+from ...shared.errors import DataError, MapetError
+from ...shared.images.keys import Skipped
+from ...shared.images.records import ImageRecord
+from ...shared.images.sources import SourceShard
+from ...shared.images.views import ViewPolicy
+from ...shared.runtime.console import Advance
+from ...shared.tokens.codebook import Codebook
+from ...shared.tokens.rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
+from ..towers.features import ExtractedBatch, Request, extract_groups, group_requests
+from ..towers.tower import Tower
 
 
 @dataclass(frozen=True)

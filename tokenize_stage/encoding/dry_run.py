@@ -8,13 +8,13 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
-from ..shared.images.sources import KeyLedger, SourceShard
-from ..shared.runtime.console import say, table
-from ..shared.tokens.rows import ShardRows, concatenate_rows, empty_rows
-from ..shared.tokens.store import WEBDATASET, write_shard
-from ..shared.tokens.tar_shard import bytes_of_tar
-from .encoder import Encoder, as_rows
-from .towers.features import Request, group_requests
+from ...shared.images.sources import KeyLedger, SourceShard
+from ...shared.runtime.console import say, table
+from ...shared.tokens.rows import ShardRows, concatenate_rows, empty_rows
+from ...shared.tokens.store import WEBDATASET, write_shard
+from ...shared.tokens.tar_shard import bytes_of_tar
+from ..towers.features import Request, group_requests
+from .shards import Encoder, as_rows
 
 _BATCHES = 10
 

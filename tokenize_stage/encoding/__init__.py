@@ -1,0 +1,1 @@
+"""Images in, rows of the token store out."""
