@@ -10,11 +10,11 @@ from ..shared.storage.remote import as_path, exists
 from ..shared.tokens.codebook import Codebook
 from ..shared.tokens.rows import NO_LABEL
 from ..shared.tokens.store import TokenStore
-from .against import Kept, compare_codebooks, compare_stores
-from .centroids import codebook_figures
-from .show import show
-from .suspicions import merged, suspect_codebook, suspect_store
-from .usage import count_store
+from .inspection.centroids import codebook_figures
+from .inspection.compare import Kept, compare_codebooks, compare_stores
+from .inspection.counting import count_store
+from .inspection.terminal import show
+from .inspection.warnings import merged, suspect_codebook, suspect_store
 
 __all__ = ["inspect", "show"]
 

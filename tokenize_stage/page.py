@@ -15,8 +15,8 @@ from ..shared.tokens.rows import NO_LABEL
 from ..shared.tokens.store import TokenStore
 from ..shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
 from .gallery import Patch, choose_codes, nearest_patches, refuse_other_codebook, sample_patches
+from .inspection.terminal import against_rows
 from .picture import code_colours
-from .show import against_rows
 
 IMAGES, CODES, PATCHES = 96, 48, 6
 """The most images and codes that a page shows, and patches of each code."""

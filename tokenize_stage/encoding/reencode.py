@@ -13,7 +13,8 @@ from ...shared.runtime.devices import choose_device, choose_workers
 from ...shared.tokens.codebook import Codebook
 from ...shared.tokens.rows import ShardRows, take_rows
 from ...shared.tokens.store import TokenStore
-from ..suspicions import fault_of, suspect_fault
+from ..inspection.faults import fault_of
+from ..inspection.warnings import suspect_fault
 from ..tokenizers.kclip import open_same_tower
 from ..towers.features import Request, group_requests
 from .shards import Encoder, as_rows

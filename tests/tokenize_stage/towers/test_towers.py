@@ -114,7 +114,7 @@ def test_features_of_trained_weights_from_a_file_are_timms(effnet_file: Path):
 
 
 def test_an_open_clip_tower_around_a_timm_model_gives_open_clips_features():
-    folder = Path(__file__).parents[3] / "shared/clip/lit-effnet-lite0"
+    folder = Path(__file__).parents[4] / "shared/clip/lit-effnet-lite0"
     if not folder.is_dir():
         pytest.skip("the shared research tower lit-effnet-lite0 is not here")
     opened = open_tower(TowerSettings(f"local-dir:{folder}", layer=3))

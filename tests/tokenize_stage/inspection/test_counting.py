@@ -15,11 +15,11 @@ import zarr
 from mapet.shared.errors import DataError
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.rows import ShardRows
-from mapet.tokenize_stage import usage
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inspect import inspect, show
-from mapet.tokenize_stage.tally import Tally
+from mapet.tokenize_stage.inspection import counting as usage
+from mapet.tokenize_stage.inspection.tally import Tally
 from zarr.storage import ZipStore
 
 # Files: what is in the shards, in the manifest's order
@@ -251,7 +251,7 @@ def test_every_figure_of_a_store_of_views_is_what_loops_count(views_store: Path)
     assert about["warnings"] == []
 
 
-RESEARCH_DATA = Path(__file__).parents[3] / "shared"
+RESEARCH_DATA = Path(__file__).parents[4] / "shared"
 
 
 @pytest.mark.skipif(not RESEARCH_DATA.exists(), reason="needs ../shared/data and ../shared/clip")

@@ -10,7 +10,7 @@ from mapet.shared.errors import DataError
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.rows import ShardRows, take_rows
 from mapet.tokenize_stage.inspect import inspect, show
-from mapet.tokenize_stage.suspicions import suspect_store
+from mapet.tokenize_stage.inspection.warnings import suspect_store
 from mapet.tokenize_stage.verify import verify
 
 Change = Callable[[ShardRows], ShardRows]

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.tokens.rows import ShardRows, take_rows
-from .suspicions import arrangements
+from ...shared.tokens.rows import ShardRows, take_rows
+from .faults import arrangements
 
 
 def seen_in(

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from ..shared.tokens.code_usage import usage
+from ...shared.tokens.code_usage import usage
 
 _EXTREMES = 10
 _COVER = (0.5, 0.9, 0.99)

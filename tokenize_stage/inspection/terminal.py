@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..shared.runtime.console import results, table
+from ...shared.runtime.console import results, table
 from .centroids import objective_of
 
 _SHOWN = 10

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.tokens.code_usage import usage
-from ..shared.tokens.codebook import TOKEN_FIELDS, Codebook
-from ..shared.tokens.rows import ShardRows
-from ..shared.tokens.store import TokenStore
+from ...shared.tokens.code_usage import usage
+from ...shared.tokens.codebook import TOKEN_FIELDS, Codebook
+from ...shared.tokens.rows import ShardRows
+from ...shared.tokens.store import TokenStore
 from .centroids import distances, nearest_others, spread
-from .suspicions import Suspicion, fault_of, suspect_difference, suspect_fault
-from .usage import Counter, count_store
+from .counting import Counter, count_store
+from .faults import fault_of
+from .warnings import Suspicion, suspect_difference, suspect_fault
 
 # Tokens of A that are kept to be compared with B's, with those of the rows around them.
 _MOST_TOKENS = 8_000_000

@@ -9,10 +9,10 @@ from mapet.shared.errors import DataError, UsageError
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.rows import ShardRows, take_rows
 from mapet.shared.tokens.store import TokenStore
-from mapet.tokenize_stage import against
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inspect import inspect, show
+from mapet.tokenize_stage.inspection import compare as against
 
 
 def test_a_store_has_not_changed_against_itself(chain, views_store: Path):

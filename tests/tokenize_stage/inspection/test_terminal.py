@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from mapet.tokenize_stage import show as show_module
 from mapet.tokenize_stage.inspect import inspect, show
+from mapet.tokenize_stage.inspection import terminal as show_module
 from rich.console import Console
 
 

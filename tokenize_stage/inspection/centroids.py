@@ -5,9 +5,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from ..shared.runtime.console import progress
-from ..shared.tokens.codebook import Codebook
-from .figures import code_figures
+from ...shared.runtime.console import progress
+from ...shared.tokens.codebook import Codebook
+from .schema import code_figures
 
 _CLOSEST = 10
 _BLOCK = 4096

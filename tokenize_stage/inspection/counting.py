@@ -5,12 +5,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..shared.errors import DataError
-from ..shared.runtime.console import progress
-from ..shared.tokens.code_usage import usage
-from ..shared.tokens.rows import NO_LABEL, ShardRows
-from ..shared.tokens.store import TokenStore
-from .figures import (
+from ...shared.errors import DataError
+from ...shared.runtime.console import progress
+from ...shared.tokens.code_usage import usage
+from ...shared.tokens.rows import NO_LABEL, ShardRows
+from ...shared.tokens.store import TokenStore
+from .overlaps import OverlapCounter
+from .schema import (
     Agreement,
     Labels,
     Neighbours,
@@ -21,7 +22,6 @@ from .figures import (
     collision,
     information,
 )
-from .overlaps import OverlapCounter
 from .tally import Tally
 
 
