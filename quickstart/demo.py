@@ -19,7 +19,7 @@ from ..shared.storage.files import written_whole
 from ..tokenize_stage.build_codebook import build_codebook
 from ..tokenize_stage.encode_shards import encode_shards
 from ..tokenize_stage.inspect import inspect, show
-from ..tokenize_stage.picture import draw_token_maps
+from ..tokenize_stage.pages.token_maps import draw_token_maps
 from ..tokenize_stage.verify import verify
 from ..train_stage.pretrain import pretrain
 from ..train_stage.probe import ProbeResult, probe

@@ -79,14 +79,14 @@ def inspect(
         raise UsageError(f"--{min(shown)} belongs to the page of a token store; {path} is a codebook.")
     about = _inspect_codebook(path, other)
     if html is not None:
-        from .page import write_codebook_page
+        from .pages.page import write_codebook_page
 
         write_codebook_page(about, html)
     return about
 
 
 def _store_page(store: TokenStore, html: str | Path, **options: Any):
-    from .page import StorePage  # it may open a tower; figures alone need not wait for torch
+    from .pages.page import StorePage  # it may open a tower; figures alone need not wait for torch
 
     return StorePage(store, html, **options)
 

@@ -7,17 +7,17 @@ from itertools import zip_longest
 
 import numpy as np
 
-from ..shared.errors import FingerprintMismatch
-from ..shared.images.views import ViewPolicy
-from ..shared.randomness import generator
-from ..shared.runtime.console import Advance, progress
-from ..shared.runtime.devices import choose_device, choose_workers
-from ..shared.tokens.codebook import Codebook
-from ..shared.tokens.rows import ShardRows
-from ..shared.tokens.store import TokenStore
-from ..shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
-from .tokenizers.kclip import open_same_tower
-from .towers.features import extract
+from ...shared.errors import FingerprintMismatch
+from ...shared.images.views import ViewPolicy
+from ...shared.randomness import generator
+from ...shared.runtime.console import Advance, progress
+from ...shared.runtime.devices import choose_device, choose_workers
+from ...shared.tokens.codebook import Codebook
+from ...shared.tokens.rows import ShardRows
+from ...shared.tokens.store import TokenStore
+from ...shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
+from ..tokenizers.kclip import open_same_tower
+from ..towers.features import extract
 
 _CANDIDATES = 16
 _MOST_REENCODED = 256

@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from ..shared.errors import DataError, UsageError
-from ..shared.report.pictures import data_uri, golden_colours, hex_colours
-from ..shared.report.render import write_page
-from ..shared.runtime.console import progress, say
-from ..shared.tokens.codebook import Codebook
-from ..shared.tokens.rows import NO_LABEL
-from ..shared.tokens.store import TokenStore
-from ..shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
+from ...shared.errors import DataError, UsageError
+from ...shared.report.pictures import data_uri, golden_colours, hex_colours
+from ...shared.report.render import write_page
+from ...shared.runtime.console import progress, say
+from ...shared.tokens.codebook import Codebook
+from ...shared.tokens.rows import NO_LABEL
+from ...shared.tokens.store import TokenStore
+from ...shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
+from ..inspection.terminal import against_rows
 from .gallery import Patch, choose_codes, nearest_patches, refuse_other_codebook, sample_patches
-from .inspection.terminal import against_rows
-from .picture import code_colours
+from .token_maps import code_colours
 
 IMAGES, CODES, PATCHES = 96, 48, 6
 """The most images and codes that a page shows, and patches of each code."""

@@ -11,7 +11,7 @@ from mapet.shared.images.sources import read_records
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.build_codebook import build_codebook
-from mapet.tokenize_stage.picture import code_colours, draw_token_maps
+from mapet.tokenize_stage.pages.token_maps import code_colours, draw_token_maps
 from PIL import Image
 
 SIDE = 160

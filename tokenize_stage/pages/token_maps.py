@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..shared.errors import FingerprintMismatch
-from ..shared.images.decode import read_image
-from ..shared.images.records import ImageRecord
-from ..shared.images.views import CropBox, replay
-from ..shared.storage.files import written_whole
-from ..shared.tokens.codebook import Codebook
-from ..shared.tokens.store import TokenStore
+from ...shared.errors import FingerprintMismatch
+from ...shared.images.decode import read_image
+from ...shared.images.records import ImageRecord
+from ...shared.images.views import CropBox, replay
+from ...shared.storage.files import written_whole
+from ...shared.tokens.codebook import Codebook
+from ...shared.tokens.store import TokenStore
 
 _SIDE, _GAP, _HEADER = 160, 10, 22
 _BACKGROUND, _INK = (250, 250, 248), (40, 40, 44)

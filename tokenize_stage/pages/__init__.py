@@ -1,0 +1,1 @@
+"""Stores and codebooks as pages to look at."""
