@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .shared.tokens.store import TokenStore
     from .tokenize_stage.build_codebook import build_codebook
     from .tokenize_stage.encode_shards import encode_shards
-    from .tokenize_stage.inherit import import_tokens
+    from .tokenize_stage.import_tokens import import_tokens
     from .tokenize_stage.inspect import inspect
     from .tokenize_stage.verify import verify
     from .train_stage.features import features
@@ -36,7 +36,7 @@ _HOME = {
     "encode_shards": ".tokenize_stage.encode_shards",
     "export": ".train_stage.interchange",
     "features": ".train_stage.features",
-    "import_tokens": ".tokenize_stage.inherit",
+    "import_tokens": ".tokenize_stage.import_tokens",
     "import_weights": ".train_stage.interchange",
     "inspect": ".tokenize_stage.inspect",
     "load_published": ".train_stage.interchange",

@@ -236,7 +236,7 @@ def import_tokens(
     codebook: Annotated[Path | None, typer.Option(help="The codebook of --tokens.")] = None,
 ) -> None:
     """Take centroids (--centroids) or tokens (--tokens --csv --images --codebook) that were computed elsewhere."""
-    from .tokenize_stage.inherit import import_tokens
+    from .tokenize_stage.import_tokens import import_tokens
 
     import_tokens(
         out,

@@ -12,7 +12,7 @@ import pytest
 from mapet.shared.images.decode import read_image
 from mapet.shared.images.sources import read_records
 from mapet.shared.images.views import Preprocess, center_view, to_array
-from mapet.tokenize_stage.inherit import import_tokens
+from mapet.tokenize_stage.import_tokens import import_tokens
 from mapet.train_stage.pretrain import pretrain
 
 BASELINES = Path(__file__).parent / "baselines.json"

@@ -19,7 +19,7 @@ from mapet.shared.tokens.store import TokenStore
 from mapet.shared.tokens.stored_views import StoredViews, choose_images
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.tokenize_stage.inherit import import_tokens
+from mapet.tokenize_stage.import_tokens import import_tokens
 from mapet.tokenize_stage.inspect import inspect
 from mapet.tokenize_stage.pages.gallery import choose_codes, sample_patches
 from mapet.tokenize_stage.pages.page import StorePage

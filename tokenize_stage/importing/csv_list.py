@@ -6,8 +6,8 @@ import posixpath
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..shared.errors import DataError
-from ..shared.images.keys import key_of
+from ...shared.errors import DataError
+from ...shared.images.keys import key_of
 
 COLUMNS = ("path", "file", "filename", "image", "key")
 Named = tuple[int, str]

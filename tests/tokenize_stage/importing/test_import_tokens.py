@@ -17,7 +17,7 @@ from mapet.shared.tokens.rows import ShardRows
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.tokenize_stage.inherit import import_tokens
+from mapet.tokenize_stage.import_tokens import import_tokens
 from mapet.tokenize_stage.inspect import inspect, show
 from mapet.tokenize_stage.verify import verify
 

@@ -1,0 +1,1 @@
+"""Centroids and tokens that were computed elsewhere."""
