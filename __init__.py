@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .tokenize_stage.verify import verify
     from .train_stage.features import features
     from .train_stage.interchange import export, import_weights, load_published, load_weights
-    from .train_stage.model import MaPeT
+    from .train_stage.model.mapet import MaPeT
     from .train_stage.pretrain import pretrain
     from .train_stage.probe import probe
     from .train_stage.report import report
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Codebook": ".shared.tokens.codebook",
-    "MaPeT": ".train_stage.model",
+    "MaPeT": ".train_stage.model.mapet",
     "TokenStore": ".shared.tokens.store",
     "build_codebook": ".tokenize_stage.build_codebook",
     "demo": ".quickstart.demo",

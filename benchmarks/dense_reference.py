@@ -6,7 +6,7 @@ all predicted patches at once. It takes the weights of our model as they are.
 """
 
 import torch
-from mapet.train_stage.model import LayerScale, MaPeT
+from mapet.train_stage.model.mapet import LayerScale, MaPeT
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

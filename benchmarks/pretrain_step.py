@@ -16,7 +16,7 @@ import torch
 import typer
 from dense_reference import split_heads
 from mapet.shared.runtime.devices import keep_freed_memory
-from mapet.train_stage.attention import Pattern, Window, attend
+from mapet.train_stage.model.attention import Pattern, Window, attend
 from steps import PATCHES, Batch, count_flops, interleaved, peak_bytes, saved_bytes, under
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -12,7 +12,8 @@ import timm
 import torch
 from dense_reference import DenseMaPeT, build_masks
 from mapet.train_stage.loss import token_loss
-from mapet.train_stage.model import SIZES, MaPeT, Shape
+from mapet.train_stage.model.mapet import MaPeT
+from mapet.train_stage.model.shape import SIZES, Shape
 from mapet.train_stage.objectives import make_layout
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy

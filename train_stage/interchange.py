@@ -18,7 +18,8 @@ from ..shared.errors import DataError, UsageError
 from ..shared.runtime.console import say, table
 from ..shared.storage.files import read_sealed_json, refuse_existing, sha256_file, write_sealed_json, written_whole
 from .checkpoint import EMA, newest_checkpoint, read_state
-from .model import SIZES, MaPeT, Shape
+from .model.mapet import MaPeT
+from .model.shape import SIZES, Shape
 from .weights import Input, Weights, published_names
 
 FORMAT, VERSION = "mapet-weights", 1

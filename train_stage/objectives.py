@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..shared.errors import UsageError
 from ..shared.randomness import generator
-from .attention import Window
-from .model import Layout
+from .model.attention import Window
+from .model.layout import Layout
 from .settings import OBJECTIVES, ObjectiveSettings
 
 SLICES = 2

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..shared.errors import UsageError
 from .loss import token_loss
-from .model import MaPeT, Shape
+from .model.mapet import MaPeT
+from .model.shape import Shape
 from .objectives import step_layout
 from .settings import Settings
 

@@ -20,7 +20,7 @@ from ..shared.tokens.rows import ShardRows
 from ..shared.tokens.store import TokenStore
 from ..shared.tokens.stored_views import StoredViews, by_shard, choose_images
 from .interchange import load_weights
-from .model import MaPeT
+from .model.mapet import MaPeT
 from .objectives import make_layout
 from .permutations import draw_permutation
 from .settings import ObjectiveSettings, resolve

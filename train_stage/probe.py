@@ -18,7 +18,7 @@ from ..shared.runtime.console import progress, results
 from ..shared.runtime.devices import choose_device, choose_workers
 from .features import embed, normalised_views
 from .interchange import load_weights
-from .model import MaPeT
+from .model.mapet import MaPeT
 from .settings import Settings
 from .weights import Input, Weights
 

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ..shared.errors import UsageError
-from .model import SIZES, Shape
+from .model.shape import SIZES, Shape
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 OBJECTIVES = ("mapet", "pim", "mim")

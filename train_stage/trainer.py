@@ -17,7 +17,8 @@ from ..shared.runtime.distributed import World
 from .checkpoint import EMA, MODEL, OPTIMIZER, Tensors
 from .logbook import BANDS, StepMetrics
 from .loss import judge, token_loss
-from .model import Layout, MaPeT, drop_path_keep
+from .model.layout import Layout
+from .model.mapet import MaPeT, drop_path_keep
 from .objectives import step_layout
 from .parallel import exchange, fill, fill_optimizer, optimizer_tensors, spread, whole
 from .photometric import jitter

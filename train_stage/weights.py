@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..shared.errors import DataError, UsageError
 from ..shared.images.views import Preprocess
 from ..shared.storage.files import sha256_file
-from .model import SIZES, MaPeT, Shape
+from .model.mapet import MaPeT
+from .model.shape import SIZES, Shape
 
 _PRETRAINING_ONLY = ("mask_positional_token", "decoder.weight", "decoder.bias")
 

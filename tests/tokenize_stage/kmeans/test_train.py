@@ -151,7 +151,7 @@ CHILD = """
 import sys
 from pathlib import Path
 import numpy as np
-from mapet.tokenize_stage.kmeans import KMeansSettings, train_kmeans
+from mapet.tokenize_stage.kmeans.train import KMeansSettings, train_kmeans
 
 rows = np.memmap(sys.argv[1], dtype=np.float16, mode="r").reshape(-1, 24)
 settings = KMeansSettings(k=300, iterations=200, restarts=2)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mapet.train_stage import attention
-from mapet.train_stage.attention import Window, attend, make_pattern
+from mapet.train_stage.model import attention
+from mapet.train_stage.model.attention import Window, attend, make_pattern
 from torch import Tensor
 
 HEADS, DIM = 2, 12

@@ -5,89 +5,19 @@ blocks; objectives.py makes it. Parameters carry the names of the published chec
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, pixel_unshuffle
 from torch.utils.checkpoint import checkpoint
 
-from ..shared.errors import UsageError
-from .attention import Pattern, Window, attend, make_pattern
-
-SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
-"""(dim, depth, heads) of the model names `vit-tiny` ... `vit-large`."""
+from ...shared.errors import UsageError
+from .attention import Pattern, Window, attend
+from .layout import Layout
+from .shape import Shape
 
 _LAYER_SCALE = 0.1
 _NORM_EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a model's tensors look like. Sizes are in pixels; `k` is the number of codes that the head predicts."""
-
-    dim: int
-    depth: int
-    heads: int
-    patch_size: int
-    image_size: int
-    k: int
-    mlp_ratio: float = 4.0
-
-    def __post_init__(self):
-        if self.dim % self.heads:
-            raise UsageError(f"model.dim {self.dim} is no multiple of model.heads {self.heads}.")
-        if self.image_size % self.patch_size:
-            raise UsageError(
-                f"model.image_size {self.image_size} is no multiple of model.patch_size {self.patch_size}."
-            )
-
-    @property
-    def patches(self) -> int:
-        """N, the number of patches of an image."""
-        return (self.image_size // self.patch_size) ** 2
-
-    def to_json(self) -> dict:
-        return asdict(self)
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Which rows a training step has, in which order, and what each attends to.
-
-    Content rows: auxiliary rows by rank (if `auxiliary`), the class token, the visible patches, then the other patches
-    by rank (if `patches`), or the mask embeddings in their places. Query rows, if there is a query stream, are those of
-    `ranks`. A query, an auxiliary row and a mask embedding in its place all start as mask embedding plus position.
-    """
-
-    visible: int
-    auxiliary: bool
-    patches: bool
-    queries: bool
-    ranks: Tensor
-    """(P,) int64: the ranks, from 0, whose tokens are predicted: by the query stream, or else by the content rows."""
-    rank_numbers: tuple[int, ...]
-    """The same in the host's memory, so that nobody waits for a GPU to read them."""
-    content_windows: tuple[Window, ...]
-    """Which content rows the content rows attend to."""
-    read_windows: tuple[Window, ...]
-    """Which content rows the rows that the head reads attend to."""
-
-    @property
-    def content_rows(self) -> int:
-        return self.content_windows[-1].rows.stop
-
-    @cached_property
-    def pattern(self) -> Pattern:
-        """Of the content rows, then the query rows, if there are any: of all blocks but the last."""
-        windows = (self.content_windows, self.read_windows) if self.queries else (self.content_windows,)
-        return make_pattern(windows, self.content_rows, self.ranks.device)
-
-    @cached_property
-    def last_pattern(self) -> Pattern:
-        """Of the rows that the head reads: of the last block."""
-        return make_pattern((self.read_windows,), self.content_rows, self.ranks.device)
 
 
 class PatchEmbed(nn.Module):

@@ -8,17 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapet.shared.errors import UsageError
-from mapet.train_stage import attention
 from mapet.train_stage.interchange import load_published
 from mapet.train_stage.loss import token_loss
-from mapet.train_stage.model import MaPeT, Shape, drop_path_keep, drop_path_rates
+from mapet.train_stage.model import attention
+from mapet.train_stage.model.mapet import MaPeT, drop_path_keep, drop_path_rates
+from mapet.train_stage.model.shape import Shape
 from mapet.train_stage.objectives import make_layout
 from mapet.train_stage.settings import OBJECTIVES
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy, gelu, layer_norm
 
-ORACLE = Path(__file__).parent / "oracle"
+ORACLE = Path(__file__).parents[1] / "oracle"
 SMALL = Shape(dim=24, depth=3, heads=2, patch_size=4, image_size=16, k=11)
 
 

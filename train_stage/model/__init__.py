@@ -1,0 +1,1 @@
+"""The Vision Transformer with two streams, and its attention."""
