@@ -11,10 +11,10 @@ from pathlib import Path
 import timm
 import torch
 from dense_reference import DenseMaPeT, build_masks
-from mapet.train_stage.loss import token_loss
 from mapet.train_stage.model.mapet import MaPeT
 from mapet.train_stage.model.shape import SIZES, Shape
-from mapet.train_stage.objectives import make_layout
+from mapet.train_stage.objectives.layouts import make_layout
+from mapet.train_stage.objectives.token_loss import token_loss
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode

@@ -16,7 +16,7 @@ from ..shared.images.records import ImageRecord
 from ..shared.images.views import CropBox, view_of_epoch
 from ..shared.randomness import generator
 from ..shared.tokens.store import TokenStore
-from .permutations import draw_permutation
+from .objectives.permutations import draw_permutation
 from .photometric import draw_jitter
 from .settings import ModelSettings, Settings
 from .streaming import wait_for

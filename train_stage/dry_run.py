@@ -18,7 +18,7 @@ from ..shared.runtime.console import say, table
 from ..shared.runtime.distributed import World
 from ..shared.runtime.memory import as_text, free_bytes
 from .model.mapet import MaPeT
-from .objectives import step_layout
+from .objectives.layouts import step_layout
 from .plan import Plan, flops_per_image, parameters_of
 from .settings import Settings
 from .trainer import PretrainingLoss, Trainer

@@ -7,10 +7,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..shared.errors import UsageError
-from .loss import token_loss
 from .model.mapet import MaPeT
 from .model.shape import Shape
-from .objectives import step_layout
+from .objectives.layouts import step_layout
+from .objectives.token_loss import token_loss
 from .settings import Settings
 
 

@@ -21,8 +21,8 @@ from ..shared.tokens.store import TokenStore
 from ..shared.tokens.stored_views import StoredViews, by_shard, choose_images
 from .interchange import load_weights
 from .model.mapet import MaPeT
-from .objectives import make_layout
-from .permutations import draw_permutation
+from .objectives.layouts import make_layout
+from .objectives.permutations import draw_permutation
 from .settings import ObjectiveSettings, resolve
 from .weights import Weights
 

@@ -16,10 +16,10 @@ from ..shared.runtime.devices import refuse_missing_compiler
 from ..shared.runtime.distributed import World
 from .checkpoint import EMA, MODEL, OPTIMIZER, Tensors
 from .logbook import BANDS, StepMetrics
-from .loss import judge, token_loss
 from .model.layout import Layout
 from .model.mapet import MaPeT, drop_path_keep
-from .objectives import step_layout
+from .objectives.layouts import step_layout
+from .objectives.token_loss import judge, token_loss
 from .parallel import exchange, fill, fill_optimizer, optimizer_tensors, spread, whole
 from .photometric import jitter
 from .plan import Plan

@@ -8,9 +8,9 @@ from mapet.shared.runtime.distributed import World
 from mapet.shared.runtime.memory import as_text
 from mapet.train_stage import dry_run
 from mapet.train_stage.dry_run import bytes_of_copies, estimate_memory, show_plan
-from mapet.train_stage.loss import token_loss
 from mapet.train_stage.model.mapet import MaPeT
-from mapet.train_stage.objectives import step_layout
+from mapet.train_stage.objectives.layouts import step_layout
+from mapet.train_stage.objectives.token_loss import token_loss
 from mapet.train_stage.plan import flops_per_image, make_plan, parameters_of
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.settings import resolve

@@ -17,7 +17,7 @@ from mapet.train_stage.checkpoint import newest_checkpoint, save_checkpoint
 from mapet.train_stage.interchange import export, import_weights, load_published, load_weights
 from mapet.train_stage.model.mapet import MaPeT
 from mapet.train_stage.model.shape import SIZES, Shape
-from mapet.train_stage.objectives import make_layout
+from mapet.train_stage.objectives.layouts import make_layout
 from mapet.train_stage.probe import probe
 from safetensors.torch import load_file
 from torch import Tensor

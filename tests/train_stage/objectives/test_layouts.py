@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapet.shared.errors import UsageError
-from mapet.train_stage.loss import token_loss
 from mapet.train_stage.model.attention import Window
 from mapet.train_stage.model.mapet import MaPeT
 from mapet.train_stage.model.shape import Shape
-from mapet.train_stage.objectives import make_layout, step_layout
+from mapet.train_stage.objectives.layouts import make_layout, step_layout
+from mapet.train_stage.objectives.token_loss import token_loss
 from mapet.train_stage.settings import ObjectiveSettings
 
 PATCHES, STEPS = 64, 100

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mapet.train_stage.permutations import draw_permutation, masked_blocks, permuted_blocks
+from mapet.train_stage.objectives.permutations import draw_permutation, masked_blocks, permuted_blocks
 from mapet.train_stage.settings import ObjectiveSettings
 
 SETTINGS = [

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .settings import ObjectiveSettings
+from ..settings import ObjectiveSettings
 
 # BEiT (arXiv 2106.08254, algorithm 1): rectangles of at least 16 of 196 patches, aspect ratio between 0.3 and 1 / 0.3.
 _SMALLEST_BLOCK = 16 / 196

@@ -12,11 +12,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..shared.errors import UsageError
-from ..shared.randomness import generator
-from .model.attention import Window
-from .model.layout import Layout
-from .settings import OBJECTIVES, ObjectiveSettings
+from ...shared.errors import UsageError
+from ...shared.randomness import generator
+from ..model.attention import Window
+from ..model.layout import Layout
+from ..settings import OBJECTIVES, ObjectiveSettings
 
 SLICES = 2
 """Into how many windows the rows of a band are split; measured on the CPU, changes speed only."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mapet.train_stage.loss import judge, token_loss
+from mapet.train_stage.objectives.token_loss import judge, token_loss
 from torch import nn
 from torch.nn.functional import cross_entropy
 

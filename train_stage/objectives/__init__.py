@@ -1,0 +1,1 @@
+"""MaPeT, PIM and MIM: layouts, permutations, loss."""
