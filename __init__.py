@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from .tokenize_stage.import_tokens import import_tokens
     from .tokenize_stage.inspect import inspect
     from .tokenize_stage.verify import verify
+    from .train_stage.export import export
     from .train_stage.features import features
-    from .train_stage.interchange import export, import_weights, load_published, load_weights
+    from .train_stage.import_weights import import_weights
     from .train_stage.model.mapet import MaPeT
     from .train_stage.pretrain import pretrain
     from .train_stage.probe import probe
     from .train_stage.report import report
+    from .train_stage.weights.published import load_published
+    from .train_stage.weights.read import load_weights
 
 __version__ = "0.1.0"
 
@@ -34,13 +37,13 @@ _HOME = {
     "demo": ".quickstart.demo",
     "doctor": ".shared.doctor",
     "encode_shards": ".tokenize_stage.encode_shards",
-    "export": ".train_stage.interchange",
+    "export": ".train_stage.export",
     "features": ".train_stage.features",
     "import_tokens": ".tokenize_stage.import_tokens",
-    "import_weights": ".train_stage.interchange",
+    "import_weights": ".train_stage.import_weights",
     "inspect": ".tokenize_stage.inspect",
-    "load_published": ".train_stage.interchange",
-    "load_weights": ".train_stage.interchange",
+    "load_published": ".train_stage.weights.published",
+    "load_weights": ".train_stage.weights.read",
     "pretrain": ".train_stage.pretrain",
     "probe": ".train_stage.probe",
     "report": ".train_stage.report",

@@ -373,7 +373,7 @@ def export(
     image_size: GridSize = None,
 ) -> None:
     """Write a folder that timm.create_model("local-dir:OUT", pretrained=True) opens."""
-    from .train_stage.interchange import export
+    from .train_stage.export import export
 
     export(weights, out, image_size=image_size)
 
@@ -385,7 +385,7 @@ def import_weights(
     image_size: GridSize = None,
 ) -> None:
     """Read weights from elsewhere, running nothing in them, into one plain folder that every command takes."""
-    from .train_stage.interchange import import_weights
+    from .train_stage.import_weights import import_weights
 
     import_weights(file, out, image_size=image_size)
 

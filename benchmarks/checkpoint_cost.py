@@ -17,10 +17,10 @@ import torch
 import typer
 from mapet.shared.runtime.devices import choose_device
 from mapet.shared.runtime.distributed import World
-from mapet.train_stage.checkpoint import Checkpoints
 from mapet.train_stage.plan import make_plan
 from mapet.train_stage.settings import resolve
 from mapet.train_stage.trainer import Trainer
+from mapet.train_stage.weights.checkpoint import Checkpoints
 
 
 def main(size: str = "base", pairs: int = 5, batch: int = 2, device: str = "cpu") -> None:

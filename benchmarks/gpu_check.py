@@ -23,10 +23,10 @@ from mapet.quickstart.drawings import write_drawings
 from mapet.shared.runtime.devices import choose_workers, peak_flops
 from mapet.tokenize_stage.towers.opening import open_tower
 from mapet.tokenize_stage.towers.tower import TowerSettings
-from mapet.train_stage.interchange import load_published
 from mapet.train_stage.model.attention import attend
 from mapet.train_stage.objectives.layouts import make_layout
 from mapet.train_stage.objectives.token_loss import token_loss
+from mapet.train_stage.weights.published import load_published
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file

@@ -24,7 +24,7 @@ from mapet.quickstart.demo import TOWER
 from mapet.quickstart.drawings import write_drawings
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.train_stage.checkpoint import newest_checkpoint
+from mapet.train_stage.weights.checkpoint import newest_checkpoint
 
 IMAGES, STEPS = 96, 300
 SETTINGS = {

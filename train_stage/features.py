@@ -22,8 +22,8 @@ from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.runtime.loader import OneByOne, batches
 from ..shared.storage.files import refuse_existing, written_whole
 from ..shared.tokens.rows import NO_LABEL
-from .interchange import load_weights
-from .weights import Weights
+from .weights.read import load_weights
+from .weights.weights import Weights
 
 FORMAT, VERSION = "mapet-features", 1
 # At ViT-B's 14x14 patches of 768 numbers, chunks of about 10 MB and 0.4 MB.

@@ -19,12 +19,12 @@ from ..shared.runtime.devices import choose_device
 from ..shared.tokens.rows import ShardRows
 from ..shared.tokens.store import TokenStore
 from ..shared.tokens.stored_views import StoredViews, by_shard, choose_images
-from .interchange import load_weights
 from .model.mapet import MaPeT
 from .objectives.layouts import make_layout
 from .objectives.permutations import draw_permutation
 from .settings import ObjectiveSettings, resolve
-from .weights import Weights
+from .weights.read import load_weights
+from .weights.weights import Weights
 
 IMAGES, SHOWN = 256, 24
 """How many images are predicted at most, and how many of them are shown."""

@@ -17,10 +17,10 @@ from ..shared.randomness import generator
 from ..shared.runtime.console import progress, results
 from ..shared.runtime.devices import choose_device, choose_workers
 from .features import embed, normalised_views
-from .interchange import load_weights
 from .model.mapet import MaPeT
 from .settings import Settings
-from .weights import Input, Weights
+from .weights.read import load_weights
+from .weights.weights import Input, Weights
 
 _WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _SHARE_TO_CHOOSE = 0.1

@@ -5,10 +5,10 @@ from typing import Any
 
 from ..shared.errors import DataError, FingerprintMismatch, UsageError
 from ..shared.tokens.store import TokenStore
-from .checkpoint import newest_checkpoint, newest_whole_checkpoint
-from .interchange import load_weights
 from .settings import Settings
 from .tokenised import TokenisedImages
+from .weights.checkpoint import newest_checkpoint, newest_whole_checkpoint
+from .weights.read import load_weights
 
 RESUME = ("auto", "never")
 

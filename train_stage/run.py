@@ -12,9 +12,7 @@ from ..shared.runtime.devices import peak_flops
 from ..shared.runtime.distributed import World
 from ..shared.storage.files import WriteLock, written_whole
 from ..shared.tokens.store import TokenStore
-from .checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, load_tensors
 from .data import check_grid
-from .interchange import start_from
 from .join import join
 from .logbook import Logbook, StepMetrics, drop_lines_after
 from .order import global_batches
@@ -25,6 +23,8 @@ from .resume import find_resumable, refuse_other_images, refuse_other_start
 from .settings import Settings
 from .tokenised import TokenisedImages
 from .trainer import Trainer
+from .weights.checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, load_tensors
+from .weights.init import start_from
 
 
 class Run:

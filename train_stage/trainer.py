@@ -14,7 +14,6 @@ from ..shared.errors import DataError
 from ..shared.images.normalise import Normalise
 from ..shared.runtime.devices import refuse_missing_compiler
 from ..shared.runtime.distributed import World
-from .checkpoint import EMA, MODEL, OPTIMIZER, Tensors
 from .logbook import BANDS, StepMetrics
 from .model.layout import Layout
 from .model.mapet import MaPeT, drop_path_keep
@@ -25,6 +24,7 @@ from .photometric import jitter
 from .plan import Plan
 from .settings import OptimizerSettings, Settings
 from .watch import BadStep, LossWatch
+from .weights.checkpoint import EMA, MODEL, OPTIMIZER, Tensors
 
 _MOST_BAD_STEPS = 100
 

@@ -10,9 +10,10 @@ import zarr
 from mapet.shared.errors import DataError, UsageError
 from mapet.shared.images.sources import read_records
 from mapet.shared.storage.files import sha256_file
-from mapet.train_stage.checkpoint import newest_checkpoint
+from mapet.train_stage.export import export
 from mapet.train_stage.features import features
-from mapet.train_stage.interchange import export, import_weights
+from mapet.train_stage.import_weights import import_weights
+from mapet.train_stage.weights.checkpoint import newest_checkpoint
 from PIL import Image
 
 ORACLE = Path(__file__).parent / "oracle"

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from mapet.train_stage.checkpoint import newest_checkpoint
 from mapet.train_stage.pretrain import pretrain
+from mapet.train_stage.weights.checkpoint import newest_checkpoint
 from safetensors.torch import load_file
 
 SETTINGS = [

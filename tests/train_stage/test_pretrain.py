@@ -14,9 +14,10 @@ import torch
 from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.train_stage.checkpoint import newest_checkpoint
-from mapet.train_stage.interchange import export, import_weights
+from mapet.train_stage.export import export
+from mapet.train_stage.import_weights import import_weights
 from mapet.train_stage.pretrain import pretrain
+from mapet.train_stage.weights.checkpoint import newest_checkpoint
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -16,9 +16,9 @@ from mapet.shared.randomness import generator
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.train_stage.interchange import load_weights
 from mapet.train_stage.objectives.layouts import make_layout
 from mapet.train_stage.report import report
+from mapet.train_stage.weights.read import load_weights
 
 HOSTILE = "<script>document.title='broken'"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from mapet.shared.errors import DataError
-from mapet.train_stage.checkpoint import newest_checkpoint
 from mapet.train_stage.pretrain import pretrain
+from mapet.train_stage.weights.checkpoint import newest_checkpoint
 
 from .conftest import SHORT, TINY
 

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapet.shared.errors import UsageError
-from mapet.train_stage.interchange import load_published
 from mapet.train_stage.model import attention
 from mapet.train_stage.model.mapet import MaPeT, drop_path_keep, drop_path_rates
 from mapet.train_stage.model.shape import Shape
 from mapet.train_stage.objectives.layouts import make_layout
 from mapet.train_stage.objectives.token_loss import token_loss
 from mapet.train_stage.settings import OBJECTIVES
+from mapet.train_stage.weights.published import load_published
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy, gelu, layer_norm

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..shared.errors import DataError
-from ..shared.runtime.console import say
-from ..shared.storage.files import read_sealed_json, sha256_file, write_sealed_json, written_whole
+from ...shared.errors import DataError
+from ...shared.runtime.console import say
+from ...shared.storage.files import read_sealed_json, sha256_file, write_sealed_json, written_whole
 
 FORMAT, VERSION = "mapet-checkpoint", 1
 MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"

@@ -11,11 +11,11 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..shared.errors import DataError, UsageError
-from ..shared.images.views import Preprocess
-from ..shared.storage.files import sha256_file
-from .model.mapet import MaPeT
-from .model.shape import SIZES, Shape
+from ...shared.errors import DataError, UsageError
+from ...shared.images.views import Preprocess
+from ...shared.storage.files import sha256_file
+from ..model.mapet import MaPeT
+from ..model.shape import SIZES, Shape
 
 _PRETRAINING_ONLY = ("mask_positional_token", "decoder.weight", "decoder.bias")
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mapet.shared.errors import DataError
-from mapet.train_stage.checkpoint import (
+from mapet.train_stage.weights.checkpoint import (
     Checkpoints,
     check_whole,
     load_tensors,

@@ -12,17 +12,19 @@ import pytest
 import timm
 import torch
 from mapet.shared.errors import DataError, UsageError
-from mapet.train_stage import interchange
-from mapet.train_stage.checkpoint import newest_checkpoint, save_checkpoint
-from mapet.train_stage.interchange import export, import_weights, load_published, load_weights
+from mapet.train_stage.export import export
+from mapet.train_stage.import_weights import import_weights
 from mapet.train_stage.model.mapet import MaPeT
 from mapet.train_stage.model.shape import SIZES, Shape
 from mapet.train_stage.objectives.layouts import make_layout
 from mapet.train_stage.probe import probe
+from mapet.train_stage.weights.checkpoint import newest_checkpoint, save_checkpoint
+from mapet.train_stage.weights.published import load_published
+from mapet.train_stage.weights.read import load_weights
 from safetensors.torch import load_file
 from torch import Tensor
 
-ORACLE = Path(__file__).parent / "oracle"
+ORACLE = Path(__file__).parents[1] / "oracle"
 PRETRAIN, FINETUNE = ORACLE / "pretrain.pth.tar", ORACLE / "finetune.pth.tar"
 FILES = ("model.safetensors", "config.json")
 
@@ -204,7 +206,7 @@ def test_a_write_that_fails_leaves_nothing_and_what_a_killed_one_left_is_no_hind
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(interchange, "save_file", full)
+        patched.setattr(write, "save_file", full)
         with pytest.raises(DataError, match=r"out could not be written \(No space left on device\); make room"):
             write(PRETRAIN, tmp_path / "out")
     assert not list(tmp_path.iterdir())

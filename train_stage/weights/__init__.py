@@ -1,0 +1,1 @@
+"""Weights on disk: checkpoints, published files, imports and exports."""

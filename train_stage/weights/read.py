@@ -1,0 +1,85 @@
+"""Weights from a run, a checkpoint, an import, an export or a published file."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ...shared.errors import DataError
+from ...shared.storage.files import read_sealed_json, sha256_file
+from ..model.shape import Shape
+from .checkpoint import EMA, newest_checkpoint, read_state
+from .published import damage_explained, read_published
+from .weights import Input, Weights, published_names
+from .write import FORMAT, TENSORS, VERSION
+
+
+def load_weights(path: str | Path) -> Weights:
+    """Weights from a run, a checkpoint folder, what `import_weights` or `export` wrote, or a published `.pth.tar`.
+
+    Of a run that keeps a moving average of its weights it is the average. Nothing in them is run. Raises DataError if
+    `path` is none of these, was changed, or its tensors are not those of its shape.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give a run, a checkpoint, an import or export, or a .pth.tar.")
+    if path.is_file():
+        return read_published(path).check()
+    folder = newest_checkpoint(path) or path
+    described = [name for name in _READERS if (folder / name).is_file() and (folder / TENSORS).is_file()]
+    if not described:
+        raise DataError(
+            f"{path} is neither a run with a checkpoint, nor a checkpoint, nor an import or export, nor a published "
+            ".pth.tar."
+        )
+    return _READERS[described[0]](folder).check()
+
+
+def _read_tensors(folder: Path, name: str = TENSORS) -> dict[str, Tensor]:
+    with damage_explained(folder / name, "damaged"):
+        return {key: tensor.float() for key, tensor in load_file(folder / name).items()}
+
+
+def _read_checkpoint(folder: Path) -> Weights:
+    about = read_state(folder)
+    with damage_explained(folder, "damaged"):
+        name = EMA if EMA in about["files"] else TENSORS
+        shape, seen = Shape(**about["model"]), Input.from_json(about["input"])
+        if sha256_file(folder / name) != about["files"][name]["sha256"]:
+            raise ValueError(f"the digest of {name} does not match")
+        return Weights(folder / name, shape, _read_tensors(folder, name), seen, about["seed"])
+
+
+def _read_imported(folder: Path) -> Weights:
+    about = read_sealed_json(folder / "weights.json", format=FORMAT, version=VERSION)
+    if sha256_file(folder / TENSORS) != about["sha256"]:
+        raise DataError(f"{folder / TENSORS} was changed since it was written (its digest does not match).")
+    shape, seen = Shape(**about["shape"]), Input.from_json(about["input"])
+    return Weights(folder / TENSORS, shape, _read_tensors(folder), seen, about["seed"])
+
+
+def _read_exported(folder: Path) -> Weights:
+    tensors, config = published_names(_read_tensors(folder)), folder / "config.json"
+    with damage_explained(config, "no description of a ViT that mapet exported"):
+        about = json.loads(config.read_text())
+        arguments = about["model_args"]
+        shape = Shape(
+            dim=arguments["embed_dim"],
+            depth=arguments["depth"],
+            heads=arguments["num_heads"],
+            patch_size=arguments["patch_size"],
+            image_size=arguments["img_size"],
+            k=0,
+            mlp_ratio=arguments["mlp_ratio"],
+        )
+        return Weights(folder / TENSORS, shape, tensors, Input.from_json(about["pretrained_cfg"]))
+
+
+# Which description lies beside the tensors says who wrote the folder.
+_READERS: dict[str, Callable[[Path], Weights]] = {
+    "state.json": _read_checkpoint,
+    "weights.json": _read_imported,
+    "config.json": _read_exported,
+}
