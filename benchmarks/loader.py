@@ -31,12 +31,12 @@ from mapet.shared.runtime.distributed import World
 from mapet.shared.runtime.loader import batches
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.train_stage.data import LoadBatch
-from mapet.train_stage.join import join
-from mapet.train_stage.order import global_batches
+from mapet.train_stage.data.batch import LoadBatch
+from mapet.train_stage.data.batch_order import global_batches
+from mapet.train_stage.data.dataset import TokenisedImages
+from mapet.train_stage.data.join import join
 from mapet.train_stage.plan import make_plan
 from mapet.train_stage.settings import Settings, resolve
-from mapet.train_stage.tokenised import TokenisedImages
 from mapet.train_stage.trainer import Trainer
 from PIL import Image
 from simplejpeg import decode_jpeg

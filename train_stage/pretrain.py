@@ -19,16 +19,16 @@ from ..shared.runtime.distributed import Vote, World, joined_world
 from ..shared.runtime.loader import batches
 from ..shared.storage.files import WriteLock
 from ..shared.tokens.store import TokenStore
-from .data import LoadBatch, check_grid
+from .data.batch import LoadBatch, check_grid
+from .data.batch_order import global_batches
+from .data.dataset import TokenisedImages
+from .data.remote_tars import tars_at_hand
 from .dry_run import measure, show_plan
 from .logbook import Logbook, StepMetrics
-from .order import global_batches
 from .parallel import peers_explained
 from .plan import Plan, make_plan
 from .run import Run, join_images, open_run
 from .settings import Settings, resolve
-from .streaming import tars_at_hand
-from .tokenised import TokenisedImages
 from .trainer import Trainer
 from .watch import BadStep
 

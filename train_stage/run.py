@@ -12,16 +12,16 @@ from ..shared.runtime.devices import peak_flops
 from ..shared.runtime.distributed import World
 from ..shared.storage.files import WriteLock, written_whole
 from ..shared.tokens.store import TokenStore
-from .data import check_grid
-from .join import join
+from .data.batch import check_grid
+from .data.batch_order import global_batches
+from .data.dataset import TokenisedImages
+from .data.join import join
 from .logbook import Logbook, StepMetrics, drop_lines_after
-from .order import global_batches
 from .plan import flops_per_image, make_plan
 from .probe import RunProbe
 from .record import write_record
 from .resume import find_resumable, refuse_other_images, refuse_other_start
 from .settings import Settings
-from .tokenised import TokenisedImages
 from .trainer import Trainer
 from .weights.checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, load_tensors
 from .weights.init import start_from

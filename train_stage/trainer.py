@@ -14,13 +14,13 @@ from ..shared.errors import DataError
 from ..shared.images.normalise import Normalise
 from ..shared.runtime.devices import refuse_missing_compiler
 from ..shared.runtime.distributed import World
+from .data.color_jitter import jitter
 from .logbook import BANDS, StepMetrics
 from .model.layout import Layout
 from .model.mapet import MaPeT, drop_path_keep
 from .objectives.layouts import step_layout
 from .objectives.token_loss import judge, token_loss
 from .parallel import exchange, fill, fill_optimizer, optimizer_tensors, spread, whole
-from .photometric import jitter
 from .plan import Plan
 from .settings import OptimizerSettings, Settings
 from .watch import BadStep, LossWatch

@@ -24,7 +24,7 @@ from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inspect import inspect, show
 from mapet.tokenize_stage.verify import verify
-from mapet.train_stage.join import join
+from mapet.train_stage.data.join import join
 from PIL import Image
 
 ORIENTATION = 0x0112

@@ -13,8 +13,8 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
-from ..shared.errors import DataError
-from ..shared.runtime.distributed import World, local_rank
+from ...shared.errors import DataError
+from ...shared.runtime.distributed import World, local_rank
 
 _ALIGNMENT = 64
 T = TypeVar("T")

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..shared.errors import UsageError
-from ..shared.images.fast_pixels import decode_pixels, replay_pixels
-from ..shared.images.records import ImageRecord
-from ..shared.images.views import CropBox, view_of_epoch
-from ..shared.randomness import generator
-from ..shared.tokens.store import TokenStore
-from .objectives.permutations import draw_permutation
-from .photometric import draw_jitter
-from .settings import ModelSettings, Settings
-from .streaming import wait_for
-from .tokenised import TokenisedImages
+from ...shared.errors import UsageError
+from ...shared.images.fast_pixels import decode_pixels, replay_pixels
+from ...shared.images.records import ImageRecord
+from ...shared.images.views import CropBox, view_of_epoch
+from ...shared.randomness import generator
+from ...shared.tokens.store import TokenStore
+from ..objectives.permutations import draw_permutation
+from ..settings import ModelSettings, Settings
+from .color_jitter import draw_jitter
+from .dataset import TokenisedImages
+from .remote_tars import wait_for
 
 
 def check_grid(store: TokenStore, model: ModelSettings) -> None:

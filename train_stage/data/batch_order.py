@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..shared.randomness import generator
-from .settings import Settings
-from .tokenised import TokenisedImages
+from ...shared.randomness import generator
+from ..settings import Settings
+from .dataset import TokenisedImages
 
 
 def global_batches(data: TokenisedImages, settings: Settings, start: int) -> Iterator[tuple[int, np.ndarray]]:

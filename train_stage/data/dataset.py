@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..shared.images.fast_pixels import is_plain_jpeg
-from ..shared.images.records import ImageRecord, read_encoded
-from ..shared.storage.remote import is_url
-from ..shared.tokens.rows import NO_LABEL
-from .columns import text_at
+from ...shared.images.fast_pixels import is_plain_jpeg
+from ...shared.images.records import ImageRecord, read_encoded
+from ...shared.storage.remote import is_url
+from ...shared.tokens.rows import NO_LABEL
+from .shared_columns import text_at
 
 PLAIN, NOT_PLAIN = 1, 2
 

@@ -9,9 +9,9 @@ from mapet.shared.errors import DataError, UsageError
 from mapet.shared.images.sources import open_source
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.train_stage.data import LoadBatch
+from mapet.train_stage.data.batch import LoadBatch
+from mapet.train_stage.data.join import join
 from mapet.train_stage.features import features
-from mapet.train_stage.join import join
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.probe import probe
 from mapet.train_stage.settings import resolve

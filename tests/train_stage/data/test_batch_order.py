@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mapet.shared.errors import UsageError
-from mapet.train_stage.order import global_batches, shard_groups
+from mapet.train_stage.data.batch_order import global_batches, shard_groups
+from mapet.train_stage.data.dataset import TokenisedImages
 from mapet.train_stage.settings import DataSettings, Settings, TrainSettings
-from mapet.train_stage.tokenised import TokenisedImages
 
 
 def data_of(shards: list[int], seed: int = 0) -> TokenisedImages:

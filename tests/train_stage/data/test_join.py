@@ -15,10 +15,10 @@ from mapet.shared.images.records import keys_sha256, read_bytes
 from mapet.shared.images.sources import read_records
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.train_stage.data import LoadBatch
-from mapet.train_stage.join import join
+from mapet.train_stage.data.batch import LoadBatch
+from mapet.train_stage.data.dataset import TokenisedImages
+from mapet.train_stage.data.join import join
 from mapet.train_stage.settings import resolve
-from mapet.train_stage.tokenised import TokenisedImages
 
 
 def assert_joined(data: TokenisedImages, records: list, store: TokenStore) -> None:
@@ -123,7 +123,7 @@ import os, sys
 from mapet.shared.errors import DataError
 from mapet.shared.runtime.distributed import joined_world
 from mapet.shared.tokens.store import TokenStore
-from mapet.train_stage.join import join
+from mapet.train_stage.data.join import join
 with joined_world() as world:
     try:
         join("nothing.tar", TokenStore(sys.argv[2]), world=world)

@@ -18,13 +18,13 @@ from pathlib import Path
 
 from torch.utils.data import get_worker_info
 
-from ..shared.errors import DataError, MapetError
-from ..shared.runtime.distributed import local_rank
-from ..shared.storage.remote import download
+from ...shared.errors import DataError, MapetError
+from ...shared.runtime.distributed import local_rank
+from ...shared.storage.remote import download
+from ..settings import Settings
+from .batch_order import shard_groups
+from .dataset import RemoteTar, TokenisedImages
 from .join import TARS_PREFIX
-from .order import shard_groups
-from .settings import Settings
-from .tokenised import RemoteTar, TokenisedImages
 
 _AT_ONCE = 4
 _LOCK = ".lock"

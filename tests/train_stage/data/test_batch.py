@@ -19,11 +19,11 @@ from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.towers.opening import open_tower
 from mapet.tokenize_stage.towers.tower import TowerSettings
-from mapet.train_stage.data import LoadBatch, check_grid
-from mapet.train_stage.join import join
-from mapet.train_stage.photometric import BRIGHTNESS, CONTRAST, SATURATION, draw_jitter, jitter
+from mapet.train_stage.data.batch import LoadBatch, check_grid
+from mapet.train_stage.data.color_jitter import BRIGHTNESS, CONTRAST, SATURATION, draw_jitter, jitter
+from mapet.train_stage.data.dataset import TokenisedImages
+from mapet.train_stage.data.join import join
 from mapet.train_stage.settings import DataSettings, resolve
-from mapet.train_stage.tokenised import TokenisedImages
 from PIL import ExifTags, Image
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 

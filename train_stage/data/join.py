@@ -10,16 +10,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..shared.errors import DataError, UsageError
-from ..shared.images.records import ImageRecord
-from ..shared.images.sources import KeyLedger, SourceShard, open_source
-from ..shared.runtime.console import progress, say
-from ..shared.runtime.distributed import World
-from ..shared.storage.remote import is_url
-from ..shared.tokens.rows import NO_LABEL, ShardRows
-from ..shared.tokens.store import TokenStore
-from .columns import ColumnWriter, Place, shared_columns
-from .tokenised import TokenisedImages
+from ...shared.errors import DataError, UsageError
+from ...shared.images.records import ImageRecord
+from ...shared.images.sources import KeyLedger, SourceShard, open_source
+from ...shared.runtime.console import progress, say
+from ...shared.runtime.distributed import World
+from ...shared.storage.remote import is_url
+from ...shared.tokens.rows import NO_LABEL, ShardRows
+from ...shared.tokens.store import TokenStore
+from .dataset import TokenisedImages
+from .shared_columns import ColumnWriter, Place, shared_columns
 
 TARS_PREFIX = "mapet-tars-"
 _KEYS_AT_ONCE = 1 << 18

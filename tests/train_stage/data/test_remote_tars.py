@@ -15,12 +15,12 @@ from mapet.shared.errors import DataError, UsageError
 from mapet.shared.runtime.loader import batches
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.train_stage.data import LoadBatch
-from mapet.train_stage.join import join
-from mapet.train_stage.order import global_batches
+from mapet.train_stage.data.batch import LoadBatch
+from mapet.train_stage.data.batch_order import global_batches
+from mapet.train_stage.data.dataset import TokenisedImages
+from mapet.train_stage.data.join import join
+from mapet.train_stage.data.remote_tars import tars_at_hand
 from mapet.train_stage.settings import Settings, resolve
-from mapet.train_stage.streaming import tars_at_hand
-from mapet.train_stage.tokenised import TokenisedImages
 
 IMAGES = 8
 
@@ -172,9 +172,9 @@ import sys
 from mapet.shared.runtime.loader import batches
 from mapet.shared.tokens.store import TokenStore
 from mapet.train_stage.data import LoadBatch
-from mapet.train_stage.join import join
+from mapet.train_stage.data.join import join
 from mapet.train_stage.settings import resolve
-from mapet.train_stage.streaming import tars_at_hand
+from mapet.train_stage.data.remote_tars import tars_at_hand
 import fsspec
 from pathlib import Path
 root, settings = Path(sys.argv[1]), resolve(None, ["train.batch_size=10", "data.shuffle=shards"])
