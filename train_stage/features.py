@@ -1,27 +1,20 @@
 """features: images through frozen weights, one vector an image and one a patch, in one Zarr group."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import zarr
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 from zarr.codecs import Crc32cCodec
 
-from ..shared.images.decode import read_image
-from ..shared.images.normalise import Normalise
 from ..shared.images.records import ImageRecord
 from ..shared.images.sources import read_records
-from ..shared.images.views import Preprocess, center_view, to_array
 from ..shared.runtime.console import progress, table
 from ..shared.runtime.devices import choose_device, choose_workers
-from ..shared.runtime.loader import OneByOne, batches
 from ..shared.storage.files import refuse_existing, written_whole
 from ..shared.tokens.rows import NO_LABEL
+from .evaluation.embed import embed, normalised_views
 from .weights.read import load_weights
 from .weights.weights import Weights
 
@@ -134,35 +127,3 @@ def _summary(found: Weights, out: Path) -> None:
     types = {name: "str" if name == "keys" else array.dtype for name, array in arrays}
     rows = [(name, f"{' x '.join(map(str, array.shape))}, {types[name]}") for name, array in arrays]
     table("Features", [("weights", f"{found.file} ({found.kind})"), *rows, ("to", str(out))])
-
-
-@dataclass(frozen=True)
-class _CenterViews:
-    records: Sequence[ImageRecord]
-    preprocess: Preprocess
-
-    def __call__(self, index: int) -> dict[str, Any]:
-        return {"pixels": to_array(center_view(read_image(self.records[index])[0], self.preprocess))}
-
-
-def normalised_views(
-    records: Sequence[ImageRecord], preprocess: Preprocess, batch_size: int, workers: int, device: str
-) -> Iterator[Tensor]:
-    """Yields what a model sees of `records`, in order: float32 (B, 3, S, S) on `device`, normalised.
-
-    Raises DataError for an image that cannot be read.
-    """
-    normalise = Normalise(preprocess.mean, preprocess.std, device)
-    count = len(records)
-    indices = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    for batch in batches(OneByOne(_CenterViews(records, preprocess)), indices, workers):
-        yield normalise(batch["pixels"])
-
-
-@torch.no_grad()
-def embed(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, S, S) -> pooled features (B, dim) and those of the patches (B, N, dim), in full float32."""
-    # cuDNN would otherwise round float32 to TF32.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        rows = model.forward_features(images)
-    return model.forward_head(rows, pre_logits=True), rows[:, 1:]

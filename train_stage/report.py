@@ -13,8 +13,8 @@ from ..shared.errors import DataError, UsageError
 from ..shared.report.pictures import golden_colours, hex_colours
 from ..shared.report.render import write_page
 from ..shared.runtime.console import say, table
+from .evaluation.predictions import predict
 from .logbook import read_lines
-from .predictions import predict
 
 CURVES = {
     "loss": "Loss (mean cross-entropy, nats)",

@@ -16,9 +16,9 @@ from .data.batch import check_grid
 from .data.batch_order import global_batches
 from .data.dataset import TokenisedImages
 from .data.join import join
+from .evaluation.run_probe import RunProbe
 from .logbook import Logbook, StepMetrics, drop_lines_after
 from .plan import flops_per_image, make_plan
-from .probe import RunProbe
 from .record import write_record
 from .resume import find_resumable, refuse_other_images, refuse_other_start
 from .settings import Settings

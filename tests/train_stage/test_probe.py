@@ -6,8 +6,10 @@ import pytest
 import torch
 from mapet.quickstart.drawings import write_drawings
 from mapet.shared.errors import DataError
+from mapet.train_stage.evaluation.knn import knn
+from mapet.train_stage.evaluation.linear_probe import linear_probe
 from mapet.train_stage.pretrain import pretrain
-from mapet.train_stage.probe import knn, linear_probe, probe
+from mapet.train_stage.probe import probe
 
 ORACLE = Path(__file__).parent / "oracle"
 

@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..shared.errors import DataError, FingerprintMismatch, UsageError
-from ..shared.images.normalise import Normalise
-from ..shared.images.views import to_array
-from ..shared.randomness import generator
-from ..shared.report.pictures import data_uri
-from ..shared.runtime.console import progress
-from ..shared.runtime.devices import choose_device
-from ..shared.tokens.rows import ShardRows
-from ..shared.tokens.store import TokenStore
-from ..shared.tokens.stored_views import StoredViews, by_shard, choose_images
-from .model.mapet import MaPeT
-from .objectives.layouts import make_layout
-from .objectives.permutations import draw_permutation
-from .settings import ObjectiveSettings, resolve
-from .weights.read import load_weights
-from .weights.weights import Weights
+from ...shared.errors import DataError, FingerprintMismatch, UsageError
+from ...shared.images.normalise import Normalise
+from ...shared.images.views import to_array
+from ...shared.randomness import generator
+from ...shared.report.pictures import data_uri
+from ...shared.runtime.console import progress
+from ...shared.runtime.devices import choose_device
+from ...shared.tokens.rows import ShardRows
+from ...shared.tokens.store import TokenStore
+from ...shared.tokens.stored_views import StoredViews, by_shard, choose_images
+from ..model.mapet import MaPeT
+from ..objectives.layouts import make_layout
+from ..objectives.permutations import draw_permutation
+from ..settings import ObjectiveSettings, resolve
+from ..weights.read import load_weights
+from ..weights.weights import Weights
 
 IMAGES, SHOWN = 256, 24
 """How many images are predicted at most, and how many of them are shown."""

@@ -1,0 +1,1 @@
+"""What weights are worth: frozen features and what is measured on them."""
