@@ -17,9 +17,9 @@ import torch
 import typer
 from mapet.shared.runtime.devices import choose_device
 from mapet.shared.runtime.distributed import World
-from mapet.train_stage.plan import make_plan
 from mapet.train_stage.settings import resolve
-from mapet.train_stage.trainer import Trainer
+from mapet.train_stage.training.plan import make_plan
+from mapet.train_stage.training.trainer import Trainer
 from mapet.train_stage.weights.checkpoint import Checkpoints
 
 

@@ -22,9 +22,9 @@ from mapet.quickstart.drawings import write_drawings
 from mapet.shared.runtime.distributed import World
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.train_stage.dry_run import estimate_memory
-from mapet.train_stage.plan import make_plan
 from mapet.train_stage.settings import resolve
+from mapet.train_stage.training.dry_run import estimate_memory
+from mapet.train_stage.training.plan import make_plan
 
 WAYS = {
     "tiny": ["model.name=vit-tiny"],

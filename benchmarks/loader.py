@@ -35,9 +35,9 @@ from mapet.train_stage.data.batch import LoadBatch
 from mapet.train_stage.data.batch_order import global_batches
 from mapet.train_stage.data.dataset import TokenisedImages
 from mapet.train_stage.data.join import join
-from mapet.train_stage.plan import make_plan
 from mapet.train_stage.settings import Settings, resolve
-from mapet.train_stage.trainer import Trainer
+from mapet.train_stage.training.plan import make_plan
+from mapet.train_stage.training.trainer import Trainer
 from PIL import Image
 from simplejpeg import decode_jpeg
 from torch.nn.functional import interpolate

@@ -19,11 +19,11 @@ from mapet.quickstart.drawings import write_drawings
 from mapet.shared.runtime.distributed import World
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.train_stage import trainer
-from mapet.train_stage.plan import make_plan
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.settings import resolve
-from mapet.train_stage.trainer import Trainer
+from mapet.train_stage.training import trainer
+from mapet.train_stage.training.plan import make_plan
+from mapet.train_stage.training.trainer import Trainer
 from steps import interleaved_seconds
 from torch.nn.parallel import DistributedDataParallel
 

@@ -6,53 +6,20 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from math import isfinite
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..shared.errors import UsageError
 from ..shared.storage.files import written_whole
-from .watch import BadStep
+from .training.bad_steps import BadStep
+from .training.step_metrics import StepMetrics
 
-BANDS = 8
-"""Into how many bands the ranks of the permutation are divided for the accuracy by rank."""
 _NO_SCALARS = ("step", "epoch", "accuracy_by_rank")
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """One step of the whole global batch; tensors are still on the device, so that nothing waits for them."""
-
-    loss: Tensor | float
-    """Mean cross-entropy in nats."""
-    right: Tensor | Sequence[float]
-    """(BANDS,) float: right guesses in each band of ranks."""
-    guesses: Sequence[int]
-    """(BANDS,): all guesses."""
-    gradient_norm: Tensor | float
-    images: int
-    lr: float
-    problem: str | None = None
-    """Why the step's update was left out, if it was."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers, null where one is not finite."""
-        content = {field.name: getattr(self, field.name) for field in fields(self)}
-        content |= {"loss": _number(self.loss), "gradient_norm": _number(self.gradient_norm)}
-        content["right"] = self.right.tolist() if isinstance(self.right, Tensor) else list(self.right)
-        return {**content, "guesses": list(self.guesses)}
-
-
-def _number(value: Tensor | float | None) -> float | None:
-    found = float("nan") if value is None else float(value)
-    return found if isfinite(found) else None
 
 
 class Logbook:

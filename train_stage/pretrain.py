@@ -23,14 +23,15 @@ from .data.batch import LoadBatch, check_grid
 from .data.batch_order import global_batches
 from .data.dataset import TokenisedImages
 from .data.remote_tars import tars_at_hand
-from .dry_run import measure, show_plan
-from .logbook import Logbook, StepMetrics
-from .parallel import peers_explained
-from .plan import Plan, make_plan
+from .logbook import Logbook
 from .run import Run, join_images, open_run
 from .settings import Settings, resolve
-from .trainer import Trainer
-from .watch import BadStep
+from .training.bad_steps import BadStep
+from .training.dry_run import measure, show_plan
+from .training.parallel import peers_explained
+from .training.plan import Plan, make_plan
+from .training.step_metrics import StepMetrics
+from .training.trainer import Trainer
 
 
 def pretrain(

@@ -17,12 +17,13 @@ from .data.batch_order import global_batches
 from .data.dataset import TokenisedImages
 from .data.join import join
 from .evaluation.run_probe import RunProbe
-from .logbook import Logbook, StepMetrics, drop_lines_after
-from .plan import flops_per_image, make_plan
+from .logbook import Logbook, drop_lines_after
 from .record import write_record
 from .resume import find_resumable, refuse_other_images, refuse_other_start
 from .settings import Settings
-from .trainer import Trainer
+from .training.plan import flops_per_image, make_plan
+from .training.step_metrics import StepMetrics
+from .training.trainer import Trainer
 from .weights.checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, load_tensors
 from .weights.init import start_from
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from mapet.shared.errors import DataError, UsageError
 from mapet.shared.storage.files import WriteLock
-from mapet.train_stage.logbook import BANDS, Logbook, StepMetrics
+from mapet.train_stage.logbook import Logbook
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.probe import probe
 from mapet.train_stage.settings import resolve
+from mapet.train_stage.training.step_metrics import BANDS, StepMetrics
 from mapet.train_stage.weights.checkpoint import newest_checkpoint
 from mapet.train_stage.weights.read import load_weights
 from PIL import Image

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mapet.shared.errors import UsageError
-from mapet.train_stage.plan import make_plan
 from mapet.train_stage.settings import RECIPES, resolve
+from mapet.train_stage.training.plan import make_plan
 
 
 @pytest.mark.parametrize(("size", "dim", "heads"), [("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12)])

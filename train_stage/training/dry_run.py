@@ -14,13 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ..shared.runtime.console import say, table
-from ..shared.runtime.distributed import World
-from ..shared.runtime.memory import as_text, free_bytes
-from .model.mapet import MaPeT
-from .objectives.layouts import step_layout
+from ...shared.runtime.console import say, table
+from ...shared.runtime.distributed import World
+from ...shared.runtime.memory import as_text, free_bytes
+from ..model.mapet import MaPeT
+from ..objectives.layouts import step_layout
+from ..settings import Settings
 from .plan import Plan, flops_per_image, parameters_of
-from .settings import Settings
 from .trainer import PretrainingLoss, Trainer
 
 WARM_UP, MEASURED = 2, 10

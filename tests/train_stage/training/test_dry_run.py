@@ -6,17 +6,17 @@ import pytest
 import torch
 from mapet.shared.runtime.distributed import World
 from mapet.shared.runtime.memory import as_text
-from mapet.train_stage import dry_run
-from mapet.train_stage.dry_run import bytes_of_copies, estimate_memory, show_plan
 from mapet.train_stage.model.mapet import MaPeT
 from mapet.train_stage.objectives.layouts import step_layout
 from mapet.train_stage.objectives.token_loss import token_loss
-from mapet.train_stage.plan import flops_per_image, make_plan, parameters_of
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.settings import resolve
+from mapet.train_stage.training import dry_run
+from mapet.train_stage.training.dry_run import bytes_of_copies, estimate_memory, show_plan
+from mapet.train_stage.training.plan import flops_per_image, make_plan, parameters_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from .conftest import SHORT, TINY
+from ..conftest import SHORT, TINY
 
 SETTINGS = [*TINY, *SHORT, "train.batch_size=16", "train.epochs=4", "optimizer.warmup_epochs=1"]
 

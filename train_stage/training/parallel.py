@@ -10,8 +10,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..shared.errors import DataError
-from ..shared.runtime.distributed import World
+from ...shared.errors import DataError
+from ...shared.runtime.distributed import World
 
 
 def spread(module: nn.Module, layers: nn.ModuleList, strategy: str, world: World, device: str) -> nn.Module:

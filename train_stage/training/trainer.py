@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..shared.errors import DataError
-from ..shared.images.normalise import Normalise
-from ..shared.runtime.devices import refuse_missing_compiler
-from ..shared.runtime.distributed import World
-from .data.color_jitter import jitter
-from .logbook import BANDS, StepMetrics
-from .model.layout import Layout
-from .model.mapet import MaPeT, drop_path_keep
-from .objectives.layouts import step_layout
-from .objectives.token_loss import judge, token_loss
+from ...shared.errors import DataError
+from ...shared.images.normalise import Normalise
+from ...shared.runtime.devices import refuse_missing_compiler
+from ...shared.runtime.distributed import World
+from ..data.color_jitter import jitter
+from ..model.layout import Layout
+from ..model.mapet import MaPeT, drop_path_keep
+from ..objectives.layouts import step_layout
+from ..objectives.token_loss import judge, token_loss
+from ..settings import OptimizerSettings, Settings
+from ..weights.checkpoint import EMA, MODEL, OPTIMIZER, Tensors
+from .bad_steps import BadStep, LossWatch
 from .parallel import exchange, fill, fill_optimizer, optimizer_tensors, spread, whole
 from .plan import Plan
-from .settings import OptimizerSettings, Settings
-from .watch import BadStep, LossWatch
-from .weights.checkpoint import EMA, MODEL, OPTIMIZER, Tensors
+from .step_metrics import BANDS, StepMetrics
 
 _MOST_BAD_STEPS = 100
 

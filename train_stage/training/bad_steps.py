@@ -3,7 +3,7 @@
 from math import isfinite
 from typing import Any
 
-from ..shared.errors import DataError
+from ...shared.errors import DataError
 
 _WEIGHT_OF_NEWEST = 0.02
 

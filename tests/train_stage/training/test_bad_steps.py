@@ -8,7 +8,7 @@ from mapet.shared.errors import DataError
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.weights.checkpoint import newest_checkpoint
 
-from .conftest import SHORT, TINY
+from ..conftest import SHORT, TINY
 
 SETTINGS = [*TINY, *SHORT, "train.batch_size=16", "train.epochs=3", "train.log_every=3"]
 # Any loss above the running mean of those before it is a spike; as hardly anything is learnt, about half of them are.

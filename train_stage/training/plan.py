@@ -6,12 +6,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..shared.errors import UsageError
-from .model.mapet import MaPeT
-from .model.shape import Shape
-from .objectives.layouts import step_layout
-from .objectives.token_loss import token_loss
-from .settings import Settings
+from ...shared.errors import UsageError
+from ..model.mapet import MaPeT
+from ..model.shape import Shape
+from ..objectives.layouts import step_layout
+from ..objectives.token_loss import token_loss
+from ..settings import Settings
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What a training step does, on one process or many."""
