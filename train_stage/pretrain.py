@@ -23,8 +23,8 @@ from .data.batch import LoadBatch, check_grid
 from .data.batch_order import global_batches
 from .data.dataset import TokenisedImages
 from .data.remote_tars import tars_at_hand
-from .logbook import Logbook
-from .run import Run, join_images, open_run
+from .runs.metrics import Logbook
+from .runs.run import Run, join_images, open_run
 from .settings import Settings, resolve
 from .training.bad_steps import BadStep
 from .training.dry_run import measure, show_plan

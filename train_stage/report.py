@@ -14,7 +14,7 @@ from ..shared.report.pictures import golden_colours, hex_colours
 from ..shared.report.render import write_page
 from ..shared.runtime.console import say, table
 from .evaluation.predictions import predict
-from .logbook import read_lines
+from .runs.jsonl import read_lines
 
 CURVES = {
     "loss": "Loss (mean cross-entropy, nats)",

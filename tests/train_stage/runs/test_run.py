@@ -12,9 +12,9 @@ import pytest
 import torch
 from mapet.shared.errors import DataError, UsageError
 from mapet.shared.storage.files import WriteLock
-from mapet.train_stage.logbook import Logbook
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.probe import probe
+from mapet.train_stage.runs.metrics import Logbook
 from mapet.train_stage.settings import resolve
 from mapet.train_stage.training.step_metrics import BANDS, StepMetrics
 from mapet.train_stage.weights.checkpoint import newest_checkpoint
@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from .conftest import SHORT, TINY
+from ..conftest import SHORT, TINY
 
 SETTINGS = [*TINY, *SHORT, "train.batch_size=16", "train.log_every=3"]
 

@@ -3,7 +3,6 @@ whether it was stopped or not."""
 
 import json
 import resource
-import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -14,10 +13,10 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from ..shared.errors import UsageError
-from ..shared.storage.files import written_whole
-from .training.bad_steps import BadStep
-from .training.step_metrics import StepMetrics
+from ..training.bad_steps import BadStep
+from ..training.step_metrics import StepMetrics
+from .jsonl import drop_lines_after
+from .metric_writers import start_wandb
 
 _NO_SCALARS = ("step", "epoch", "accuracy_by_rank")
 
@@ -51,7 +50,7 @@ class Logbook:
         self.waited = self._waited_before = 0.0
         self._board = SummaryWriter(out / "tensorboard", purge_step=start + 1 if start else None) if writes else None
         if writes and wandb is not None:
-            self._wandb = _start_wandb(wandb, out, settings or {})
+            self._wandb = start_wandb(wandb, out, settings or {})
         self._since = self._began = time.monotonic()
 
     def __enter__(self) -> "Logbook":
@@ -162,43 +161,3 @@ def peak_memory_mb() -> int:
         return torch.cuda.max_memory_reserved() >> 20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20
-
-
-def _start_wandb(project: str, out: Path, settings: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UsageError("train.wandb needs Weights & Biases; pip install wandb, or leave the setting out.") from None
-    known = out / "wandb-id.txt"  # so that a run which goes on is the same one there
-    if not known.exists():
-        with written_whole(known) as partial:
-            partial.write_text(secrets.token_hex(4))
-    return wandb.init(
-        project=project,
-        name=out.absolute().name,
-        id=known.read_text(),
-        resume="allow",
-        dir=str(out),
-        config=dict(settings),
-    )
-
-
-def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keeps the lines of a .jsonl file up to `step` and returns them; what came later is about to happen again."""
-    lines = [line for line in read_lines(path) if line["step"] <= step]
-    with written_whole(path) as partial:
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return lines
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file, up to one that a process which was killed left half written; [] without a file."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from ..shared.errors import DataError, FingerprintMismatch, UsageError
-from ..shared.tokens.store import TokenStore
-from .data.dataset import TokenisedImages
-from .settings import Settings
-from .weights.checkpoint import newest_checkpoint, newest_whole_checkpoint
-from .weights.read import load_weights
+from ...shared.errors import DataError, FingerprintMismatch, UsageError
+from ...shared.tokens.store import TokenStore
+from ..data.dataset import TokenisedImages
+from ..settings import Settings
+from ..weights.checkpoint import newest_checkpoint, newest_whole_checkpoint
+from ..weights.read import load_weights
 
 RESUME = ("auto", "never")
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..shared.storage.files import written_whole
+from ...shared.storage.files import written_whole
 
-_PACKAGE = Path(__file__).parent.parent
+_PACKAGE = Path(__file__).parents[2]
 _LIBRARIES = ("mapet", "torch", "torchvision", "timm", "numpy", "pillow")
 
 

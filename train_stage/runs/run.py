@@ -1,31 +1,31 @@
 """A run as it is when training begins or goes on: its parts, its folder, and what is written into it."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..shared.runtime.console import say
-from ..shared.runtime.devices import peak_flops
-from ..shared.runtime.distributed import World
-from ..shared.storage.files import WriteLock, written_whole
-from ..shared.tokens.store import TokenStore
-from .data.batch import check_grid
-from .data.batch_order import global_batches
-from .data.dataset import TokenisedImages
-from .data.join import join
-from .evaluation.run_probe import RunProbe
-from .logbook import Logbook, drop_lines_after
+from ...shared.runtime.console import say
+from ...shared.runtime.devices import peak_flops
+from ...shared.runtime.distributed import World
+from ...shared.storage.files import WriteLock, written_whole
+from ...shared.tokens.store import TokenStore
+from ..data.batch import check_grid
+from ..data.batch_order import global_batches
+from ..data.dataset import TokenisedImages
+from ..data.join import join
+from ..evaluation.run_probe import RunProbe
+from ..settings import Settings
+from ..training.plan import flops_per_image, make_plan
+from ..training.step_metrics import StepMetrics
+from ..training.trainer import Trainer
+from ..weights.checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, load_tensors
+from ..weights.init import start_from
+from .jsonl import append_line, drop_lines_after
+from .metrics import Logbook
 from .record import write_record
 from .resume import find_resumable, refuse_other_images, refuse_other_start
-from .settings import Settings
-from .training.plan import flops_per_image, make_plan
-from .training.step_metrics import StepMetrics
-from .training.trainer import Trainer
-from .weights.checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, load_tensors
-from .weights.init import start_from
 
 
 class Run:
@@ -69,21 +69,21 @@ class Run:
 
     def log_keys(self, step: int, keys: list[str]) -> None:
         """Adds the images that this process sees in a step to RUN/keys/."""
-        _append(self.out / "keys" / f"process-{self.world.rank}.jsonl", {"step": step, "keys": keys})
+        append_line(self.out / "keys" / f"process-{self.world.rank}.jsonl", {"step": step, "keys": keys})
 
     def list_bad_step(self, step: int, problem: str) -> None:
         """Adds a step and its images, those of all processes, to RUN/bad-steps.jsonl."""
         if self.world.is_first:
             _, batch = next(global_batches(self.data, self.settings, step - 1))
             keys = [self.data.key(index) for index in batch.tolist()]
-            _append(self.out / "bad-steps.jsonl", {"step": step, "problem": problem, "keys": keys})
+            append_line(self.out / "bad-steps.jsonl", {"step": step, "problem": problem, "keys": keys})
 
     def probe_now(self, step: int) -> None:
         """Probes the weights as they are and adds what was found to RUN/probe.jsonl."""
         weights = self.trainer.weights()
         if self.probe is not None:
             found = self.probe.measure(weights, self.store.k)
-            _append(self.out / "probe.jsonl", {"step": step, **found})
+            append_line(self.out / "probe.jsonl", {"step": step, **found})
             self.logbook.probed(step, found)
 
 
@@ -171,9 +171,3 @@ def _begin_folder(run: Run, lock: WriteLock) -> None:
     # What was written down after the checkpoint is about to happen again.
     for path in (*(run.out / "keys").glob("*.jsonl"), *run.out.glob("bad-steps.jsonl"), *run.out.glob("probe.jsonl")):
         drop_lines_after(path, run.start)
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
