@@ -171,7 +171,7 @@ KILLED = """
 import sys
 from mapet.shared.runtime.loader import batches
 from mapet.shared.tokens.store import TokenStore
-from mapet.train_stage.data import LoadBatch
+from mapet.train_stage.data.batch import LoadBatch
 from mapet.train_stage.data.join import join
 from mapet.train_stage.settings import resolve
 from mapet.train_stage.data.remote_tars import tars_at_hand
