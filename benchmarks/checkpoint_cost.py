@@ -32,7 +32,7 @@ def main(size: str = "base", pairs: int = 5, batch: int = 2, device: str = "cpu"
         "pixels": torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8),
         "order": torch.stack([torch.randperm(196) for _ in range(batch)]),
         "tokens": torch.randint(8192, (batch, 196)),
-        "draws": torch.rand(batch, 12, 2),
+        "uniform_draws": torch.rand(batch, 12, 2),
     }
 
     def step() -> None:

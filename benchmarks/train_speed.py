@@ -84,16 +84,16 @@ def ddp_over_plain(size: str, batch: int, pairs: int, device: str) -> float:
         "pixels": torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8),
         "order": torch.stack([torch.randperm(196) for _ in range(batch)]),
         "tokens": torch.randint(8192, (batch, 196)),
-        "draws": torch.rand(batch, 12, 2),
+        "uniform_draws": torch.rand(batch, 12, 2),
     }
     ways = []
-    plain = trainer.spread
+    plain = trainer.wrap_parallel
     for spread in (lambda module, *_: DistributedDataParallel(module), plain):
-        trainer.spread = spread
+        trainer.wrap_parallel = spread
         one = Trainer(settings, 8192, make_plan(settings, batch, 1), World(), device)
         one.prepare()
         ways.append(lambda one=one: one.step(0, [part]))
-    trainer.spread = plain
+    trainer.wrap_parallel = plain
     ratio = statistics.median(a / b for a, b in interleaved_seconds(*ways, pairs, device))
     torch.distributed.destroy_process_group()
     return round(ratio, 3)

@@ -97,21 +97,21 @@ def build_codebook(
         found = survey(shards, world, skip)
         chosen = choose_images(found.all_keys(), max_images, seed)
         request = {**asdict(settings), **asdict(kmeans), "patches": patches, "keys_sha256": keys_sha256(chosen)}
-        if world.from_first(lambda: _already_built(out, request)):
+        if world.on_rank_zero(lambda: _already_built(out, request)):
             return Codebook.load(out)
         opened = open_tower(settings, choose_device(device))
         height, width = opened.grid
         say(f"{tower}: {height}x{width} patches, {opened.dim} features, on {opened.device}; {len(chosen)} images.")
         folder = Path(features_cache) if features_cache else _work_folder(out) / "features"
-        cache = FeatureCache(folder, opened.dim, mine=not features_cache)
-        plan = world.from_first(lambda: plan_codebook(opened, found, chosen, patches, kmeans, request, memory, cache))
+        cache = FeatureCache(folder, opened.dim, owned=not features_cache)
+        plan = world.on_rank_zero(lambda: plan_codebook(opened, found, chosen, patches, kmeans, request, memory, cache))
         some = None if len(chosen) == len(found.all_keys()) else frozenset(chosen)
         processes = choose_workers(workers, opened.device.type)
         sampler = Sampler(opened, plan.extracted, some, metric, skip, batch_size, processes)
         sampler.fill(cache, shards, found, world)
         clock.lap("extract")
         opened = sampler = None  # the tower's memory is for k-means now
-        world.from_first(lambda: _train(out, plan, kmeans, cache, found, skip, memory, world, clock))
+        world.on_rank_zero(lambda: _train(out, plan, kmeans, cache, found, skip, memory, world, clock))
         return Codebook.load(out)
 
 

@@ -80,26 +80,26 @@ def encode_shards(
         raise UsageError(f"--format {format} is unknown; choose {' or '.join(SUFFIXES)}.")
     out = as_path(out)
     with joined_world() as world:
-        shards, book = world.together(lambda: (open_source(images), Codebook.load(codebook)))
-        todo = world.from_first(lambda: _unfinished(out, shards, book, codebook, policy, format))
+        shards, book = world.all_or_raise(lambda: (open_source(images), Codebook.load(codebook)))
+        todo = world.on_rank_zero(lambda: _unfinished(out, shards, book, codebook, policy, format))
         if len(todo) < len(shards):
             say(f"{len(shards) - len(todo)} of {len(shards)} shards are whole already.")
         ledger = _survey(shards, world, skip)
         if todo:
-            opened = world.together(lambda: open_same_tower(book, tower, choose_device(device)))
+            opened = world.all_or_raise(lambda: open_same_tower(book, tower, choose_device(device)))
             encoder = Encoder(book, opened, policy, skip, batch_size, choose_workers(workers, opened.device.type))
             unfinished = [shards[place] for place in todo]
             if dry_run:
-                world.from_first(lambda: estimate(encoder, unfinished, ledger, world.size, format))
+                world.on_rank_zero(lambda: estimate(encoder, unfinished, ledger, world.size, format))
                 return None
-            world.from_first(lambda: _begin(out, encoder, codebook))
-            _encode_all(out, encoder, world.mine(unfinished), ledger, format)
+            world.on_rank_zero(lambda: _begin(out, encoder, codebook))
+            _encode_all(out, encoder, world.shard(unfinished), ledger, format)
             world.wait()
             out = as_path(out)
         elif dry_run:
             say(f"{out} holds all of it already; nothing is left to do.")
             return None
-        world.from_first(lambda: _finish(out, shards, ledger, changed=bool(todo)))
+        world.on_rank_zero(lambda: _finish(out, shards, ledger, changed=bool(todo)))
         store = TokenStore(out)
         if world.is_first:
             _summary(store, len(todo))
@@ -175,13 +175,13 @@ def _survey(shards: Sequence[SourceShard], world: World, skip: bool) -> KeyLedge
     ledger = KeyLedger()
     local = [shard for shard in shards if not shard.is_remote]
     with progress("reading headers", len(local), "shards") as advance:
-        for shard in world.mine(local):
+        for shard in world.shard(local):
             ledger.add(shard.name, (record.key for record in shard.index([] if skip else None)))
             advance(world.size)
-    for other in world.from_all(ledger):
+    for other in world.all_gather(ledger):
         ledger.merge(other)
     named = {shard.name: shard for shard in local}
-    world.from_first(lambda: ledger.refuse_doubles(lambda name: [record.key for record in named[name].index([])]))
+    world.on_rank_zero(lambda: ledger.refuse_doubles(lambda name: [record.key for record in named[name].index([])]))
     return ledger
 
 

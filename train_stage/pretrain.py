@@ -15,7 +15,7 @@ from torch import Tensor
 from ..shared.errors import DataError, Interrupted
 from ..shared.runtime.console import progress, say, table
 from ..shared.runtime.devices import choose_device, choose_workers
-from ..shared.runtime.distributed import Vote, World, joined_world
+from ..shared.runtime.distributed import AsyncFlag, World, joined_world
 from ..shared.runtime.loader import batches
 from ..shared.storage.files import WriteLock
 from ..shared.tokens.store import TokenStore
@@ -120,7 +120,7 @@ def _dry_run(
 ) -> None:
     check_grid(store, settings.model)
     data = join_images(images, store, settings, world)
-    plan = world.together(lambda: make_plan(settings, len(data), world.size))
+    plan = world.all_or_raise(lambda: make_plan(settings, len(data), world.size))
     memory = show_plan(settings, store.k, plan, world, device)
     trainer = Trainer(settings, store.k, plan, world, device)
     with tars_at_hand(data, settings, 0):
@@ -131,7 +131,7 @@ def _dry_run(
 def _train(run: Run, logbook: Logbook) -> Path:
     settings, plan = run.settings, run.plan
     loader = _load(settings, plan, run.data, run.world, run.device, run.start)
-    vote, parent = Vote(run.world), os.getppid()
+    stop_flag, parent = AsyncFlag(run.world), os.getppid()
     with (
         _stop_asked() as asked,
         tars_at_hand(run.data, settings, run.start) as passed,
@@ -147,7 +147,7 @@ def _train(run: Run, logbook: Logbook) -> Path:
                 done = step + 1 == plan.steps
                 # Processes whose torchrun was killed would train on beside those that another one starts.
                 orphaned = run.world.size > 1 and os.getppid() != parent
-                stop = vote.ask(asked.is_set() or orphaned) and not done
+                stop = stop_flag.ask(asked.is_set() or orphaned) and not done
                 if done or stop or (step + 1) % settings.train.checkpoint_every == 0:
                     run.save(step + 1)
             except BadStep as bad:
@@ -156,7 +156,7 @@ def _train(run: Run, logbook: Logbook) -> Path:
                 run.probe_now(step + 1)
             if stop:
                 _stop(run, step + 1)
-    return run.world.from_first(run.checkpoints.finish)
+    return run.world.on_rank_zero(run.checkpoints.finish)
 
 
 def _next(loader: Iterator[dict[str, Tensor]], plan: Plan) -> tuple[list[dict[str, Tensor]], float]:
@@ -181,7 +181,7 @@ def _step(run: Run, step: int, parts: list[dict[str, Tensor]]) -> StepMetrics:
 
 def _give_up(run: Run, bad: BadStep) -> NoReturn:
     run.list_bad_step(bad.step, bad.problem)
-    run.world.raise_agreed(
+    run.world.raise_on_rank_zero(
         DataError(
             f"Step {bad.step} has {bad.problem}; its images are listed in {run.out / 'bad-steps.jsonl'}. Lower "
             "optimizer.lr, set train.precision=float32, or leave such steps out with --set train.on_bad_step=skip."
@@ -190,8 +190,8 @@ def _give_up(run: Run, bad: BadStep) -> NoReturn:
 
 
 def _stop(run: Run, step: int) -> NoReturn:
-    path = run.world.from_first(run.checkpoints.finish)
-    run.world.raise_agreed(
+    path = run.world.on_rank_zero(run.checkpoints.finish)
+    run.world.raise_on_rank_zero(
         Interrupted(
             f"Stopped after step {step} of {run.plan.steps}; {path} is written. Give the same command to go on."
         )

@@ -28,7 +28,7 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def mine(self, items: Sequence[T]) -> Sequence[T]:
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share: every `size`-th item, so that all shares are alike in length."""
         return items[self.rank :: self.size]
 
@@ -39,7 +39,7 @@ class World:
 
             torch.distributed.barrier()
 
-    def from_all(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """The values of all processes by rank, in every process (they must be picklable)."""
         if self.size == 1:
             return [value]
@@ -49,25 +49,25 @@ class World:
         torch.distributed.all_gather_object(given, value)
         return given
 
-    def from_first(self, compute: Callable[[], T]) -> T:
+    def on_rank_zero(self, compute: Callable[[], T]) -> T:
         """What `compute()` gives in the first process, in all processes (it must be picklable).
 
         If it raises a MapetError there, the first process raises it and the others end quietly with its exit code.
         """
-        outcomes = self.from_all(_outcome(compute) if self.is_first else (None, None))
+        outcomes = self.all_gather(_outcome(compute) if self.is_first else (None, None))
         self._raise_in_one([error for _, error in outcomes])
         return outcomes[0][0]
 
-    def together(self, compute: Callable[[], T]) -> T:
+    def all_or_raise(self, compute: Callable[[], T]) -> T:
         """`compute()` of each process, once it succeeded in all.
 
         If it raises a MapetError in some, the lowest of them raises it and the others end quietly with its exit code.
         """
         value, error = _outcome(compute)
-        self._raise_in_one(self.from_all(error))
+        self._raise_in_one(self.all_gather(error))
         return value
 
-    def raise_agreed(self, error: MapetError) -> NoReturn:
+    def raise_on_rank_zero(self, error: MapetError) -> NoReturn:
         """Raises an error that all processes have come to: the first one says it, the others end quietly."""
         self.wait()  # nobody leaves while another one still talks to it
         if self.is_first:
@@ -83,7 +83,7 @@ class World:
         raise SystemExit(errors[failed].exit_code)
 
 
-class Vote:
+class AsyncFlag:
     """Asks all processes the same question again and again without anybody waiting: answers come one round later."""
 
     def __init__(self, world: World):

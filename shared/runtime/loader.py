@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 
 from ..errors import MapetError, UsageError
 from .devices import keep_freed_memory
-from .shared_memory import Handed, Slots, forget
+from .shared_memory import BatchReference, SharedBuffers, free_buffers
 
 
 @contextmanager
@@ -78,16 +78,16 @@ class OneByOne:
 class _Guarded(Dataset):
     def __init__(self, load: Callable[[Sequence[Any]], dict]):
         self.load = load
-        self.slots: Slots | None = None
+        self.buffers: SharedBuffers | None = None
 
-    def __getitems__(self, indices: Sequence[Any]) -> dict | Handed | MapetError:
+    def __getitems__(self, indices: Sequence[Any]) -> dict | BatchReference | MapetError:
         try:
             batch = self.load(indices)
             if get_worker_info() is None:
                 return batch
             # PyTorch's loader asks a worker for another batch whenever one of its batches was taken.
-            self.slots = self.slots or Slots(_PREFETCHED + 1)
-            return self.slots.hand_over(batch)
+            self.buffers = self.buffers or SharedBuffers(_PREFETCHED + 1)
+            return self.buffers.to_shared_memory(batch)
         except MapetError as error:
             return error
 
@@ -144,7 +144,7 @@ def batches(
         for batch in loaded:
             if isinstance(batch, MapetError):
                 raise batch
-            yield batch.take() if isinstance(batch, Handed) else batch
+            yield batch.take() if isinstance(batch, BatchReference) else batch
     finally:
         for process in processes:
-            forget(process)
+            free_buffers(process)

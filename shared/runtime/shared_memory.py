@@ -19,7 +19,7 @@ _ALIGNMENT = 64
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in a slot: the offset is in bytes, strides are in elements."""
+    """Where a tensor lies in a buffer: the offset is in bytes, strides are in elements."""
 
     offset: int
     dtype: torch.dtype
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Slot:
+class SharedBuffer:
     """Shared memory for the tensors of one batch."""
 
     memory: Tensor
@@ -42,25 +42,25 @@ class Slot:
         return views
 
 
-_known: dict[int, dict[int, Slot]] = defaultdict(dict)
-"""In the reader: the slots of each worker, by its process."""
+_buffers_of_workers: dict[int, dict[int, SharedBuffer]] = defaultdict(dict)
+"""In the reader: the buffers of each worker, by its process."""
 
 
 @dataclass(frozen=True)
-class Handed:
-    """What a worker sends instead of a batch: which of its slots the tensors lie in, and the slot where it is new."""
+class BatchReference:
+    """Sent instead of a batch: which of the worker's buffers holds its tensors, and that buffer if it is new."""
 
     process: int
     number: int
-    slot: Slot | None
+    buffer: SharedBuffer | None
     rest: dict[str, Any]
 
     def take(self, pinned: bool = False) -> dict[str, Any]:
         """The batch, in memory of its own; tensors keep their strides."""
-        slots = _known[self.process]
-        if self.slot is not None:
-            slots[self.number] = self.slot
-        views = slots[self.number].views()
+        buffers = _buffers_of_workers[self.process]
+        if self.buffer is not None:
+            buffers[self.number] = self.buffer
+        views = buffers[self.number].views()
         return {name: view.pin_memory() if pinned else view.clone() for name, view in views.items()} | self.rest
 
     def pin_memory(self) -> dict[str, Any]:
@@ -68,32 +68,32 @@ class Handed:
         return self.take(pinned=True)
 
 
-def forget(process: int) -> None:
-    """Frees the slots of a worker that has ended."""
-    _known.pop(process, None)
+def free_buffers(process: int) -> None:
+    """Frees the buffers of a worker that has ended."""
+    _buffers_of_workers.pop(process, None)
 
 
-class Slots:
-    """A worker's slots, `count` of them, one after the other.
+class SharedBuffers:
+    """A worker's buffers, `count` of them, one after the other.
 
     The reader must take a batch before it asks for the one that comes `count` batches later.
     """
 
     def __init__(self, count: int):
-        self._slots: dict[int, Slot] = {}
+        self._buffers: dict[int, SharedBuffer] = {}
         self._count, self._turn = count, 0
 
-    def hand_over(self, batch: dict[str, Any]) -> Handed:
-        """Copies the tensors of a batch into the next slot. Raises DataError if there is no room for one."""
+    def to_shared_memory(self, batch: dict[str, Any]) -> BatchReference:
+        """Copies the tensors of a batch into the next buffer. Raises DataError if there is no room for one."""
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         number, self._turn = self._turn, (self._turn + 1) % self._count
         places, size = _arrange(tensors)
-        slot, new = self._slots.get(number), None
-        if slot is None or slot.places != places:
-            slot = new = self._slots[number] = Slot(_shared(size), places)
-        for name, view in slot.views().items():
+        buffer, new = self._buffers.get(number), None
+        if buffer is None or buffer.places != places:
+            buffer = new = self._buffers[number] = SharedBuffer(_shared(size), places)
+        for name, view in buffer.views().items():
             view.copy_(tensors[name])
-        return Handed(os.getpid(), number, new, {name: batch[name] for name in batch if name not in tensors})
+        return BatchReference(os.getpid(), number, new, {name: batch[name] for name in batch if name not in tensors})
 
 
 def _shared(size: int) -> Tensor:

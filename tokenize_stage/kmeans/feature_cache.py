@@ -26,12 +26,12 @@ Rows = tuple[np.ndarray, np.ndarray]
 class FeatureCache:
     """A folder that holds the features of a sample, or what has been extracted of them so far.
 
-    `mine` says that the folder is ours to empty: hidden beside a codebook, not one that the user named.
+    `owned` says that the folder is ours to empty: hidden beside a codebook, not one that the user named.
     """
 
     path: Path
     dim: int
-    mine: bool
+    owned: bool
 
     def begin(self, identity: dict[str, Any], shards: str, most: int, count: int) -> int:
         """Prepares the folder for a sample of `count` patches, whose draws are at most `most`.
@@ -140,7 +140,7 @@ class FeatureCache:
                 yield at, rows[at : at + _BLOCK]
 
     def _refuse_other(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-        if self.mine:
+        if self.owned:
             return
         changed = [name for name in ours if theirs.get(name) != ours[name]]
         there, here = ("; ".join(f"{name} {_short(side.get(name))}" for name in changed) for side in (theirs, ours))

@@ -42,19 +42,19 @@ def survey(shards: Sequence[SourceShard], world: World, skip: bool) -> Survey:
 
     Raises DataError for what cannot be used, unless `skip`, and for a key that stands in two shards.
     """
-    mine: dict[str, tuple[list[str], Skipped]] = {}
+    own: dict[str, tuple[list[str], Skipped]] = {}
     with progress("reading headers", len(shards), "shards") as advance:
-        for shard in world.mine(shards):
+        for shard in world.shard(shards):
             skipped: Skipped = []
             with shard.staged() as here:
-                mine[shard.name] = ([record.key for record in here.index(skipped if skip else None)], skipped)
+                own[shard.name] = ([record.key for record in here.index(skipped if skip else None)], skipped)
             advance(world.size)
-    found = {name: entry for part in world.from_all(mine) for name, entry in part.items()}
+    found = {name: entry for part in world.all_gather(own) for name, entry in part.items()}
     keys = {shard.name: found[shard.name][0] for shard in shards}
     ledger = KeyLedger()
     for name, some in keys.items():
         ledger.add(name, some)
-    world.from_first(lambda: ledger.refuse_doubles(lambda name: keys[name]))
+    world.on_rank_zero(lambda: ledger.refuse_doubles(lambda name: keys[name]))
     return Survey(keys, [pair for shard in shards for pair in found[shard.name][1]])
 
 
@@ -76,8 +76,8 @@ class Sampler:
     def fill(self, cache: FeatureCache, shards: Sequence[SourceShard], found: Survey, world: World) -> None:
         """Writes what the cache lacks, each process its share of the source's shards."""
         names = [shard.name for shard in shards]
-        left = set(world.from_first(lambda: cache.unfinished(names)))
-        todo = world.mine([shard for shard in shards if shard.name in left])
+        left = set(world.on_rank_zero(lambda: cache.unfinished(names)))
+        todo = world.shard([shard for shard in shards if shard.name in left])
         with progress("extracting features", sum(len(found.keys[shard.name]) for shard in todo)) as advance:
             for shard in todo:
                 skipped: Skipped = []
@@ -85,7 +85,7 @@ class Sampler:
                     records = here.index([] if self.skip else None)
                     cache.write_part(shard.name, self._rows(records, skipped, advance), skipped)
         world.wait()
-        world.from_first(lambda: cache.assemble(names))
+        world.on_rank_zero(lambda: cache.assemble(names))
 
     def _rows(self, records: Sequence[ImageRecord], skipped: Skipped, advance: Advance) -> Iterator[Rows]:
         """The sampled patches of these images, image by image. Images without any are not decoded."""

@@ -51,7 +51,7 @@ class LoadBatch:
         """B samples.
 
         index (B,) int64; pixels uint8 (B, 3, S, S), channels last in memory; order (B, N) int64, the permutation;
-        tokens (B, N) int64 in that order; draws (B, depth, 2) float32 in [0, 1); and if there is colour jitter
+        tokens (B, N) int64 in that order; uniform_draws (B, depth, 2) float32 in [0, 1); and if there is colour jitter
         jitter_factors (B, 3) float32 and jitter_order (B, 3) int64.
         """
         records = [self.images.record(index) for _, index in places]
@@ -72,7 +72,7 @@ class LoadBatch:
         sample = {
             "view": view_of_epoch(self.images.views, seed, epoch, key),
             "order": draw_permutation(self.settings.objective, self.images.tokens.shape[-1], random),
-            "draws": random.random((self.settings.model.depth, 2), dtype=np.float32),
+            "uniform_draws": random.random((self.settings.model.depth, 2), dtype=np.float32),
         }
         if data.color_jitter:
             sample["jitter_factors"], sample["jitter_order"] = draw_jitter(data.color_jitter, random)

@@ -90,19 +90,19 @@ def shared_columns(
         with tempfile.TemporaryFile(prefix="mapet-", buffering=0) as file:
             places, more = _built(build, file)
             return _mapped(file, places), more
-    path, mine = None, None
+    path, own = None, None
     try:
         if local_rank() == 0:
             number, name = tempfile.mkstemp(prefix="mapet-")
             os.close(number)
             path = Path(name)
-        given = world.from_all(world.together(lambda: path and _built_at(path, build)))
-        mine = given[world.rank - local_rank()]
-        columns = world.together(lambda: _mapped_from(mine[0], mine[1]))
+        given = world.all_gather(world.all_or_raise(lambda: path and _built_at(path, build)))
+        own = given[world.rank - local_rank()]
+        columns = world.all_or_raise(lambda: _mapped_from(own[0], own[1]))
     finally:
         if path:
             path.unlink(missing_ok=True)
-    return columns, mine[2]
+    return columns, own[2]
 
 
 def _built_at(path: Path, build: Callable) -> tuple[Path, dict[str, Place], T]:

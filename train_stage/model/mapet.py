@@ -78,27 +78,27 @@ class Block(nn.Module):
     def forward(
         self,
         content: Tensor,
-        reading: Sequence[Tensor],
+        queries: Sequence[Tensor],
         pattern: Pattern,
-        keep: Tensor | None = None,
+        drop_path_scale: Tensor | None = None,
     ) -> list[Tensor]:
-        """What becomes of each of the `reading` streams (B, rows, dim); keys and values are those of `content`.
+        """The rows of each stream of `queries` (B, rows, dim) after the block; keys and values come from `content`.
 
         Args:
             content: (B, rows, dim); may be one of the streams, then as the first.
             pattern: what the rows of the streams attend to.
-            keep: (B, 2) float, by how much each image's attention and MLP branch count (0 where dropped), or None.
+            drop_path_scale: (B, 2) float, the factors of each image's attention and MLP branch (0 where dropped).
         """
         attn, mlp = self.attn, self.mlp
         normed = _lowered(self.norm1(content))
-        queries = [attn.q(normed if rows is content else _lowered(self.norm1(rows))) for rows in reading]
-        attended = attend(queries, attn.kv(normed), attn.heads, pattern)
+        projected = [attn.q(normed if rows is content else _lowered(self.norm1(rows))) for rows in queries]
+        attended = attend(projected, attn.kv(normed), attn.heads, pattern)
         project, shrink = self.ls1.folded(attn.proj), self.ls2.folded(mlp.fc2)
         after = []
-        for rows, taken in zip(reading, attended, strict=True):
-            rows = _add(rows, linear(taken, *project), keep, 0)
+        for rows, taken in zip(queries, attended, strict=True):
+            rows = _add(rows, linear(taken, *project), drop_path_scale, 0)
             hidden = mlp.act(mlp.fc1(_lowered(self.norm2(rows))))
-            after.append(_add(rows, linear(hidden, *shrink), keep, 1))
+            after.append(_add(rows, linear(hidden, *shrink), drop_path_scale, 1))
         return after
 
 
@@ -108,8 +108,8 @@ def _lowered(rows: Tensor) -> Tensor:
     return rows.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else rows
 
 
-def _add(rows: Tensor, branch: Tensor, keep: Tensor | None, which: int) -> Tensor:
-    return rows + (branch if keep is None else branch * keep[:, which, None, None])
+def _add(rows: Tensor, branch: Tensor, drop_path_scale: Tensor | None, which: int) -> Tensor:
+    return rows + (branch if drop_path_scale is None else branch * drop_path_scale[:, which, None, None])
 
 
 class MaPeT(nn.Module):
@@ -138,18 +138,20 @@ class MaPeT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, images: Tensor, order: Tensor, layout: Layout, keep: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, order: Tensor, layout: Layout, drop_path_scale: Tensor | None = None) -> Tensor:
         """Predicts tokens: logits (B, P, K) of the patches whose ranks are `layout.ranks`; see `predict_rows`."""
-        return self.decoder(self.predict_rows(images, order, layout, keep))
+        return self.decoder(self.predict_rows(images, order, layout, drop_path_scale))
 
-    def predict_rows(self, images: Tensor, order: Tensor, layout: Layout, keep: Tensor | None = None) -> Tensor:
+    def predict_rows(
+        self, images: Tensor, order: Tensor, layout: Layout, drop_path_scale: Tensor | None = None
+    ) -> Tensor:
         """What the head reads: the predicted rows after the last block and the final norm, (B, P, dim).
 
         Args:
             images: (B, 3, S, S) float, normalised.
             order: (B, N) int64, a permutation of the patches in raster order for each image, visible ones first.
             layout: rows and attention, from `objectives.make_layout`.
-            keep: (B, depth, 2) float, drop path as in `Block`; None keeps everything.
+            drop_path_scale: (B, depth, 2) float, drop path as in `Block`; None keeps everything.
 
         Raises:
             UsageError if `images` or `order` do not fit the model.
@@ -164,7 +166,7 @@ class MaPeT(nn.Module):
                 pattern = layout.last_pattern
             else:
                 content, pattern = streams[0], layout.pattern
-            arguments = (content, streams, pattern, None if keep is None else keep[:, index])
+            arguments = (content, streams, pattern, None if drop_path_scale is None else drop_path_scale[:, index])
             streams = (
                 checkpoint(block, *arguments, use_reentrant=False) if self.grad_checkpointing else block(*arguments)
             )
@@ -207,9 +209,9 @@ def drop_path_rates(depth: int, rate: float) -> Tensor:
     return torch.linspace(0, rate, depth)
 
 
-def drop_path_keep(draws: Tensor, rate: float) -> Tensor | None:
-    """Turns uniform draws (B, depth, 2) into what `MaPeT.forward` takes as `keep`; None if `rate` is 0."""
+def drop_path_scales(uniform_draws: Tensor, rate: float) -> Tensor | None:
+    """The `drop_path_scale` of `MaPeT.forward` from uniform draws in [0, 1), (B, depth, 2); None if `rate` is 0."""
     if rate == 0:
         return None
-    survive = 1 - drop_path_rates(draws.shape[1], rate).to(draws)[None, :, None]
-    return (draws < survive).to(draws) / survive
+    survive = 1 - drop_path_rates(uniform_draws.shape[1], rate).to(uniform_draws)[None, :, None]
+    return (uniform_draws < survive).to(uniform_draws) / survive

@@ -8,10 +8,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import Linear
 from torch.nn.functional import linear
 
-Judged = tuple[Tensor, Tensor, Tensor, Tensor]
+LossAndGradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def judge(logits: Tensor, truth: Tensor, count: int) -> Judged:
+def cross_entropy_and_grads(logits: Tensor, truth: Tensor, count: int) -> LossAndGradients:
     """What a chunk of logits (rows, K) adds to the loss of `count` rows, for `truth` (rows, 1) int64.
 
     Returns the sum of its cross-entropies, which rows were guessed right, and the gradients of the mean: of the logits,
@@ -27,22 +27,35 @@ def judge(logits: Tensor, truth: Tensor, count: int) -> Judged:
 
 
 def token_loss(
-    rows: Tensor, head: Linear, targets: Tensor, chunk: int | None = None, judge: Callable[..., Judged] = judge
+    rows: Tensor,
+    head: Linear,
+    targets: Tensor,
+    chunk: int | None = None,
+    loss_and_grads: Callable[..., LossAndGradients] = cross_entropy_and_grads,
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of a head on rows (..., dim), targets (...) int64, and which were guessed right, bool (...).
 
     At most `chunk` rows have logits at any time; None gives all rows theirs at once. Exact: gradients are computed
-    chunk by chunk in the forward pass and scaled in the backward pass. `judge` is `loss.judge`, or that compiled.
+    chunk by chunk in the forward pass and scaled in the backward pass. `loss_and_grads` is
+    `cross_entropy_and_grads`, or that compiled.
     """
     flat = rows.flatten(0, -2)
-    loss, right = _ChunkedLoss.apply(flat, head.weight, head.bias, targets.flatten(), chunk or len(flat), judge)
+    loss, right = _ChunkedLoss.apply(
+        flat, head.weight, head.bias, targets.flatten(), chunk or len(flat), loss_and_grads
+    )
     return loss, right.view(targets.shape)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, rows: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, chunk: int, judge: Callable
+        ctx: FunctionCtx,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        chunk: int,
+        loss_and_grads: Callable,
     ) -> tuple[Tensor, Tensor]:
         device = rows.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
@@ -53,7 +66,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for low in range(0, len(rows), chunk):
                 some, part = slice(low, low + chunk), lowered[low : low + chunk]
                 logits, truth = linear(part, weight, bias), targets[some, None]
-                missed, right[some], gradient, more_of_bias = judge(logits, truth, len(rows))
+                missed, right[some], gradient, more_of_bias = loss_and_grads(logits, truth, len(rows))
                 loss += missed
                 of_bias += more_of_bias
                 of_rows[some] = gradient @ weight

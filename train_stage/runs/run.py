@@ -101,15 +101,15 @@ def open_run(
     """The run, new or as its newest checkpoint left it; its first process holds the `lock` of its folder."""
     store = TokenStore(tokens)
     check_grid(store, settings.model)
-    world.from_first(lock.take)
-    found = world.from_first(lambda: find_resumable(out, resume, settings, store))
+    world.on_rank_zero(lock.take)
+    found = world.on_rank_zero(lambda: find_resumable(out, resume, settings, store))
     data = join_images(images, store, settings, world)
-    run = world.together(lambda: Run(settings, store, data, out, device, world))
+    run = world.all_or_raise(lambda: Run(settings, store, data, out, device, world))
     pending: list[StepMetrics] = []
     if found:
         path, state = found
-        world.together(lambda: refuse_other_images(path, state, data))
-        world.together(lambda: refuse_other_start(path, state["init"], init))
+        world.all_or_raise(lambda: refuse_other_images(path, state, data))
+        world.all_or_raise(lambda: refuse_other_start(path, state["init"], init))
         run.trainer.prepare()
         names = [MODEL, OPTIMIZER, *([EMA] if settings.train.ema is not None else [])]
         run.trainer.restore({name: load_tensors(path, name) for name in names}, state["loss_watch"])
@@ -118,9 +118,9 @@ def open_run(
         say(f"Going on from {path} (step {run.start} of {run.plan.steps}).")
     else:
         if init is not None:
-            run.init = world.together(lambda: start_from(run.trainer.model, init))
+            run.init = world.all_or_raise(lambda: start_from(run.trainer.model, init))
         run.trainer.prepare()
-    world.from_first(lambda: _begin_folder(run, lock))
+    world.on_rank_zero(lambda: _begin_folder(run, lock))
     train = settings.train
     run.checkpoints = Checkpoints(out, train.keep_last, train.keep_every)
     run.logbook = Logbook(

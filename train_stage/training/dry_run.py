@@ -107,7 +107,7 @@ def _peak_of_step(settings: Settings, k: int, plan: Plan, device: str) -> int:
             "pixels": torch.empty(count, 3, shape.image_size, shape.image_size, dtype=torch.uint8),
             "order": torch.empty(count, patches, dtype=torch.int64),
             "tokens": torch.empty(count, patches, dtype=torch.int64),
-            "draws": torch.empty(count, shape.depth, 2),
+            "uniform_draws": torch.empty(count, shape.depth, 2),
         }
         if settings.data.color_jitter:
             part |= {"jitter_factors": torch.empty(count, 3), "jitter_order": torch.zeros(count, 3, dtype=torch.int64)}

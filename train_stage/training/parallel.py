@@ -14,7 +14,7 @@ from ...shared.errors import DataError
 from ...shared.runtime.distributed import World
 
 
-def spread(module: nn.Module, layers: nn.ModuleList, strategy: str, world: World, device: str) -> nn.Module:
+def wrap_parallel(module: nn.Module, layers: nn.ModuleList, strategy: str, world: World, device: str) -> nn.Module:
     """What to call instead of `module` so that its gradients become means over all processes.
 
     "ddp" keeps all parameters in every process; "fsdp" shards those of each of the `layers`, and all others together,
@@ -30,7 +30,7 @@ def spread(module: nn.Module, layers: nn.ModuleList, strategy: str, world: World
     return fully_shard(module, mesh=mesh)
 
 
-def exchange(module: nn.Module, now: bool) -> AbstractContextManager:
+def gradient_sync(module: nn.Module, now: bool) -> AbstractContextManager:
     """A context for forward and backward; unless `now`, DDP keeps a process's gradients for a later exchange.
 
     FSDP exchanges them every time, since whole gradients may not fit.
@@ -38,7 +38,7 @@ def exchange(module: nn.Module, now: bool) -> AbstractContextManager:
     return nullcontext() if now or not isinstance(module, DistributedDataParallel) else module.no_sync()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded; every process must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -16,13 +16,13 @@ from ...shared.runtime.devices import refuse_missing_compiler
 from ...shared.runtime.distributed import World
 from ..data.color_jitter import jitter
 from ..model.layout import Layout
-from ..model.mapet import MaPeT, drop_path_keep
+from ..model.mapet import MaPeT, drop_path_scales
 from ..objectives.layouts import step_layout
-from ..objectives.token_loss import judge, token_loss
+from ..objectives.token_loss import cross_entropy_and_grads, token_loss
 from ..settings import OptimizerSettings, Settings
 from ..weights.checkpoint import EMA, MODEL, OPTIMIZER, Tensors
 from .bad_steps import BadStep, LossWatch
-from .parallel import exchange, fill, fill_optimizer, optimizer_tensors, spread, whole
+from .parallel import fill, fill_optimizer, full_tensor, gradient_sync, optimizer_tensors, wrap_parallel
 from .plan import Plan
 from .step_metrics import BANDS, StepMetrics
 
@@ -51,8 +51,11 @@ class Trainer:
         settings, plan = self.settings, self.plan
         inner = PretrainingLoss(self.model, settings, self.device)
         if settings.execution.compile:
-            inner.see, inner.judge = torch.compile(inner.see), torch.compile(inner.judge)
-        self._loss = spread(inner, self.model.blocks, settings.execution.parallel, self.world, self.device)
+            inner.preprocess, inner.cross_entropy_and_grads = (
+                torch.compile(inner.preprocess),
+                torch.compile(inner.cross_entropy_and_grads),
+            )
+        self._loss = wrap_parallel(inner, self.model.blocks, settings.execution.parallel, self.world, self.device)
         self.optimizer = _adamw(self.model, settings.optimizer)
         self.schedule = CosineLRScheduler(
             self.optimizer,
@@ -85,7 +88,7 @@ class Trainer:
         sums = torch.zeros(1 + BANDS, device=self.device)
         for index, part in enumerate(parts):
             moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()}
-            with exchange(self._loss, now=index == count - 1):
+            with gradient_sync(self._loss, now=index == count - 1):
                 loss, right = self._loss(moved, layout)
                 (loss / count).backward()
             sums += torch.cat([loss.detach()[None] / count, right.float().sum(0) @ of_band])
@@ -93,7 +96,7 @@ class Trainer:
             torch.distributed.all_reduce(sums)
         loss, right = sums[0] / self.world.size, sums[1:]
         limit = self.settings.optimizer.clip_grad
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit or float("inf")))
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit or float("inf")))
         problem = self._reason_to_skip(step, loss, norm)
         if problem is None:
             self.optimizer.step()
@@ -120,14 +123,16 @@ class Trainer:
 
     def weights(self) -> dict[str, Tensor]:
         """The weights to use, whole: their moving average, where there is one. Every process must ask for them."""
-        return {name: whole(tensor) for name, tensor in (self.ema or self.model.state_dict()).items()}
+        return {name: full_tensor(tensor) for name, tensor in (self.ema or self.model.state_dict()).items()}
 
     def tensors(self) -> Tensors:
         """What a checkpoint holds, whole; every process must ask for it."""
         content = {MODEL: self.model.state_dict(), OPTIMIZER: optimizer_tensors(self.model, self.optimizer)}
         if self.ema:
             content[EMA] = self.ema
-        return {name: {key: whole(tensor) for key, tensor in tensors.items()} for name, tensors in content.items()}
+        return {
+            name: {key: full_tensor(tensor) for key, tensor in tensors.items()} for name, tensors in content.items()
+        }
 
     def restore(self, tensors: Tensors, loss_watch: dict[str, Any]) -> None:
         """Puts back what `tensors` and `watch.to_json` gave; call it after `prepare`."""
@@ -151,13 +156,13 @@ class PretrainingLoss(nn.Module):
 
     def __init__(self, model: MaPeT, settings: Settings, device: str):
         super().__init__()
-        self.model, self.settings, self.judge = model, settings, judge
+        self.model, self.settings, self.loss_and_grads = model, settings, cross_entropy_and_grads
         self.normalise = Normalise(settings.data.mean, settings.data.std, device)
         precision = settings.train.precision
         chosen = precision if precision != "auto" else "bfloat16" if device == "cuda" else "float32"
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=chosen == "bfloat16")
 
-    def see(self, part: dict[str, Tensor]) -> Tensor:
+    def preprocess(self, part: dict[str, Tensor]) -> Tensor:
         """What the model sees, float32 (B, 3, S, S): jittered, where that was drawn, and normalised."""
         pixels = part["pixels"].to(torch.float32, memory_format=torch.contiguous_format)
         if "jitter_factors" in part:
@@ -169,12 +174,14 @@ class PretrainingLoss(nn.Module):
 
         `part` is what `data.LoadBatch` gives.
         """
-        pixels = self.see(part)
+        pixels = self.preprocess(part)
         targets = part["tokens"][:, layout.visible :][:, layout.ranks]
         with self.autocast:
-            keep = drop_path_keep(part["draws"], self.settings.model.drop_path)
-            rows = self.model.predict_rows(pixels, part["order"], layout, keep)
-            return token_loss(rows, self.model.decoder, targets, self.settings.execution.loss_chunk, self.judge)
+            scale = drop_path_scales(part["uniform_draws"], self.settings.model.drop_path)
+            rows = self.model.predict_rows(pixels, part["order"], layout, scale)
+            return token_loss(
+                rows, self.model.decoder, targets, self.settings.execution.loss_chunk, self.cross_entropy_and_grads
+            )
 
 
 def _adamw(model: MaPeT, settings: OptimizerSettings) -> torch.optim.AdamW:

@@ -22,13 +22,13 @@ def refuse_in_all_but_the_first(rank):
         raise DataError(f"process {rank} cannot")
 
 with joined_world() as world:
-    assert world.from_all(world.rank * 10) == [0, 10, 20]
-    assert world.from_first(lambda: f"of {world.rank}") == "of 0"
-    assert world.together(lambda: world.rank) == world.rank
+    assert world.all_gather(world.rank * 10) == [0, 10, 20]
+    assert world.on_rank_zero(lambda: f"of {world.rank}") == "of 0"
+    assert world.all_or_raise(lambda: world.rank) == world.rank
     world.wait()
     say("only one says this")
     try:
-        world.together(lambda: refuse_in_all_but_the_first(world.rank))
+        world.all_or_raise(lambda: refuse_in_all_but_the_first(world.rank))
     except DataError as error:
         _fail(str(error), error.exit_code)
 """
@@ -36,7 +36,7 @@ with joined_world() as world:
 
 @given(st.lists(st.integers()), st.integers(1, 9))
 def test_shares_are_alike_in_length_and_make_up_the_whole(items: list[int], size: int):
-    shares = [World(rank, size).mine(items) for rank in range(size)]
+    shares = [World(rank, size).shard(items) for rank in range(size)]
     assert sorted(item for share in shares for item in share) == sorted(items)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -45,9 +45,13 @@ def test_one_process_alone_needs_nobody(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with joined_world() as world:
         assert (world.rank, world.size, world.is_first) == (0, 1, True)
-        assert (world.from_all("a"), world.from_first(lambda: "b"), world.together(lambda: "c")) == (["a"], "b", "c")
+        assert (world.all_gather("a"), world.on_rank_zero(lambda: "b"), world.all_or_raise(lambda: "c")) == (
+            ["a"],
+            "b",
+            "c",
+        )
         world.wait()
-        for ask in (world.from_first, world.together):
+        for ask in (world.on_rank_zero, world.together):
             with pytest.raises(DataError, match="no"):
                 ask(lambda: refuse())
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mapet.shared.runtime import shared_memory as handover
+from mapet.shared.runtime import shared_memory
 from mapet.shared.runtime.loader import batches
-from mapet.shared.runtime.shared_memory import Slots
+from mapet.shared.runtime.shared_memory import SharedBuffers
 
 LONGEST = 40
 
@@ -43,9 +43,9 @@ def test_a_reader_that_stops_early_keeps_no_memory_and_no_files():
         loaded = batches(load, [[number] for number in range(LONGEST)], 2)
         assert next(loaded)["name"] == "batch 0"
         loaded.close()
-        assert not handover._known
+        assert not shared_memory._buffers_of_workers
     if before:
-        # PyTorch's own queues may keep a few; slots would be 15.
+        # PyTorch's own queues may keep a few; buffers would be 15.
         assert len(list(Path("/proc/self/fd").iterdir())) - before < 10
     assert not multiprocessing.active_children()
 
@@ -82,7 +82,7 @@ DTYPES = [torch.uint8, torch.bool, torch.int64, torch.float32, torch.bfloat16]
 
 @given(data=st.data(), count=st.integers(1, 3))
 def test_any_tensors_come_out_of_a_slot_as_they_went_in(data, count: int):
-    slots = Slots(count)
+    buffers = SharedBuffers(count)
     try:
         for _ in range(4):
             batch = {}
@@ -97,9 +97,9 @@ def test_any_tensors_come_out_of_a_slot_as_they_went_in(data, count: int):
                     "scalar": tensor.new_ones(()),
                 }
                 batch[name] = ways[data.draw(st.sampled_from(sorted(ways)))]
-            taken = slots.hand_over(batch).take()
+            taken = buffers.to_shared_memory(batch).take()
             assert set(taken) == set(batch)
             assert all(torch.equal(taken[name], batch[name]) for name in batch)
             assert all(taken[name].dtype == batch[name].dtype for name in batch)
     finally:
-        handover._known.clear()
+        shared_memory._buffers_of_workers.clear()

@@ -103,9 +103,9 @@ def test_samples_are_a_pure_function_of_seed_epoch_and_key(chain, tmp_path: Path
     place = {other.images.key(index): index for index in range(len(other.images))}
     for index in (0, 50, 95):
         first, second = sample_of(one, 3, index), sample_of(other, 3, place[one.images.key(index)])
-        assert {"pixels", "tokens", "order", "draws", "jitter_factors", "jitter_order"} < set(first)
+        assert {"pixels", "tokens", "order", "uniform_draws", "jitter_factors", "jitter_order"} < set(first)
         assert all(np.array_equal(first[name], second[name]) for name in first)
-    for name in ("order", "draws", "jitter_factors"):
+    for name in ("order", "uniform_draws", "jitter_factors"):
         drawn = [sample_of(one, 3, 0), sample_of(one, 4, 0), sample_of(one, 3, 1)]
         drawn.append(sample_of(loader(chain, "data.color_jitter=0.4", seed=1), 3, 0))
         assert len({sample[name].tobytes() for sample in drawn}) == 4

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapet.shared.errors import UsageError
 from mapet.train_stage.model import attention
-from mapet.train_stage.model.mapet import MaPeT, drop_path_keep, drop_path_rates
+from mapet.train_stage.model.mapet import MaPeT, drop_path_rates, drop_path_scales
 from mapet.train_stage.model.shape import Shape
 from mapet.train_stage.objectives.layouts import make_layout
 from mapet.train_stage.objectives.token_loss import token_loss
@@ -246,15 +246,15 @@ def test_encoding_is_the_plain_vit_of_the_published_fine_tuning_model(published)
 def test_drop_path_drops_whole_images_and_keeps_the_mean(small):
     images, order = torch.randn(2, 3, 16, 16), orders(2, 16)
     rates = drop_path_rates(3, 0.6)
-    keep = drop_path_keep(torch.tensor([[[0.99, 0.99]] * 3, [[0.0, 0.0]] * 3]), 0.6)
+    scale = drop_path_scales(torch.tensor([[[0.99, 0.99]] * 3, [[0.0, 0.0]] * 3]), 0.6)
     assert rates.tolist() == pytest.approx([0, 0.3, 0.6])
-    assert keep[0].tolist() == [[1, 1], [0, 0], [0, 0]]
-    assert keep[1].flatten().tolist() == pytest.approx([1, 1, 1 / 0.7, 1 / 0.7, 1 / 0.4, 1 / 0.4])
+    assert scale[0].tolist() == [[1, 1], [0, 0], [0, 0]]
+    assert scale[1].flatten().tolist() == pytest.approx([1, 1, 1 / 0.7, 1 / 0.7, 1 / 0.4, 1 / 0.4])
     draws = torch.rand(20_000, 3, 2, generator=torch.Generator().manual_seed(0))
-    assert drop_path_keep(draws, 0.6).mean(dim=(0, 2)).tolist() == pytest.approx([1, 1, 1], abs=0.03)
+    assert drop_path_scales(draws, 0.6).mean(dim=(0, 2)).tolist() == pytest.approx([1, 1, 1], abs=0.03)
     layout = make_layout("mapet", 16, 4)
-    alone = small(images, order, layout, keep)[0]
-    assert torch.allclose(alone, small(images[:1], order[:1], layout, keep[:1])[0], atol=1e-5)
+    alone = small(images, order, layout, scale)[0]
+    assert torch.allclose(alone, small(images[:1], order[:1], layout, scale[:1])[0], atol=1e-5)
     assert not torch.allclose(alone, small(images, order, layout)[0], atol=1e-3)
 
 
