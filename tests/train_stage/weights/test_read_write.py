@@ -206,7 +206,7 @@ def test_a_write_that_fails_leaves_nothing_and_what_a_killed_one_left_is_no_hind
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(write, "save_file", full)
+        patched.setattr(writing, "save_file", full)
         with pytest.raises(DataError, match=r"out could not be written \(No space left on device\); make room"):
             write(PRETRAIN, tmp_path / "out")
     assert not list(tmp_path.iterdir())
