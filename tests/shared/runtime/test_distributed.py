@@ -51,7 +51,7 @@ def test_one_process_alone_needs_nobody(monkeypatch: pytest.MonkeyPatch):
             "c",
         )
         world.wait()
-        for ask in (world.on_rank_zero, world.together):
+        for ask in (world.on_rank_zero, world.all_or_raise):
             with pytest.raises(DataError, match="no"):
                 ask(lambda: refuse())
 

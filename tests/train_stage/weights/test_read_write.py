@@ -18,6 +18,7 @@ from mapet.train_stage.model.mapet import MaPeT
 from mapet.train_stage.model.shape import SIZES, Shape
 from mapet.train_stage.objectives.layouts import make_layout
 from mapet.train_stage.probe import probe
+from mapet.train_stage.weights import write as writing
 from mapet.train_stage.weights.checkpoint import newest_checkpoint, save_checkpoint
 from mapet.train_stage.weights.published import load_published
 from mapet.train_stage.weights.read import load_weights
