@@ -279,20 +279,14 @@ def pretrain(
     device: Device = "auto",
 ) -> None:
     """Pre-train MaPeT on images and their precomputed tokens."""
-    from .train_stage.pretrain import pretrain
+    from .train_stage.pretrain import pretrain, pretrain_dry_run
+    from .train_stage.training.dry_run import show_estimate
 
-    pretrain(
-        images,
-        tokens,
-        out,
-        recipe=recipe,
-        overrides=overrides or (),
-        objective=objective,
-        init=init,
-        resume=resume,
-        dry_run=dry_run,
-        device=device,
-    )
+    changes = {"recipe": recipe, "overrides": overrides or (), "objective": objective, "device": device}
+    if dry_run:
+        show_estimate(pretrain_dry_run(images, tokens, **changes))
+        return
+    pretrain(images, tokens, out, init=init, resume=resume, **changes)
 
 
 @train.command()

@@ -1,14 +1,15 @@
-"""Every setting of pre-training: one documented structure, filled from a recipe file and overrides, checked as a whole.
+"""The settings of pre-training: one documented structure, filled from a recipe and overrides and checked as a whole.
 
-The defaults are the paper's for ViT-B/16 at 224 pixels (arXiv 2306.07346, section 4).
+The defaults are the paper's for ViT-B/16 at 224 pixels (arXiv 2306.07346, section 4). A default of MISSING is derived
+from other settings by `resolve`; a resolved structure has a value everywhere.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -48,31 +49,21 @@ def _check_choices(group: str, settings: object) -> None:
 class ModelSettings:
     name: str | None = "vit-base"
     """vit-tiny, vit-small, vit-base or vit-large; sets dim, depth and heads unless they are given."""
-    dim: int | None = None
-    depth: int | None = None
-    heads: int | None = None
+    dim: int = MISSING
+    """Width of the rows; derived from the name."""
+    depth: int = MISSING
+    """Number of blocks; derived from the name."""
+    heads: int = MISSING
+    """Attention heads of each block; derived from the name."""
     patch_size: int = 16
     """Pixels."""
     image_size: int = 224
     """Pixels; image_size / patch_size must be the side of the token grid."""
     drop_path: float = 0.1
-    """Drop path in the last block, rising linearly from 0 in the first."""
-
-    def complete(self) -> "ModelSettings":
-        """Fills in, in place, what the name and the sizes imply, and checks the whole."""
-        if self.name is not None:
-            known = [f"vit-{size}" for size in SIZES]
-            _require(self.name in known, f"model.name {self.name!r} is unknown; choose from {', '.join(known)}.")
-            dim, depth, heads = SIZES[self.name.removeprefix("vit-")]
-            self.dim, self.depth, self.heads = self.dim or dim, self.depth or depth, self.heads or heads
-        missing = [name for name in ("dim", "depth", "heads") if not getattr(self, name)]
-        _require(not missing, f"model.{', model.'.join(missing)} must be given where model.name is null.")
-        _require(0 <= self.drop_path < 1, f"model.drop_path {self.drop_path} must lie in [0, 1).")
-        _require(self.patch_size > 0 and self.image_size > 0, "model.patch_size and model.image_size must be positive.")
-        self.shape(k=2)
-        return self
+    """Drop path rate of the last block, rising linearly from 0 in the first."""
 
     def shape(self, k: int) -> Shape:
+        """The sizes of the model that predicts `k` codes. Raises UsageError for sizes that do not fit together."""
         return Shape(self.dim, self.depth, self.heads, self.patch_size, self.image_size, k)
 
 
@@ -82,8 +73,8 @@ class ObjectiveSettings:
 
     name: str = "mapet"
     """mapet (masked and permuted), pim (permuted: no auxiliary rows) or mim (masked, one stream, as in BEiT)."""
-    visible: int | None = None
-    """How many patches of the permutation are given, class token not counted; default a quarter of them."""
+    visible: int = MISSING
+    """How many patches of the permutation are given, not counting the class token; default a quarter of the patches."""
     visible_to: int | None = None
     """Other end of a schedule or range that starts at `visible`; null keeps `visible` for the whole run."""
     visible_change: str = "linear"
@@ -101,25 +92,14 @@ class ObjectiveSettings:
     masking: str = "block"
     """How mim masks: block (rectangles, as BEiT) or uniform (over patches)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_choices("objective", self)
         _require(0 < self.mask_ratio < 1, f"objective.mask_ratio {self.mask_ratio} must lie between 0 and 1.")
         _require(self.permutation_block >= 1, "objective.permutation_block must be at least 1.")
         _require(self.query_rows is None or self.query_rows >= 1, "objective.query_rows must be at least 1, or null.")
 
-    def complete(self, patches: int) -> "ObjectiveSettings":
-        """Fills in, in place, what the number of patches implies, and checks the whole."""
-        self.visible = patches // 4 if self.visible is None else self.visible
-        for name in ("visible", "visible_to"):
-            value = getattr(self, name)
-            _require(
-                value is None or 0 <= value < patches,
-                f"objective.{name} {value} must be at least 0 and less than the {patches} patches.",
-            )
-        return self
-
     def masked(self, patches: int) -> int:
-        """How many patches mim masks: at least one, and not all."""
+        """How many of the patches mim masks: at least one, and not all."""
         return min(max(round(self.mask_ratio * patches), 1), patches - 1)
 
 
@@ -140,7 +120,7 @@ class OptimizerSettings:
     clip_grad: float | None = 3.0
     """Largest norm of all gradients together; null does not clip."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require(self.lr > 0, f"optimizer.lr {self.lr} must be positive.")
         _require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
@@ -171,7 +151,7 @@ class DataSettings:
     cache_gb: float | None = None
     """How much of them it keeps, in 10^9 bytes; null is everything."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require(self.cache_gb is None or self.cache_gb > 0, "data.cache_gb must be positive, or null.")
         _require(self.shuffle_shards >= 1, f"data.shuffle_shards {self.shuffle_shards} must be at least 1.")
         _require(0 <= self.color_jitter <= 1, f"data.color_jitter {self.color_jitter} must lie in [0, 1].")
@@ -205,9 +185,15 @@ class TrainSettings:
     keep_every: int | None = None
     """Checkpoints at multiples of this many steps stay as well."""
     wandb: str | None = None
-    """Weights & Biases project that the metrics go to as well; needs `pip install wandb`."""
+    """Weights & Biases project that also gets the metrics; needs `pip install wandb`."""
 
-    def __post_init__(self):
+    def precision_on(self, device: str) -> str:
+        """The precision of a step on "cpu" or "cuda": "float32" or "bfloat16"."""
+        if self.precision != "auto":
+            return self.precision
+        return "bfloat16" if device == "cuda" else "float32"
+
+    def __post_init__(self) -> None:
         counts = ("epochs", "batch_size", "log_every", "checkpoint_every", "keep_last", "keep_every")
         for name in counts:
             value = getattr(self, name)
@@ -232,7 +218,7 @@ class ProbeSettings:
     max_images: int = 20000
     """A seeded subset of this many training images is used, and of a quarter as many validation images."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require((self.images is None) == (self.val is None), "probe.images and probe.val are given together.")
         _require(self.every >= 1, f"probe.every {self.every} must be at least 1.")
         _require(self.max_images >= 4, f"probe.max_images {self.max_images} must be at least 4.")
@@ -255,7 +241,7 @@ class ExecutionSettings:
     loss_chunk: int | None = 4096
     """How many predicted rows have logits at a time; null is all of them."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require(self.loss_chunk is None or self.loss_chunk >= 1, "execution.loss_chunk must be at least 1, or null.")
         _require(
             self.micro_batch is None or self.micro_batch >= 1, "execution.micro_batch must be at least 1, or null."
@@ -277,32 +263,94 @@ class Settings:
         return asdict(self)
 
 
+class RunSettings(Protocol):
+    """The groups of settings that every task has, and all that the machinery of a run knows of them."""
+
+    optimizer: OptimizerSettings
+    data: DataSettings
+    train: TrainSettings
+    probe: ProbeSettings
+    execution: ExecutionSettings
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
 def resolve(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
-    """Settings from the defaults, a recipe (a shipped name or a YAML file) and overrides like "optimizer.lr=1e-3".
+    """Settings from the defaults, a recipe (a shipped name or a YAML file) and overrides such as "optimizer.lr=1e-3".
 
     Raises UsageError for an unknown recipe, an unknown key, or a value of the wrong type or range.
     """
     schema = OmegaConf.structured(Settings)
     for override in overrides:
         _require("=" in override, f"--set {override}: write it as key=value, such as optimizer.lr=1e-3.")
-    where = f"--recipe {recipe}"
+    source = f"--recipe {recipe}"
     try:
         layers = [OmegaConf.load(_recipe_path(recipe))] if recipe else []
-        merged = OmegaConf.merge(schema, *layers)
-        where = f"--set {' '.join(overrides)}"
-        settings = OmegaConf.to_object(OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides))))
+        merged = OmegaConf.merge(schema, *map(_without_nulls_of_derived, layers))
+        source = f"--set {' '.join(overrides)}"
+        overriding = _without_nulls_of_derived(OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(merged, overriding)
+        _derive(merged)
+        settings = cast(Settings, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
-        raise UsageError(f"{where}: {f'{key}: ' if key else ''}{reason}. {_known_keys(key)}") from None
+        raise UsageError(f"{source}: {f'{key}: ' if key else ''}{reason}. {_known_keys(key)}") from None
     except (OSError, ValueError, YAMLError) as error:
-        raise UsageError(f"{where} cannot be read: {str(error).splitlines()[0]}.") from None
-    settings.objective.complete(settings.model.complete().shape(k=2).patches)
+        raise UsageError(f"{source} cannot be read: {str(error).splitlines()[0]}.") from None
+    _check_model(settings.model)
+    _check_visible(settings.objective, settings.model.shape(k=2).patches)
     _require(
         not settings.execution.compile or settings.objective.visible_to is None,
         "execution.compile needs a fixed number of rows; leave out objective.visible_to, or execution.compile.",
     )
     return settings
+
+
+_DERIVED = {"model": ("dim", "depth", "heads"), "objective": ("visible",)}
+"""Settings that `_derive` fills in; a null in a recipe or an override means that it should."""
+
+
+def _without_nulls_of_derived(layer: Any) -> Any:
+    for group, names in _DERIVED.items():
+        content = layer.get(group) if isinstance(layer, DictConfig) else None
+        if isinstance(content, DictConfig):
+            for name in names:
+                if name in content and content[name] is None:
+                    del content[name]
+    return layer
+
+
+def _derive(merged: Any) -> None:
+    """Fills in what the model's name and sizes imply."""
+    model = merged.model
+    if model.name is not None:
+        known = [f"vit-{size}" for size in SIZES]
+        _require(model.name in known, f"model.name {model.name!r} is unknown; choose from {', '.join(known)}.")
+        for key, value in zip(_DERIVED["model"], SIZES[model.name.removeprefix("vit-")], strict=True):
+            if OmegaConf.is_missing(model, key):
+                model[key] = value
+    absent = [key for key in _DERIVED["model"] if OmegaConf.is_missing(model, key)]
+    _require(not absent, f"model.{', model.'.join(absent)} must be given where model.name is null.")
+    if OmegaConf.is_missing(merged.objective, "visible"):
+        patches = (model.image_size // model.patch_size) ** 2 if model.patch_size > 0 else 0
+        merged.objective.visible = patches // 4
+
+
+def _check_model(model: ModelSettings) -> None:
+    sizes = {"dim": model.dim, "depth": model.depth, "heads": model.heads}
+    absent = [name for name, value in sizes.items() if value < 1]
+    _require(not absent, f"model.{', model.'.join(absent)} must be at least 1.")
+    _require(0 <= model.drop_path < 1, f"model.drop_path {model.drop_path} must lie in [0, 1).")
+    _require(model.patch_size > 0 and model.image_size > 0, "model.patch_size and model.image_size must be positive.")
+
+
+def _check_visible(objective: ObjectiveSettings, patches: int) -> None:
+    for name, value in (("visible", objective.visible), ("visible_to", objective.visible_to)):
+        _require(
+            value is None or 0 <= value < patches,
+            f"objective.{name} {value} must be at least 0 and less than the {patches} patches.",
+        )
 
 
 def _recipe_path(recipe: str | Path) -> Path:

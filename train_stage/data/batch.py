@@ -1,13 +1,14 @@
-"""What a training step sees: the pixels of an image's stored view, the tokens of that very view, its permutation.
+"""A training batch: the pixels of stored views, the tokens of those very views, and permutations of their patches.
 
-Images and tokens are joined by key, and an image's bytes must be the ones that were encoded (CRC32).
+Images and tokens are joined by key, and an image's bytes must be those that were encoded (CRC32).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...shared.errors import UsageError
@@ -15,6 +16,7 @@ from ...shared.images.fast_pixels import decode_pixels, replay_pixels
 from ...shared.images.records import ImageRecord
 from ...shared.images.views import CropBox, view_of_epoch
 from ...shared.randomness import generator
+from ...shared.runtime.loader import batches
 from ...shared.tokens.store import TokenStore
 from ..objectives.permutations import draw_permutation
 from ..settings import ModelSettings, Settings
@@ -23,8 +25,45 @@ from .dataset import TokenisedImages
 from .remote_tars import wait_for
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B samples of pre-training."""
+
+    index: Tensor
+    """(B,) int64: the numbers of the images."""
+    pixels: Tensor
+    """(B, 3, S, S) uint8, channels last in memory."""
+    order: Tensor
+    """(B, N) int64: the permutation of the patches, in raster order, visible ones first."""
+    tokens: Tensor
+    """(B, N) int64: the tokens in that order."""
+    uniform_draws: Tensor
+    """(B, depth, 2) float32 in [0, 1): decide which branches drop path drops."""
+    jitter_factors: Tensor | None = None
+    """(B, 3) float32: factors of brightness, contrast and saturation; None without color jitter."""
+    jitter_order: Tensor | None = None
+    """(B, 3) int64: the order in which they are applied."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on `device`; copies do not block the host."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if value is not None}
+        return Batch(**moved)
+
+
+def load_batches(
+    load: "LoadBatch", places: Iterable[Sequence[tuple[int, int]]], workers: int, *, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """Yields the batch of each list of (epoch, image) in `places`, in order, loaded by `workers` processes.
+
+    Raises the errors of `loader.batches` and of `LoadBatch`.
+    """
+    for tensors in batches(load, places, workers, pin_memory=pin_memory):
+        yield Batch(**tensors)
+
+
 def check_grid(store: TokenStore, model: ModelSettings) -> None:
-    """UsageError, saying which sizes would fit, unless the model has one patch for each token."""
+    """Raises UsageError, naming sizes that would fit, unless the model has one patch per token."""
     rows, columns = store.grid
     side = model.image_size // model.patch_size
     if (rows, columns) == (side, side):
@@ -36,7 +75,7 @@ def check_grid(store: TokenStore, model: ModelSettings) -> None:
         fits += f", or model.patch_size={model.image_size // rows} with model.image_size={model.image_size}"
     raise UsageError(
         f"The model's grid is {side}x{side} (model.image_size {model.image_size}, model.patch_size {model.patch_size}) "
-        f"and {store.path} has {rows}x{columns} tokens an image; these would fit: {fits}."
+        f"and {store.path} has {rows}x{columns} tokens per image; these would fit: {fits}."
     )
 
 
@@ -48,37 +87,40 @@ class LoadBatch:
     settings: Settings
 
     def __call__(self, places: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-        """B samples.
-
-        index (B,) int64; pixels uint8 (B, 3, S, S), channels last in memory; order (B, N) int64, the permutation;
-        tokens (B, N) int64 in that order; uniform_draws (B, depth, 2) float32 in [0, 1); and if there is colour jitter
-        jitter_factors (B, 3) float32 and jitter_order (B, 3) int64.
-        """
+        """The fields of a `Batch` with these samples, by name."""
         records = [self.images.record(index) for _, index in places]
-        # For all of the batch before any pixels, which would drive this code out of the processor's cache.
+        # All draws come before any pixels, which would evict this code from the processor's cache.
         drawn = [self._draw(epoch, record.key) for (epoch, _), record in zip(places, records, strict=True)]
+        views = np.array([view for view, _ in drawn])
+        samples = [sample for _, sample in drawn]
+        columns = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
         indices = np.array([index for _, index in places])
-        rows, views = self.images.rows[indices], np.array([sample["view"] for sample in drawn])
-        batch = {name: np.stack([sample[name] for sample in drawn]) for name in drawn[0] if name != "view"}
+        rows = self.images.rows[indices]
         tokens = self.images.tokens[rows, views].reshape(len(rows), -1)
-        batch["tokens"] = np.take_along_axis(tokens, batch["order"], axis=1).astype(np.int64)
-        loaded = {name: torch.from_numpy(values) for name, values in {"index": indices, **batch}.items()}
+        columns["tokens"] = np.take_along_axis(tokens, columns["order"], axis=1).astype(np.int64)
+        loaded = {name: torch.from_numpy(values) for name, values in {"index": indices, **columns}.items()}
         return {**loaded, "pixels": self._pixels(records, indices, rows, views)}
 
-    def _draw(self, epoch: int, key: str) -> dict[str, np.ndarray | int]:
-        """All that is random about a sample."""
+    def _draw(self, epoch: int, key: str) -> tuple[int, dict[str, NDArray[np.generic]]]:
+        """The view of a sample, and everything else about it that is random."""
         seed, data = self.settings.train.seed, self.settings.data
         random = generator(seed, "sample", epoch, key)
-        sample = {
-            "view": view_of_epoch(self.images.views, seed, epoch, key),
+        view = view_of_epoch(self.images.views, seed, epoch, key)
+        sample: dict[str, NDArray[np.generic]] = {
             "order": draw_permutation(self.settings.objective, self.images.tokens.shape[-1], random),
             "uniform_draws": random.random((self.settings.model.depth, 2), dtype=np.float32),
         }
         if data.color_jitter:
             sample["jitter_factors"], sample["jitter_order"] = draw_jitter(data.color_jitter, random)
-        return sample
+        return view, sample
 
-    def _pixels(self, records: list[ImageRecord], indices: np.ndarray, rows: np.ndarray, views: np.ndarray) -> Tensor:
+    def _pixels(
+        self,
+        records: Sequence[ImageRecord],
+        indices: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        views: NDArray[np.int64],
+    ) -> Tensor:
         size, interpolation = self.settings.model.image_size, self.settings.data.interpolation
         boxes, flips = self.images.crops[rows, views].tolist(), self.images.flips[rows, views].tolist()
         pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)

@@ -1,14 +1,15 @@
-"""Colour jitter of the student's pixels: drawn image by image in the loader, applied to whole batches on the device."""
+"""Color jitter of the student's pixels: drawn per image in the loader, applied to whole batches on the device."""
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 _GREY = (0.299, 0.587, 0.114)
 
 
-def draw_jitter(strength: float, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_jitter(strength: float, random: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """(3,) float32, the factors of brightness, contrast and saturation, each from [1 - strength, 1 + strength]; and
     (3,) int64, the order in which they are applied (as torchvision's `ColorJitter` draws, no hue)."""
     return random.uniform(1 - strength, 1 + strength, size=3).astype(np.float32), random.permutation(3)

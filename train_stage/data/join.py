@@ -1,4 +1,4 @@
-"""The join by key: which tokens belong to which image, and where its bytes lie."""
+"""The join by key: the tokens of each image, and where its bytes lie."""
 
 import hashlib
 import mmap
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from ...shared.errors import DataError, UsageError
 from ...shared.images.records import ImageRecord
@@ -34,19 +35,22 @@ def join(
     shuffle: str = "full",
     cache: str | Path | None = None,
 ) -> TokenisedImages:
-    """Finds each image's tokens by its key; without `images`, those that the store holds beside its tokens.
+    """Joins images with their tokens by key; without `images`, those that the store holds beside its tokens.
 
-    A tar that has the name and the size of the one that a shard was encoded from is that one: where its images lie is
-    read from the store, and the CRC32 of each one is checked whenever it is read. Other tars and folders are listed and
-    joined key by key. Each node's first process does that; the others of `world` share what it found.
+    A tar with the name and size of the one that a shard was encoded from is taken to be that one: the store's offsets
+    locate its images, and the CRC32 of each image is checked whenever it is read. Other tars and folders are listed
+    and joined key by key. The first process of each node does this; the others of `world` share the result.
 
-    Remote tars must have the name that they were encoded under, and an order by shards (`shuffle` = "shards"); they
-    will be fetched to the folder `cache`, or a temporary one. A remote store that holds its images is read once for its
-    rows.
+    Remote tars must have the names that they were encoded under, and an order by shards (`shuffle` = "shards"); they
+    are fetched to the folder `cache`, or to a temporary one. A remote store that holds its images is read once for
+    its rows.
 
-    Images that encode-shards was told to skip are counted and left out. Raises DataError naming others that have no
-    tokens, unless `skip_missing`; then they are counted and left out, too.
-    Tokens whose image is not in `images` are not an error (training on some of the shards), but they are counted.
+    Images that encode-shards skipped are counted and left out. Tokens whose image is not in `images` are counted but
+    are not an error: a run may train on some of the shards.
+
+    Raises:
+        DataError naming images without tokens, unless `skip_missing`, which counts them and leaves them out; UsageError
+        for remote images without `shuffle` = "shards".
     """
 
     def build(file: BinaryIO) -> tuple[dict[str, Place], tuple[str, Path | None]]:
@@ -56,18 +60,19 @@ def join(
         return places, (digest, folder if any(map(is_url, joining.paths)) else None)
 
     columns, (digest, folder) = shared_columns(build, world or World())
-    plain = np.frombuffer(mmap.mmap(-1, max(len(columns["rows"]), 1)), dtype=np.uint8)  # shared with loader workers
+    # An anonymous mapping is shared with the loader's workers.
+    plain = np.frombuffer(mmap.mmap(-1, max(len(columns["rows"]), 1)), dtype=np.uint8)
     return TokenisedImages(**columns, keys_sha256=digest, plain=plain, folder=folder)
 
 
 class _Join:
-    """The join as it happens in a node's first process: rows shard by shard into a file, keys in memory."""
+    """The join in the first process of a node: rows go to a file shard by shard, keys stay in memory."""
 
-    def __init__(self, store: TokenStore, skip_missing: bool, shuffle: str, writer: ColumnWriter):
+    def __init__(self, store: TokenStore, skip_missing: bool, shuffle: str, writer: ColumnWriter) -> None:
         self.store, self.skip_missing, self.shuffle, self.writer = store, skip_missing, shuffle, writer
         self.count = 0
         self.keys: list[bytes] = []
-        self.key_lengths: list[np.ndarray] = []
+        self.key_lengths: list[NDArray[np.int64]] = []
         self.shard_ends: list[int] = []
         self.paths: dict[str, int] = {}
         self.sizes: list[int] = []
@@ -75,7 +80,7 @@ class _Join:
     def run(self, images: str | Path | Sequence[str | Path] | None) -> tuple[dict[str, Place], str]:
         tars, others = self._sources(images)
         records = self._records(others)
-        left = dict(records)
+        unmatched = dict(records)
         names = list(self.store.entries) if records else [name for name in self.store.entries if name in tars]
         self._reserve(sum(self.store.entries[name]["images"] for name in names))
         with progress("reading tokens", len(names), "shards") as advance:
@@ -83,15 +88,15 @@ class _Join:
                 rows = self.store.read_rows(name)
                 if name in tars:
                     _refuse_in_both(rows, records, tars[name])
-                    self._take_all(name, rows, tars[name])
+                    self._append_all(name, rows, tars[name])
                 else:
-                    self._take_some(rows, records, left)
+                    self._append_matching(rows, records, unmatched)
                 advance()
-        self._account(left, self.count + len(left))
+        self._account(unmatched, self.count + len(unmatched))
         return self._finish()
 
     def _sources(self, images: str | Path | Sequence[str | Path] | None) -> tuple[dict[str, str], list[SourceShard]]:
-        """The tars that the store's own offsets are right for, by shard, and all other sources."""
+        """The tars whose images the store's offsets locate, by shard name, and all other sources."""
         if images is None:
             tars = {name: str(self.store.tar_of(name)) for name in self.store.entries}
             self._refuse_full_shuffle(tars.values())
@@ -110,10 +115,10 @@ class _Join:
             )
 
     def _is_known(self, shard: SourceShard) -> bool:
-        """Whether this is the tar that the store's offsets of the shard of its name belong to."""
+        """Whether the offsets of the store's shard of this name belong to this tar."""
         if not shard.is_remote:
             return shard.is_tar and shard.size() == self.store.tar_size(shard.name)
-        if not self.store.holds_images and self.store.tar_size(shard.name):  # compared when it is fetched
+        if not self.store.holds_images and self.store.tar_size(shard.name):  # its size is compared when it is fetched
             return True
         raise DataError(
             f"{shard.root} has no tokens under its name in {self.store.path}; give remote tars that were encoded under "
@@ -121,14 +126,14 @@ class _Join:
         )
 
     def _records(self, shards: list[SourceShard]) -> dict[str, ImageRecord]:
-        """The images of sources that must be listed, by key; DataError for a key that stands twice."""
+        """The images of sources that must be listed, by key. Raises DataError for a duplicate key."""
         lenient = bool(self.store.skipped())
         ledger = KeyLedger()
-        found = {shard.name: shard.index([] if lenient else None) for shard in shards}
-        for name, records in found.items():
+        by_shard = {shard.name: shard.index([] if lenient else None) for shard in shards}
+        for name, records in by_shard.items():
             ledger.add(name, (record.key for record in records))
-        ledger.refuse_doubles(lambda name: [record.key for record in found[name]])
-        return {record.key: record for records in found.values() for record in records}
+        ledger.refuse_doubles(lambda name: [record.key for record in by_shard[name]])
+        return {record.key: record for records in by_shard.values() for record in records}
 
     def _reserve(self, most: int) -> None:
         views, (height, width) = self.store.views, self.store.grid
@@ -144,37 +149,47 @@ class _Join:
         ):
             self.writer.reserve(name, dtype, most, *shape)
 
-    def _take_all(self, name: str, rows: ShardRows, path: str) -> None:
+    def _append_all(self, name: str, rows: ShardRows, path: str) -> None:
         file = self._file(path, self.store.tar_size(name))
         self._append(rows, slice(None), rows.offsets, rows.lengths, rows.labels, np.full(len(rows), file))
 
-    def _take_some(self, rows: ShardRows, records: dict[str, ImageRecord], left: dict[str, ImageRecord]) -> None:
-        """Takes the rows whose key is among `records`, and takes those keys from what is `left`."""
+    def _append_matching(
+        self, rows: ShardRows, records: dict[str, ImageRecord], unmatched: dict[str, ImageRecord]
+    ) -> None:
+        """Appends the rows whose key is among `records`, and removes those keys from `unmatched`."""
         places = [place for place, key in enumerate(rows.keys) if key in records]
         for place in places:
-            if left.pop(rows.keys[place], None) is None:
+            if unmatched.pop(rows.keys[place], None) is None:
                 raise DataError(f"{self.store.path} holds {rows.keys[place]!r} twice; encode each image once.")
-        some = [records[rows.keys[place]] for place in places]
-        labels = [NO_LABEL if record.label is None else record.label for record in some]
+        matching = [records[rows.keys[place]] for place in places]
+        labels = [NO_LABEL if record.label is None else record.label for record in matching]
         self._append(
             rows,
             places,
-            [record.offset for record in some],
-            [record.length for record in some],
+            [record.offset for record in matching],
+            [record.length for record in matching],
             labels,
-            [self._file(str(record.path)) for record in some],
+            [self._file(str(record.path)) for record in matching],
         )
 
-    def _file(self, path: str, size: int = 0) -> int:
+    def _file(self, path: str, size: int | None = 0) -> int:
         if path not in self.paths:
             self.paths[path] = len(self.paths)
-            self.sizes.append(size)
+            self.sizes.append(size or 0)
         return self.paths[path]
 
-    def _append(self, rows: ShardRows, places, offsets, lengths, labels, files) -> None:
-        own = {name: getattr(rows, name)[places] for name in ("tokens", "crops", "flips", "crc32")}
-        given = {"offsets": offsets, "lengths": lengths, "labels": labels, "files": files}
-        for name, values in {**own, **given}.items():
+    def _append(
+        self,
+        rows: ShardRows,
+        places: slice | list[int],
+        offsets: ArrayLike,
+        lengths: ArrayLike,
+        labels: ArrayLike,
+        files: ArrayLike,
+    ) -> None:
+        stored = {name: getattr(rows, name)[places] for name in ("tokens", "crops", "flips", "crc32")}
+        located = {"offsets": offsets, "lengths": lengths, "labels": labels, "files": files}
+        for name, values in {**stored, **located}.items():
             self.writer.write(name, self.count, np.asarray(values))
         keys = [key.encode() for key in rows.keys[places]]
         self.keys.append(b"".join(keys))
@@ -183,18 +198,18 @@ class _Join:
         if keys:
             self.shard_ends.append(self.count)
 
-    def _account(self, left: dict[str, ImageRecord], given: int) -> None:
-        """Says what of images and tokens is not used; DataError for images without tokens, unless they may be."""
+    def _account(self, unmatched: dict[str, ImageRecord], total: int) -> None:
+        """Logs unused images and tokens. Raises DataError for images without tokens, unless they may be skipped."""
         path = self.store.path
         skipped = {key for _, key, _ in self.store.skipped()}
         if skipped:
             say(f"{len(self.store.skipped())} images were skipped when {path} was encoded; they are left out.")
-        given -= sum(key in skipped for key in left)
-        missing = [key for key in left if key not in skipped]
+        total -= sum(key in skipped for key in unmatched)
+        missing = [key for key in unmatched if key not in skipped]
         if missing:
             named = f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
-            text = f"{len(missing)} of {given} images have no tokens in {path}: {named}"
-            if not self.skip_missing or len(missing) == given:
+            text = f"{len(missing)} of {total} images have no tokens in {path}: {named}"
+            if not self.skip_missing or len(missing) == total:
                 raise DataError(f"{text}; encode them (mapet tokenize encode-shards) or --set data.skip_missing=true.")
             say(f"{text}; they are left out.")
         if self.count < len(self.store):
@@ -205,7 +220,7 @@ class _Join:
         lengths = np.concatenate([np.empty(0, dtype=np.int64), *self.key_lengths])
         keys = _padded(self.keys, lengths, self.key_lengths)
         rows = np.argsort(keys, kind="stable")
-        doubled = sum(int((some[1:] == some[:-1]).sum()) for some in _sorted_parts(keys, rows, overlap=1))
+        doubled = sum(int((part[1:] == part[:-1]).sum()) for part in _sorted_parts(keys, rows, overlap=1))
         if doubled:
             raise DataError(f"{self.store.path} holds {doubled} keys twice; encode each image once.")
         images = np.empty_like(rows)
@@ -228,8 +243,8 @@ def _refuse_in_both(rows: ShardRows, records: dict[str, ImageRecord], tar: str) 
         raise DataError(f"key {min(common)!r} is in both {records[min(common)].path} and {tar}; keys must be unique.")
 
 
-def _padded(blocks: list[bytes], lengths: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
-    """All keys as one array of equally long byte strings, whose order is that of the texts: UTF-8 keeps it."""
+def _padded(blocks: list[bytes], lengths: NDArray[np.int64], parts: list[NDArray[np.int64]]) -> NDArray[np.bytes_]:
+    """All keys as one array of byte strings of equal length; UTF-8 sorts as the texts do."""
     keys = np.empty(len(lengths), dtype=f"S{max(lengths.max(initial=1), 1)}")
     start = 0
     for block, part in zip(blocks, parts, strict=True):
@@ -241,16 +256,16 @@ def _padded(blocks: list[bytes], lengths: np.ndarray, parts: list[np.ndarray]) -
     return keys
 
 
-def _sorted_parts(keys: np.ndarray, rows: np.ndarray, overlap: int = 0) -> Iterator[np.ndarray]:
-    """Yields the keys in order, many at a time, each time beginning with the last `overlap` ones of the time before."""
+def _sorted_parts(keys: NDArray[np.bytes_], rows: NDArray[np.int64], overlap: int = 0) -> Iterator[NDArray[np.bytes_]]:
+    """Yields the sorted keys in blocks; each block begins with the last `overlap` keys of the block before."""
     for start in range(0, len(rows), _KEYS_AT_ONCE):
         yield keys[rows[max(start - overlap, 0) : start + _KEYS_AT_ONCE]]
 
 
-def _digest(keys: np.ndarray, rows: np.ndarray) -> str:
-    """`images.keys_sha256` of all keys, without a list of them."""
+def _digest(keys: NDArray[np.bytes_], rows: NDArray[np.int64]) -> str:
+    """`records.keys_sha256` of all keys, without a list of them."""
     digest, between = hashlib.sha256(), b""
-    for some in _sorted_parts(keys, rows):
-        digest.update(between + b"\n".join(some.tolist()))
+    for part in _sorted_parts(keys, rows):
+        digest.update(between + b"\n".join(part.tolist()))
         between = b"\n"
     return digest.hexdigest()

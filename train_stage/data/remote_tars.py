@@ -1,6 +1,6 @@
-"""Remote tars on their way through this disk: fetched shortly before their images are needed, deleted afterwards.
+"""Remote tars on this disk: fetched shortly before their images are needed and deleted afterwards.
 
-Each node's first process fetches in the background; whoever loads an image waits until its tar is there as a whole.
+The first process of each node fetches in background threads; a loader waits until the tar of its image is complete.
 """
 
 import fcntl
@@ -21,9 +21,9 @@ from torch.utils.data import get_worker_info
 from ...shared.errors import DataError, MapetError
 from ...shared.runtime.distributed import local_rank
 from ...shared.storage.remote import download
-from ..settings import Settings
+from ..settings import RunSettings
 from .batch_order import shard_groups
-from .dataset import RemoteTar, TokenisedImages
+from .image_set import ImageSet, RemoteTar
 from .join import TARS_PREFIX
 
 _AT_ONCE = 4
@@ -35,57 +35,57 @@ def _failure_note(path: Path) -> Path:
 
 
 def wait_for(path: Path) -> None:
-    """Returns when the tar at `path` is there; DataError if it could not be fetched."""
+    """Returns once the tar at `path` exists. Raises DataError if it could not be fetched."""
     parent, pause = os.getppid(), 0.01
     while not path.exists():
         with suppress(FileNotFoundError):
             raise DataError(_failure_note(path).read_text())
         if get_worker_info() and os.getppid() != parent:
-            raise DataError(f"{path} will not come: the process that fetches it has ended.")
+            raise DataError(f"{path} will not arrive: the process that fetches it has ended.")
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Tars whose images are seen between two steps, both counted from the beginning of the run."""
+    """Tars whose images are used between two steps, both counted from the beginning of the run."""
 
     first: int
     last: int
     tars: dict[Path, RemoteTar]
 
 
-def _groups(data: TokenisedImages, settings: Settings, start: int) -> Iterator[_Group]:
+def _groups(images: ImageSet, settings: RunSettings, start: int) -> Iterator[_Group]:
     """The groups of an order by shards from step `start` on, in the order of `order.global_batches`."""
     size = settings.train.batch_size
-    steps = len(data) // size
-    begins = [0, *data.shard_ends[:-1].tolist()]
+    steps = len(images) // size
+    begins = [0, *images.shard_ends[:-1].tolist()]
     for epoch in range(start // steps, settings.train.epochs):
         seen = 0
-        for group in shard_groups(data, settings, epoch):
-            count = sum(int(data.shard_ends[shard]) - begins[shard] for shard in group)
+        for group in shard_groups(images, settings, epoch):
+            count = sum(int(images.shard_ends[shard]) - begins[shard] for shard in group)
             first, last = epoch * steps + seen // size, epoch * steps + min((seen + count - 1) // size, steps - 1)
             seen += count
             if max(first, start) <= last:
-                tars = (data.remote_tar(begins[shard]) for shard in group)
+                tars = (images.remote_tar(begins[shard]) for shard in group)
                 yield _Group(first, last, {tar.path: tar for tar in tars if tar})
 
 
 @contextmanager
-def tars_at_hand(data: TokenisedImages, settings: Settings, start: int) -> Iterator[Callable[[int], None]]:
-    """Fetches the tars of remote images while the block runs, from step `start` on; local ones need nothing.
+def fetched_tars(images: ImageSet, settings: RunSettings, start: int) -> Iterator[Callable[[int], None]]:
+    """Fetches the tars of remote images while the block runs, from step `start` on; local images need nothing.
 
-    Yields `passed(steps)`, to be called with the number of steps of the run that all processes have done; it raises
-    DataError if a tar could not be fetched. Tars that the order has passed are deleted, or kept in `data.cache` as long
-    as `data.cache_gb` allows.
+    Yields `passed(steps)`, to be called with the number of steps that all processes have done; it raises DataError if
+    a tar could not be fetched. Tars behind the current position are deleted, or kept in `data.cache` as long as
+    `data.cache_gb` allows.
     """
-    if not data.is_remote or local_rank() != 0:
+    if images.folder is None or local_rank() != 0:
         yield lambda steps: None
         return
-    with _claimed(data.folder, settings.data.cache is not None):
+    with _claimed(images.folder, settings.data.cache is not None):
         limit = settings.data.cache_gb
         keep = 0 if settings.data.cache is None else float("inf") if limit is None else limit * 1e9
-        fetcher = _Fetcher(_groups(data, settings, start), keep)
+        fetcher = _Fetcher(_groups(images, settings, start), keep)
         fetcher.passed(start)
         try:
             yield fetcher.passed
@@ -95,37 +95,37 @@ def tars_at_hand(data: TokenisedImages, settings: Settings, start: int) -> Itera
 
 @contextmanager
 def _claimed(folder: Path, keeps: bool) -> Iterator[None]:
-    """The folder of tars, made; a temporary one is deleted afterwards, as are those that killed processes left."""
+    """Makes the folder of tars. A temporary one is deleted afterwards, as are those that killed processes left."""
     if keeps:
         folder.mkdir(parents=True, exist_ok=True)
         for note in folder.glob("*.failed"):
             note.unlink(missing_ok=True)
         yield
         return
-    for left in Path(tempfile.gettempdir()).glob(f"{TARS_PREFIX}*"):
-        _delete_unless_used(left)
+    for abandoned in Path(tempfile.gettempdir()).glob(f"{TARS_PREFIX}*"):
+        _delete_unless_used(abandoned)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK, "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            # Under another name, as what is still being fetched would be put beside what is deleted.
-            gone = folder.with_name(f"{folder.name}-gone")
-            os.replace(folder, gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            # Renamed first: a tar that is still being fetched must not appear in a folder that is being deleted.
+            deleted = folder.with_name(f"{folder.name}-gone")
+            os.replace(folder, deleted)
+            shutil.rmtree(deleted, ignore_errors=True)
 
 
 def _delete_unless_used(folder: Path) -> None:
     with suppress(OSError), open(folder / _LOCK, "rb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its process holds it as long as it lives
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by its process as long as that lives
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Fetcher:
-    """Threads that fetch the tars of the groups around the present step and of the next one."""
+    """Threads that fetch the tars of the current groups and of the next one."""
 
-    def __init__(self, groups: Iterator[_Group], keep: float):
+    def __init__(self, groups: Iterator[_Group], keep: float) -> None:
         self.groups, self.keep = groups, keep
         self.window: deque[_Group] = deque()
         self.wanted: queue.Queue[RemoteTar | None] = queue.Queue()
@@ -137,7 +137,7 @@ class _Fetcher:
             thread.start()
 
     def passed(self, steps: int) -> None:
-        """Lets go of groups that `steps` steps have passed, and begins with those that come."""
+        """Drops the groups that end before step `steps`, and queues the ones that follow."""
         if self.failure:
             raise self.failure
         over = []
@@ -156,13 +156,13 @@ class _Fetcher:
                 path.unlink(missing_ok=True)
 
     def stop(self) -> None:
-        """Nothing more is begun; what takes longer to fetch than a moment ends with the process."""
+        """Starts no further downloads; a download that takes longer than a second ends with the process."""
         with suppress(queue.Empty):
             while True:
                 self.wanted.get_nowait()
         for _ in self.threads:
             self.wanted.put(None)
-        for thread in self.threads:  # one that has only begun would make the folder again
+        for thread in self.threads:  # a thread that has just begun would make the folder again
             thread.join(timeout=1)
 
     def _work(self) -> None:
@@ -194,7 +194,7 @@ class _Fetcher:
                 self.under_way -= tar.size
 
     def _make_room(self, tar: RemoteTar) -> None:
-        """Deletes tars that the window does not need, those used longest ago first, as `data.cache_gb` demands."""
+        """Deletes tars outside the window, the least recently used first, until `data.cache_gb` is respected."""
         with self.making_room:
             self.under_way += tar.size
             if self.keep in (0, float("inf")):

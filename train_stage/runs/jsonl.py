@@ -1,4 +1,4 @@
-"""Files of one JSON object per line."""
+"""Files of one JSON object per line, each with the step that it belongs to."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from ...shared.storage.files import written_whole
 
 
 def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keeps the lines of a .jsonl file up to `step` and returns them; what came later is about to happen again."""
+    """Keeps the lines up to `step` and returns them; later steps are about to be computed again."""
     lines = [line for line in read_lines(path) if line["step"] <= step]
     with written_whole(path) as partial:
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -16,7 +16,7 @@ def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file, up to one that a process which was killed left half written; [] without a file."""
+    """The lines of a file, up to one that a killed process left incomplete; [] without a file."""
     if not path.exists():
         return []
     lines = []
@@ -29,6 +29,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Appends one line; the folder of the file is made if it is missing."""
     path.parent.mkdir(exist_ok=True)
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")

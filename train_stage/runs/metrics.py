@@ -1,128 +1,117 @@
-"""What a run writes down as it goes: metrics.jsonl, TensorBoard and, if wanted, Weights & Biases; the same lines
-whether it was stopped or not."""
+"""The metrics of a run: one line of metrics.jsonl every few steps, and the same numbers for TensorBoard and others.
+
+The lines do not depend on where a run was stopped. To add a metric, compute it in `Logbook._line`.
+"""
 
 import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from ..training.bad_steps import BadStep
 from ..training.step_metrics import StepMetrics
 from .jsonl import drop_lines_after
-from .metric_writers import start_wandb
+from .metric_writers import MetricWriter
 
-_NO_SCALARS = ("step", "epoch", "accuracy_by_rank")
+_NOT_SCALARS = ("step", "epoch")
 
 
 class Logbook:
-    """One line of metrics every `every` steps, with means over them.
-
-    `pending` are the metrics since the last line before the checkpoint at step `start`, so that lines do not depend on
-    where a run was stopped. Only a logbook that `writes` (the first process's) leaves anything on disk.
-    """
+    """Averages the metrics of every `every` steps into one line."""
 
     def __init__(
         self,
-        out: Path,
+        path: Path | None,
         start: int,
-        pending: list[StepMetrics],
+        pending: Sequence[StepMetrics],
         *,
         every: int,
         steps: int,
         steps_per_epoch: int,
+        bands: str | None = None,
         peak_images_per_second: float | None = None,
-        wandb: str | None = None,
-        settings: Mapping[str, Any] | None = None,
-        writes: bool = True,
-    ):
-        self._every, self._steps, self._steps_per_epoch = every, steps, steps_per_epoch
-        self._peak, self._pending, self._note = peak_images_per_second, pending, ""
-        self._path, self._writes, self._wandb = out / "metrics.jsonl", writes, None
-        self.lines = drop_lines_after(self._path, start) if writes else []
+        writers: Sequence[MetricWriter] = (),
+    ) -> None:
+        """Opens the log of a run that starts or resumes at step `start` of `steps`.
+
+        Args:
+            path: metrics.jsonl, whose lines after `start` are dropped; None in processes that write nothing.
+            pending: the metrics since the last line before the checkpoint at `start`.
+            bands: the accuracy of each band is logged as accuracy_by_`bands`; None logs the mean alone.
+            peak_images_per_second: at the peak FLOP/s of all GPUs, for MFU; None if it is unknown.
+            writers: where lines are written besides `path`; they are closed with the logbook.
+        """
+        self._every, self._steps, self._steps_per_epoch, self._bands = every, steps, steps_per_epoch, bands
+        self._peak, self._pending, self._summary = peak_images_per_second, list(pending), ""
+        self._writers = writers
+        self.lines = [] if path is None else drop_lines_after(path, start)
+        self._file = None if path is None else open(path, "a")  # noqa: SIM115 (closed by __exit__)
         self.images = self._images_before = 0
         self.waited = self._waited_before = 0.0
-        self._board = SummaryWriter(out / "tensorboard", purge_step=start + 1 if start else None) if writes else None
-        if writes and wandb is not None:
-            self._wandb = start_wandb(wandb, out, settings or {})
         self._since = self._began = time.monotonic()
 
     def __enter__(self) -> "Logbook":
-        self._file = open(self._path, "a") if self._writes else None
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for writer in self._writers:
+            writer.close()
 
     @property
     def images_per_second(self) -> float:
+        """Since the logbook was opened."""
         return self.images / max(time.monotonic() - self._began, 1e-9)
 
     @property
     def data_wait(self) -> float:
-        """Share of the time that was spent waiting for images."""
+        """Share of the time that was spent waiting for data, in [0, 1]."""
         return self.waited / max(time.monotonic() - self._began, 1e-9)
 
     def pending(self, step: int) -> list[dict[str, Any]]:
-        """The metrics since the last line, as JSON, after `step` steps. Raises BadStep if a loss is no number."""
+        """The metrics since the last line, as JSON, after `step` steps. Raises BadStep if a loss is not finite."""
         pending = [metrics.to_json() for metrics in self._pending]
         for at, metrics in enumerate(pending, step - len(pending) + 1):
             if metrics["problem"] is None and metrics["loss"] is None:
                 raise BadStep(at, "a loss that is NaN or infinite")
         return pending
 
-    def note(self, step: int, metrics: StepMetrics, waited: float) -> str:
-        """Takes one step's metrics and the seconds it waited for data; returns what to show beside the progress bar.
+    def log(self, step: int, metrics: StepMetrics, waited: float) -> str:
+        """Logs the metrics of one step and the seconds that it waited for data.
 
-        Raises BadStep if a line is due and a loss in it is no number, before it is written anywhere.
+        Returns what to show beside the progress bar. Raises BadStep if a line is due and a loss in it is not finite,
+        before anything is written.
         """
         self._pending.append(metrics)
         self.images += metrics.images
         self.waited += waited
         if step % self._every == 0 or step == self._steps:
-            self._write(step)
-        return self._note
+            pending, self._pending = self.pending(step), []
+            if self._file is not None:
+                self._write(step, self._line(step, pending))
+        return self._summary
 
-    def probed(self, step: int, accuracies: Mapping[str, float]) -> None:
-        """Shows what a probe found beside the other curves."""
-        for name, value in accuracies.items():
-            if self._board is not None:
-                self._board.add_scalar(f"probe/{name}", value, step)
-        if self._wandb is not None:
-            self._wandb.log({f"probe/{name}": value for name, value in accuracies.items()}, step=step)
+    def log_evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Writes the numbers of an evaluation beside the other curves."""
+        for writer in self._writers:
+            writer.write(step, {f"probe/{name}": value for name, value in numbers.items()})
 
-    def _write(self, step: int) -> None:
-        pending, self._pending = self.pending(step), []
-        if not self._writes:
-            return
-        line = {
+    def _line(self, step: int, pending: list[dict[str, Any]]) -> dict[str, Any]:
+        """The line of metrics.jsonl for these steps."""
+        return {
             "step": step,
             "epoch": round(step / self._steps_per_epoch, 4),
-            **_means(pending),
+            **_means(pending, self._bands),
             **self._speed(),
             "memory_mb": peak_memory_mb(),
         }
-        self.lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        scalars = {name: value for name, value in line.items() if name not in _NO_SCALARS and value is not None}
-        bands = enumerate(line["accuracy_by_rank"])
-        scalars |= {f"accuracy_by_rank/{band}": value for band, value in bands if value is not None}
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=step)
-        self._note = _note(line)
 
     def _speed(self) -> dict[str, float]:
         now, images, waited = time.monotonic(), self.images - self._images_before, self.waited - self._waited_before
@@ -131,24 +120,46 @@ class Logbook:
         speed = {"images_per_second": round(images / seconds, 2), "data_wait": round(waited / seconds, 4)}
         return speed if self._peak is None else {**speed, "mfu": round(images / seconds / self._peak, 4)}
 
+    def _write(self, step: int, line: dict[str, Any]) -> None:
+        assert self._file is not None
+        self.lines.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        scalars = _scalars(line)
+        for writer in self._writers:
+            writer.write(step, scalars)
+        self._summary = _summary(line)
 
-def _means(pending: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a line says of its steps; those that were skipped count in `skipped_steps` only."""
+
+def _means(pending: list[dict[str, Any]], bands: str | None) -> dict[str, Any]:
+    """Means over steps; skipped steps count in `skipped_steps` only."""
     done = [metrics for metrics in pending if metrics["problem"] is None]
     right, guesses = (
-        [sum(band) for band in zip(*(m[name] for m in done), strict=True)] for name in ("right", "guesses")
+        [sum(band) for band in zip(*(metrics[name] for metrics in done), strict=True)] for name in ("right", "guesses")
     )
+    by_band = [a / b if b else None for a, b in zip(right, guesses, strict=True)]
     return {
         "loss": fmean(metrics["loss"] for metrics in done) if done else None,
         "accuracy": sum(right) / sum(guesses) if done else None,
-        "accuracy_by_rank": [a / b if b else None for a, b in zip(right, guesses, strict=True)],
+        **({} if bands is None else {f"accuracy_by_{bands}": by_band}),
         "lr": pending[-1]["lr"],
         "gradient_norm": fmean(metrics["gradient_norm"] for metrics in done) if done else None,
         "skipped_steps": len(pending) - len(done),
     }
 
 
-def _note(line: dict[str, Any]) -> str:
+def _scalars(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line; those of a list are numbered NAME/0, NAME/1, ..."""
+    scalars: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, list):
+            scalars |= {f"{name}/{at}": entry for at, entry in enumerate(value) if entry is not None}
+        elif value is not None and name not in _NOT_SCALARS:
+            scalars[name] = value
+    return scalars
+
+
+def _summary(line: dict[str, Any]) -> str:
     speed = f"{line['images_per_second']:.0f} images/s"
     if line["loss"] is None:
         return f"all {line['skipped_steps']} steps skipped, {speed}"
@@ -156,8 +167,8 @@ def _note(line: dict[str, Any]) -> str:
 
 
 def peak_memory_mb() -> int:
-    """MiB: the most that PyTorch held on the GPU, or that was resident where there is none."""
-    if torch.cuda.is_initialized():
+    """Peak memory in MiB: reserved by PyTorch on the GPU, or resident where there is none."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.cuda.max_memory_reserved() >> 20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20

@@ -1,4 +1,4 @@
-"""RUN/run.json: what began a run and each time it went on, so that the folder is enough to do it again."""
+"""RUN/run.json: how a run was started and resumed, so that the folder is enough to repeat it."""
 
 import json
 import platform
@@ -17,10 +17,10 @@ _PACKAGE = Path(__file__).parents[2]
 _LIBRARIES = ("mapet", "torch", "torchvision", "timm", "numpy", "pillow")
 
 
-def write_record(out: Path, step: int, about: dict[str, Any]) -> None:
-    """Adds to `starts` in RUN/run.json: the command, versions and state of the code that goes on at `step`.
+def write_record(out: Path, step: int, metadata: dict[str, Any]) -> None:
+    """Adds an entry to `starts` in RUN/run.json: command, versions and state of the code that starts at `step`.
 
-    `about` is what does not change between them: data, tokens, codebook.
+    `metadata` is what does not change between starts: data, tokens, codebook.
     """
     path = out / "run.json"
     try:
@@ -38,11 +38,11 @@ def write_record(out: Path, step: int, about: dict[str, Any]) -> None:
         "git": git_state(_PACKAGE),
     }
     with written_whole(path) as partial:
-        partial.write_text(json.dumps({**about, "starts": [*starts, start]}, indent=1) + "\n")
+        partial.write_text(json.dumps({**metadata, "starts": [*starts, start]}, indent=1) + "\n")
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that `folder` is the root of, and which files differ from it; None if it is none."""
+    """Commit of the checkout at `folder` and the files that differ from it; None if `folder` is not a checkout."""
     if not (folder / ".git").exists():
         return None
     try:

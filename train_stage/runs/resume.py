@@ -1,82 +1,108 @@
-"""May a run go on from the checkpoint that its folder holds? Only with what it was begun with."""
+"""Resuming: a run continues from a checkpoint only with the task, settings, data and start that it was begun with."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...shared.errors import DataError, FingerprintMismatch, UsageError
-from ...shared.tokens.store import TokenStore
-from ..data.dataset import TokenisedImages
-from ..settings import Settings
+from ...shared.errors import DataError, UsageError
+from ..data.image_set import ImageSet
+from ..settings import RunSettings
 from ..weights.checkpoint import newest_checkpoint, newest_whole_checkpoint
 from ..weights.read import load_weights
 
 RESUME = ("auto", "never")
+_TASK_BEFORE_TASKS = "pretraining"
+"""The task of checkpoints that do not name one."""
 
 
-def find_resumable(out: Path, resume: str, settings: Settings, store: TokenStore) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint in `out` to go on from, and its state; or None.
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint to resume from, and its metadata."""
 
-    Raises UsageError if `resume` forbids it, or settings or stored views differ that change what is computed,
-    FingerprintMismatch if the tokens are of another codebook.
+    path: Path
+    metadata: dict[str, Any]
+
+
+def find_resume_point(
+    out: Path,
+    resume: str,
+    task: str,
+    settings: RunSettings,
+    defaults: RunSettings,
+    refuse_other_data: Callable[[dict[str, Any]], None],
+) -> ResumePoint | None:
+    """The newest whole checkpoint in `out`, or None if the run is new.
+
+    Args:
+        out: the folder of the run.
+        resume: "auto", or "never", which refuses a folder that holds a run.
+        task: the name of the task.
+        settings: the settings of this command.
+        defaults: the settings with their default values: those of a setting that did not exist when the run was begun.
+        refuse_other_data: raises an error if the metadata of a checkpoint describe other data than this command's.
+
+    Raises UsageError if `resume` forbids it, or if the task or settings differ that change what is computed, and the
+    errors of `refuse_other_data`.
     """
     if resume not in RESUME:
         raise UsageError(f"--resume {resume} is unknown; choose {' or '.join(RESUME)}.")
     if resume == "never" and newest_checkpoint(out):
         raise UsageError(f"{out} already holds a run; choose another --out, or --resume auto to go on with it.")
-    found = newest_whole_checkpoint(out)
-    if found is None:
+    checkpoint = newest_whole_checkpoint(out)
+    if checkpoint is None:
         return None
-    _, before = found
-    if before["codebook_fingerprint"] != store.fingerprint:
-        raise FingerprintMismatch(
-            f"{out} was trained on tokens of codebook {before['codebook_fingerprint'][:12]} and {store.path} holds "
-            f"tokens of {store.fingerprint[:12]}; give the same tokens or another --out."
-        )
-    view = before["view"]
-    if view != store.view:
-        raise UsageError(
-            f"{out} was begun with the views {view} of each image and {store.path} now has {store.view}; "
-            "give tokens with the same views or another --out."
-        )
-    changed = _differences(before["settings"], settings.to_json())
+    path, metadata = checkpoint
+    before = metadata.get("task", _TASK_BEFORE_TASKS)
+    if before != task:
+        raise UsageError(f"{out} holds a run of another task ({before}, not {task}); choose another --out.")
+    refuse_other_data(metadata)
+    changed = _differences(metadata["settings"], settings.to_json(), defaults.to_json())
     if changed:
         raise UsageError(
             f"{out} was begun with other settings ({'; '.join(changed)}); give the same ones or another --out."
         )
-    return found
+    return ResumePoint(path, metadata)
 
 
-def refuse_other_images(last: Path, before: dict[str, Any], data: TokenisedImages) -> None:
-    """Raises DataError unless `data` has the images that the run of this checkpoint, in state `before`, began with."""
-    if before["keys_sha256"] != data.keys_sha256:
+def refuse_other_images(point: ResumePoint, images: ImageSet) -> None:
+    """Raises DataError unless `images` are those that the run was begun with."""
+    before = point.metadata
+    if before["keys_sha256"] != images.keys_sha256:
         raise DataError(
-            f"{last} was trained on {before['images']} images and --images now gives {len(data)}, not the same ones; "
-            "give the same images or another --out."
+            f"{point.path} was trained on {before['images']} images and --images now gives {len(images)}, not the same "
+            "ones; give the same images or another --out."
         )
 
 
-# These change how a run is executed or written down, never what is computed.
+def refuse_other_start(point: ResumePoint, init: str | Path | None) -> None:
+    """Raises UsageError if `init` is given and the run was not started from it."""
+    before = point.metadata["init"]
+    if init is not None and (before is None or before["sha256"] != load_weights(init).sha256()):
+        start = f"from {before['file']}" if before else "from fresh weights"
+        raise UsageError(
+            f"{point.path} belongs to a run that started {start}, not from --init {init}; choose another --out."
+        )
+
+
+# These change how a run is executed or logged, never what is computed.
 _FREE_TO_CHANGE = {
     *(f"data.{name}" for name in ("workers", "cache", "cache_gb")),
     *(f"train.{name}" for name in ("log_every", "log_keys", "checkpoint_every", "keep_last", "keep_every", "wandb")),
-    # What is done about a bad step may be decided when one has come.
+    # How to treat a bad step may be decided once one has occurred.
     *("train.on_bad_step", "train.spike"),
 }
 _FREE_GROUPS = ("execution", "probe")
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [
-        f"{group}.{name} was {before.get(group, {}).get(name)} and is {value}"
-        for group, values in now.items()
-        if group not in _FREE_GROUPS
-        for name, value in values.items()
-        if before.get(group, {}).get(name) != value and f"{group}.{name}" not in _FREE_TO_CHANGE
-    ]
-
-
-def refuse_other_start(last: Path, before: dict[str, str] | None, init: str | Path | None) -> None:
-    """Raises UsageError if `init` is given and is not what the run of this checkpoint started from (`before`)."""
-    if init is not None and (before is None or before["sha256"] != load_weights(init).sha256()):
-        began = f"from {before['file']}" if before else "from fresh weights"
-        raise UsageError(f"{last} belongs to a run that started {began}, not from --init {init}; choose another --out.")
+def _differences(before: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    """Settings that differ and change what is computed; a setting unknown to the checkpoint had its default value."""
+    differences = []
+    for group, values in now.items():
+        if group in _FREE_GROUPS:
+            continue
+        for name, value in values.items():
+            old = before.get(group, {}).get(name, defaults[group][name])
+            if old != value and f"{group}.{name}" not in _FREE_TO_CHANGE:
+                differences.append(f"{group}.{name} was {old} and is {value}")
+    return differences

@@ -1,10 +1,10 @@
-"""pretrain --dry-run: what a run amounts to, how much memory and time it will take; nothing is written."""
+"""The estimate of a dry run: what a run amounts to, how much memory and time it will take. Nothing is written."""
 
 import statistics
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -14,115 +14,135 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ...shared.runtime.console import say, table
+from ...shared.runtime.console import table
 from ...shared.runtime.distributed import World
 from ...shared.runtime.memory import as_text, free_bytes
-from ..model.mapet import MaPeT
-from ..objectives.layouts import step_layout
-from ..settings import Settings
-from .plan import Plan, flops_per_image, parameters_of
-from .trainer import PretrainingLoss, Trainer
+from .plan import Plan
+from .task import BatchT, TaskModel
+from .trainer import Trainer
 
 WARM_UP, MEASURED = 2, 10
-# What a process holds beside its tensors, measured on the CPU (glibc 2.36); not measured on a GPU. Kernels that are
-# mapped and what libraries allocate at their first use: about 40 MiB. Holes in the heap, too small for the next tensor:
-# without these 40 MiB, resident memory was 1.1 to 1.4 times a step's tensors, most with gradient checkpointing (1.7
-# times with 64 images at once), whether or not `keep_freed_memory` is called. The tensors are foretold to 1 %.
-_LIBRARIES, _HOLES = 40 << 20, 1.2
+# What a process holds besides its tensors, measured on the CPU (glibc 2.36); not measured on a GPU. Mapped kernels and
+# what libraries allocate at first use: about 40 MiB. Heap fragmentation: without these 40 MiB, resident memory was 1.1
+# to 1.4 times the tensors of a step, most with gradient checkpointing (1.7 times with 64 images at once), whether or
+# not `keep_freed_memory` is called. The tensors themselves are estimated to 1 %.
+_LIBRARIES, _FRAGMENTATION = 40 << 20, 1.2
 
 
-def show_plan(settings: Settings, k: int, plan: Plan, world: World, device: str) -> int:
-    """Prints the resolved plan; returns the bytes that a process will hold on its device, imports aside."""
-    shape, train, optimizer = settings.model.shape(k), settings.train, settings.optimizer
-    layout = step_layout(settings.objective, shape.patches, train.seed, 0, plan.steps, "cpu")
-    content = layout.content_rows
-    flops = flops_per_image(settings, k)
-    parameters = parameters_of(shape)
-    memory, copies = estimate_memory(settings, k, plan, world, device), bytes_of_copies(settings, k)
-    where = "on the GPU" if device == "cuda" else "beside Python's and PyTorch's own"
-    queries = f" + {len(layout.ranks)} query rows" if layout.queries else ""
-    split = f"{world.size} process(es) x {plan.parts} part(s) x {plan.micro_batch} images"
-    table(
-        "Plan of the run",
-        [
-            ("model", f"dim {shape.dim}, depth {shape.depth}, {shape.heads} heads, {parameters:,} parameters"),
-            ("objective", f"{settings.objective.name}: {layout.visible} of {shape.patches} patches given"),
-            ("rows an image", f"{content} content rows{queries}; {len(layout.ranks)} tokens predicted, K = {k}"),
-            ("FLOPs", f"{flops / 1e9:,.2f} G an image, {flops * train.batch_size / 1e12:,.2f} T a step"),
-            ("images", f"{plan.images:,}; {plan.steps_per_epoch * train.batch_size:,} an epoch"),
-            ("batch", f"{train.batch_size} = {split}"),
-            ("steps", f"{plan.steps:,} = {train.epochs} epochs x {plan.steps_per_epoch:,}"),
-            ("warm-up", f"{plan.warmup:,} steps from {optimizer.warmup_lr:g} to {optimizer.lr:g}"),
-            ("then", f"{plan.steps - plan.warmup:,} steps along a cosine to {optimizer.min_lr:g}"),
-            ("memory, estimated", f"{as_text(memory)} a process, {where}"),
-            *([("host memory", f"{as_text(copies)} for checkpoints, first process")] if device == "cuda" else []),
-        ],
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes at the peak of one process."""
+
+    device: int
+    """On the device that computes; on the CPU without what imports need."""
+    checkpoint_copies: int
+    """Host memory of the first process that checkpoints are written from; on the CPU contained in `device`."""
+
+
+@dataclass(frozen=True)
+class MeasuredSteps:
+    """Seconds of measured steps."""
+
+    count: int
+    mean: float
+    shortest: float
+    longest: float
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """What a run amounts to."""
+
+    plan: Plan
+    batch_size: int
+    epochs: int
+    processes: int
+    on_gpu: bool
+    description: list[tuple[str, str]]
+    """The model and what it computes (`TaskModel.describe`)."""
+    flops_per_image: int
+    learning_rates: tuple[float, float, float]
+    """At the start of the warm-up, at its end, and at the end of the cosine."""
+    memory: MemoryEstimate
+    free_memory: int
+    """Bytes that are free on the device now."""
+    steps: MeasuredSteps | None
+    """None if the memory does not suffice to measure any."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all steps; None if none was measured."""
+        return None if self.steps is None else self.steps.mean * self.plan.steps
+
+
+def estimate_run(task: TaskModel[BatchT], plan: Plan, world: World, device: str) -> RunEstimate:
+    """The estimate of a run without measured steps."""
+    optimizer, train = task.settings.optimizer, task.settings.train
+    return RunEstimate(
+        plan=plan,
+        batch_size=train.batch_size,
+        epochs=train.epochs,
+        processes=world.size,
+        on_gpu=device == "cuda",
+        description=task.describe(plan.steps),
+        flops_per_image=task.flops_per_image(),
+        learning_rates=(optimizer.warmup_lr, optimizer.lr, optimizer.min_lr),
+        memory=estimate_memory(task, plan, world, device),
+        free_memory=torch.cuda.mem_get_info()[0] if device == "cuda" else free_bytes(),
+        steps=None,
     )
-    return memory
 
 
-def estimate_memory(settings: Settings, k: int, plan: Plan, world: World, device: str) -> int:
-    """Bytes that one process will hold at its peak on the device that computes, imports aside.
+def estimate_memory(task: TaskModel[BatchT], plan: Plan, world: World, device: str) -> MemoryEstimate:
+    """The memory of one process at its peak: all tensors of a step, traced without content, and what comes on top.
 
-    All tensors of a step at their peak, from a step on tensors without content, plus what libraries and allocator hold.
-    On the CPU the copies that checkpoints are written from are there as well; a GPU's are in the host's memory.
+    On the CPU the copies that checkpoints are written from lie there as well; beside a GPU they lie in host memory.
     """
-    weights, shards = _bytes_of_weights(settings, k), world.size if settings.execution.parallel == "fsdp" else 1
-    tensors = _peak_of_step(settings, k, plan, device)
-    # Of weights, gradients, two moments and the average every process keeps its shard.
-    tensors -= (4 + (settings.train.ema is not None)) * weights * (shards - 1) // shards
-    peak = round(_HOLES * tensors)
+    settings = task.settings
+    copies_of_weights = 1 + (settings.train.ema is not None)
+    weights = _bytes_of_weights(task)
+    shards = world.size if settings.execution.parallel == "fsdp" else 1
+    tensors = _peak_of_step(task, plan, device)
+    # Each process keeps its shard of weights, gradients, two moments and the average.
+    tensors -= (3 + copies_of_weights) * weights * (shards - 1) // shards
+    peak, copies = round(_FRAGMENTATION * tensors), (2 + copies_of_weights) * weights
     if device == "cpu" and world.is_first:
-        copies = bytes_of_copies(settings, k)
-        # Kept from one checkpoint to the next, so that steps come on top of them; the last one's are made where a
-        # step's tensors were.
+        # Copies are kept from one checkpoint to the next, so that steps come on top of them; the copies of the last
+        # checkpoint reuse the memory of a step's tensors.
         peak = peak + copies if settings.train.checkpoint_every < plan.steps else max(peak, copies // shards + copies)
-    return peak + _LIBRARIES
+    return MemoryEstimate(peak + _LIBRARIES, copies)
 
 
-def bytes_of_copies(settings: Settings, k: int) -> int:
-    """Bytes that checkpoints are written from, in the first process: weights, two moments and the average."""
-    return (3 + (settings.train.ema is not None)) * _bytes_of_weights(settings, k)
-
-
-def _bytes_of_weights(settings: Settings, k: int) -> int:
-    return 4 * parameters_of(settings.model.shape(k))
-
-
-def _peak_of_step(settings: Settings, k: int, plan: Plan, device: str) -> int:
-    if device == "cuda" and settings.train.precision == "auto":  # the step below is one on the CPU
-        settings = replace(settings, train=replace(settings.train, precision="bfloat16"))
-    shape = settings.model.shape(k)
-    # Outside of the fake mode, as the mask is looked at to see whether it masks anything.
-    layout = step_layout(settings.objective, shape.patches, settings.train.seed, 0, plan.steps, "cpu")
+def _bytes_of_weights(task: TaskModel[BatchT]) -> int:
     with torch.device("meta"):
-        model = MaPeT(shape).train()
-    model.grad_checkpointing = settings.execution.grad_checkpointing
+        return 4 * sum(parameter.numel() for parameter in task.new_model().parameters())
+
+
+def _peak_of_step(task: TaskModel[BatchT], plan: Plan, device: str) -> int:
+    """Bytes of all tensors that are alive at the peak of a step on the CPU, in the precision of `device`."""
+    settings = task.settings
+    with torch.device("meta"):
+        model = task.new_model().train()
+        loss = task.loss(model, "cpu", settings.train.precision_on(device))
+    inputs = loss.at_step(0, plan.steps)  # outside the fake mode, as the values of masks are needed
     live = _LiveBytes()
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         model.to_empty(device="cpu")
-        loss = PretrainingLoss(model, settings, "cpu")
-        count, patches = plan.micro_batch, shape.patches
-        part = {
-            "pixels": torch.empty(count, 3, shape.image_size, shape.image_size, dtype=torch.uint8),
-            "order": torch.empty(count, patches, dtype=torch.int64),
-            "tokens": torch.empty(count, patches, dtype=torch.int64),
-            "uniform_draws": torch.empty(count, shape.depth, 2),
-        }
-        if settings.data.color_jitter:
-            part |= {"jitter_factors": torch.empty(count, 3), "jitter_order": torch.zeros(count, 3, dtype=torch.int64)}
-        kept = [[torch.empty_like(p) for p in model.parameters()] for _ in range(2 + (settings.train.ema is not None))]
-        for _ in range(min(plan.parts, 2)):  # from the second part on, gradients are there
-            loss(part, layout)[0].backward()
+        loss = task.loss(model, "cpu", settings.train.precision_on(device))
+        batch = task.example_batch(plan.micro_batch)
+        copies = 2 + (settings.train.ema is not None)
+        kept = [[torch.empty_like(p) for p in model.parameters()] for _ in range(copies)]
+        for _ in range(min(plan.parts, 2)):  # from the second part on there are gradients
+            loss(batch, inputs)[0].backward()
         del kept
     return live.peak
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that are alive at a time."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
 
@@ -146,37 +166,49 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= count
 
 
-def measure(trainer: Trainer, loader: Iterator[dict[str, Tensor]], memory: int) -> None:
-    """Takes twelve steps, times the last ten of them, and prints what all steps will take.
-
-    Takes none where there is less memory than estimated.
-    """
-    plan, world = trainer.plan, trainer.world
-    room = torch.cuda.mem_get_info()[0] if trainer.device == "cuda" else free_bytes()
-    if memory > room:
-        say(
-            f"No steps were measured: about {as_text(memory)} are needed and {as_text(room)} are free. Lower "
-            "execution.micro_batch, or set execution.grad_checkpointing=true."
-        )
-        return
-    trainer.prepare()
-    spent = []
+def measure_steps(trainer: Trainer[BatchT], loader: Iterator[BatchT]) -> MeasuredSteps:
+    """Takes up to twelve steps and times all but the first two."""
+    plan, seconds = trainer.plan, []
     for step in range(min(WARM_UP + MEASURED, plan.steps)):
         began = time.perf_counter()
         trainer.step(step, [next(loader) for _ in range(plan.parts)])
         if trainer.device == "cuda":
             torch.cuda.synchronize()
-        spent.append(time.perf_counter() - began)
-    timed = spent[WARM_UP:] or spent
-    a_step = statistics.mean(timed)
+        seconds.append(time.perf_counter() - began)
+    timed = seconds[WARM_UP:] or seconds
+    return MeasuredSteps(len(timed), statistics.mean(timed), min(timed), max(timed))
+
+
+def show_estimate(estimate: RunEstimate) -> None:
+    """Prints the plan, the memory, and the time if steps were measured."""
+    plan, flops = estimate.plan, estimate.flops_per_image
+    start, peak, end = estimate.learning_rates
+    split = f"{estimate.processes} process(es) x {plan.parts} part(s) x {plan.micro_batch} images"
+    where = "on the GPU" if estimate.on_gpu else "besides Python's and PyTorch's own"
+    copies = as_text(estimate.memory.checkpoint_copies)
     table(
-        f"Measured in {len(timed)} steps",
+        "Plan of the run (nothing was written)",
         [
-            ("a step", f"{a_step:.3f} s, {trainer.settings.train.batch_size / a_step:,.1f} images/s"),
-            ("shortest, longest", f"{min(timed):.3f} s, {max(timed):.3f} s"),
-            (
-                "all steps",
-                f"{timedelta(seconds=round(a_step * plan.steps))} (h:mm:ss) on {world.size} such process(es)",
-            ),
+            *estimate.description,
+            ("FLOPs", f"{flops / 1e9:,.2f} G per image, {flops * estimate.batch_size / 1e12:,.2f} T per step"),
+            ("images", f"{plan.images:,}; {plan.steps_per_epoch * estimate.batch_size:,} per epoch"),
+            ("batch", f"{estimate.batch_size} = {split}"),
+            ("steps", f"{plan.steps:,} = {estimate.epochs} epochs x {plan.steps_per_epoch:,}"),
+            ("warm-up", f"{plan.warmup:,} steps from {start:g} to {peak:g}"),
+            ("then", f"{plan.steps - plan.warmup:,} steps along a cosine to {end:g}"),
+            ("memory, estimated", f"{as_text(estimate.memory.device)} per process, {where}"),
+            *([("host memory", f"{copies} for checkpoints, first process")] if estimate.on_gpu else []),
+        ],
+    )
+    steps = estimate.steps
+    if steps is None or estimate.seconds is None:
+        return
+    duration = timedelta(seconds=round(estimate.seconds))
+    table(
+        f"Measured in {steps.count} steps",
+        [
+            ("a step", f"{steps.mean:.3f} s, {estimate.batch_size / steps.mean:,.1f} images/s"),
+            ("shortest, longest", f"{steps.shortest:.3f} s, {steps.longest:.3f} s"),
+            ("all steps", f"{duration} (h:mm:ss) on {estimate.processes} such process(es)"),
         ],
     )

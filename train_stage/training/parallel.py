@@ -1,4 +1,4 @@
-"""How the model of a run is spread over its processes: whole in one, DDP, or FSDP2; and gathered again."""
+"""Parallel training: DDP or FSDP2 around the loss, and unsharded tensors for checkpoints."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.distributed import DistBackendError, DistError
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -15,36 +16,37 @@ from ...shared.runtime.distributed import World
 
 
 def wrap_parallel(module: nn.Module, layers: nn.ModuleList, strategy: str, world: World, device: str) -> nn.Module:
-    """What to call instead of `module` so that its gradients become means over all processes.
+    """Wraps `module` so that its gradients become means over all processes.
 
-    "ddp" keeps all parameters in every process; "fsdp" shards those of each of the `layers`, and all others together,
-    in place (torch.distributed.fsdp.fully_shard).
+    "ddp" replicates the parameters; "fsdp" shards those of each of the `layers`, and all others together, in place
+    (torch.distributed.fsdp.fully_shard).
     """
     if world.size == 1:
         return module
     if strategy == "ddp":
         return DistributedDataParallel(module, device_ids=[torch.cuda.current_device()] if device == "cuda" else None)
-    mesh = torch.distributed.init_device_mesh(device, (world.size,))
+    mesh = init_device_mesh(device, (world.size,))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
-    return fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module
 
 
-def gradient_sync(module: nn.Module, now: bool) -> AbstractContextManager:
-    """A context for forward and backward; unless `now`, DDP keeps a process's gradients for a later exchange.
+def gradient_sync(module: nn.Module, now: bool) -> AbstractContextManager[None]:
+    """A context for forward and backward; unless `now`, DDP accumulates gradients locally.
 
-    FSDP exchanges them every time, since whole gradients may not fit.
+    FSDP reduces them every time, since unsharded gradients may not fit into memory.
     """
     return nullcontext() if now or not isinstance(module, DistributedDataParallel) else module.no_sync()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded; every process must ask for it."""
+    """The unsharded tensor. Every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def fill(target: Tensor, values: Tensor) -> None:
-    """Writes whole `values` into a tensor that may be sharded, each process its own part."""
+    """Copies unsharded `values` into a tensor that may be sharded; each process copies its own shard."""
     if isinstance(target, DTensor):
         values = distribute_tensor(values.to(target.device), target.device_mesh, target.placements)
     with torch.no_grad():
@@ -61,7 +63,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts whole tensors, as `optimizer_tensors` names them, into an optimizer that has not made a step yet."""
+    """Restores unsharded tensors, named as by `optimizer_tensors`, into an optimizer before its first step."""
     parameters = dict(model.named_parameters())
     for slot_name, values in tensors.items():
         name, _, slot = slot_name.rpartition("/")
@@ -75,7 +77,7 @@ def fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
 
 @contextmanager
 def peers_explained(world: World) -> Iterator[None]:
-    """DataError instead of a library's traceback where another process ended and this one cannot go on."""
+    """Turns the library errors of a process whose peer has ended into a DataError of one sentence."""
     try:
         yield
     except (DistBackendError, DistError) as error:

@@ -1,4 +1,4 @@
-"""What is known of one step of training."""
+"""The metrics of one training step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -7,25 +7,24 @@ from typing import Any
 
 from torch import Tensor
 
-BANDS = 8
-"""Into how many bands the ranks of the permutation are divided for the accuracy by rank."""
-
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One step of the whole global batch; tensors are still on the device, so that nothing waits for them."""
+    """One step on the whole global batch. Tensors are still on the device, so that the host does not wait for them."""
 
     loss: Tensor | float
-    """Mean cross-entropy in nats."""
+    """Mean over all predictions; for cross-entropy in nats."""
     right: Tensor | Sequence[float]
-    """(BANDS,) float: right guesses in each band of ranks."""
+    """(bands,) float: right predictions in each band (`task.Bands`)."""
     guesses: Sequence[int]
-    """(BANDS,): all guesses."""
+    """(bands,): all predictions."""
     gradient_norm: Tensor | float
+    """Of all gradients together, before clipping."""
     images: int
+    """Of the global batch."""
     lr: float
     problem: str | None = None
-    """Why the step's update was left out, if it was."""
+    """Why the update of this step was skipped, if it was."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, null where one is not finite."""
@@ -36,5 +35,6 @@ class StepMetrics:
 
 
 def finite_or_none(value: Tensor | float | None) -> float | None:
-    found = float("nan") if value is None else float(value)
-    return found if isfinite(found) else None
+    """A number as JSON can hold it."""
+    number = float("nan") if value is None else float(value)
+    return number if isfinite(number) else None

@@ -1,97 +1,74 @@
-"""The state of a run and what a step does to it: model, optimizer, schedule, moving average."""
+"""The trainer: model, optimizer, schedule and moving average of a task, and what a step does to them."""
 
 from collections.abc import Iterable
-from functools import lru_cache
-from typing import Any
+from typing import Any, Generic
 
 import torch
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ...shared.errors import DataError
-from ...shared.images.normalise import Normalise
 from ...shared.runtime.devices import refuse_missing_compiler
 from ...shared.runtime.distributed import World
-from ..data.color_jitter import jitter
-from ..model.layout import Layout
-from ..model.mapet import MaPeT, drop_path_scales
-from ..objectives.layouts import step_layout
-from ..objectives.token_loss import cross_entropy_and_grads, token_loss
-from ..settings import OptimizerSettings, Settings
 from ..weights.checkpoint import EMA, MODEL, OPTIMIZER, Tensors
-from .bad_steps import BadStep, LossWatch
+from .bad_steps import BadStep, LossMonitor
 from .parallel import fill, fill_optimizer, full_tensor, gradient_sync, optimizer_tensors, wrap_parallel
 from .plan import Plan
-from .step_metrics import BANDS, StepMetrics
+from .step_metrics import StepMetrics
+from .task import BatchT, TaskModel
 
 _MOST_BAD_STEPS = 100
 
 
-class Trainer:
-    """Everything that changes from step to step."""
+class Trainer(Generic[BatchT]):
+    """Everything that changes from step to step. Training starts from the weights that `model` has."""
 
-    def __init__(self, settings: Settings, k: int, plan: Plan, world: World, device: str):
-        self.settings, self.plan, self.world, self.device = settings, plan, world, device
-        torch.manual_seed(settings.train.seed)
-        self.model = MaPeT(settings.model.shape(k)).to(device).train()
-        self.model.grad_checkpointing = settings.execution.grad_checkpointing
-        if settings.execution.compile:
+    def __init__(self, task: TaskModel[BatchT], model: nn.Module, plan: Plan, world: World, device: str) -> None:
+        """Moves `model` to the device, shards or replicates it over the processes, and makes the optimizer.
+
+        Raises UsageError if compilation is asked for and the machine has no compiler.
+        """
+        self.task, self.settings, self.plan, self.world, self.device = task, task.settings, plan, world, device
+        self.model = model.to(device).train()
+        self.loss = task.loss(model, device, task.settings.train.precision_on(device))
+        execution, optimizer = self.settings.execution, self.settings.optimizer
+        blocks = task.blocks(model)
+        if execution.compile:
             refuse_missing_compiler()
-            for block in self.model.blocks:
+            for block in blocks:
                 block.compile()
-        self._loss: nn.Module | None = None
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.ema: dict[str, Tensor] = {}
-        self.watch = LossWatch(settings.train.spike)
-
-    def prepare(self) -> None:
-        """Spreads the model over the processes and makes the optimizer; what `model` holds now is where it starts."""
-        settings, plan = self.settings, self.plan
-        inner = PretrainingLoss(self.model, settings, self.device)
-        if settings.execution.compile:
-            inner.preprocess, inner.loss_and_grads = (
-                torch.compile(inner.preprocess),
-                torch.compile(inner.loss_and_grads),
-            )
-        self._loss = wrap_parallel(inner, self.model.blocks, settings.execution.parallel, self.world, self.device)
-        self.optimizer = _adamw(self.model, settings.optimizer)
+            self.loss.compile_surroundings()
+        self._parallel_loss = wrap_parallel(self.loss, blocks, execution.parallel, world, device)
+        self.optimizer = self._adamw()
         self.schedule = CosineLRScheduler(
             self.optimizer,
             t_initial=plan.steps - plan.warmup,
-            lr_min=settings.optimizer.min_lr,
+            lr_min=optimizer.min_lr,
             warmup_t=plan.warmup,
-            warmup_lr_init=settings.optimizer.warmup_lr,
+            warmup_lr_init=optimizer.warmup_lr,
             warmup_prefix=True,
             t_in_epochs=False,
         )
-        if settings.train.ema is not None:
+        self.ema: dict[str, Tensor] = {}
+        if self.settings.train.ema is not None:
             self.ema = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
-            self._average = get_ema_multi_avg_fn(settings.train.ema)
+            self._update_ema = get_ema_multi_avg_fn(self.settings.train.ema)  # type: ignore[no-untyped-call]
+        self.monitor = LossMonitor(self.settings.train.spike)
 
-    def layout(self, step: int) -> Layout:
-        """What step `step` predicts from what."""
-        settings = self.settings
-        return step_layout(
-            settings.objective, self.model.shape.patches, settings.train.seed, step, self.plan.steps, self.device
-        )
-
-    def step(self, step: int, parts: Iterable[dict[str, Tensor]]) -> StepMetrics:
+    def step(self, step: int, parts: Iterable[BatchT]) -> StepMetrics:
         """One optimizer step on this process's share of a global batch, in `plan.parts` parts of equal size.
 
-        Raises DataError for the hundredth bad step in a row if they are skipped.
+        Raises DataError after a hundred consecutive bad steps, if bad steps are skipped.
         """
         self.schedule.step_update(step)
-        layout, count = self.layout(step), self.plan.parts
-        of_band, guesses = _bands(layout.rank_numbers, self.model.shape.patches - layout.visible, self.device)
-        sums = torch.zeros(1 + BANDS, device=self.device)
+        inputs, count = self.loss.at_step(step, self.plan.steps), self.plan.parts
+        sums = torch.zeros(1 + self.task.bands.count, device=self.device)
         for index, part in enumerate(parts):
-            moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()}
-            with gradient_sync(self._loss, now=index == count - 1):
-                loss, right = self._loss(moved, layout)
+            with gradient_sync(self._parallel_loss, now=index == count - 1):
+                loss, right = self._parallel_loss(part.to(self.device), inputs)
                 (loss / count).backward()
-            sums += torch.cat([loss.detach()[None] / count, right.float().sum(0) @ of_band])
+            sums += torch.cat([loss.detach()[None] / count, right])
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
         loss, right = sums[0] / self.world.size, sums[1:]
@@ -101,32 +78,33 @@ class Trainer:
         if problem is None:
             self.optimizer.step()
             if self.ema:
-                self._average(list(self.ema.values()), [p.detach() for p in self.model.parameters()], None)
+                self._update_ema(list(self.ema.values()), [p.detach() for p in self.model.parameters()], None)
         self.optimizer.zero_grad(set_to_none=True)
         lr, images = self.optimizer.param_groups[0]["lr"], self.settings.train.batch_size
-        return StepMetrics(loss, right, [images * count for count in guesses], norm, images, lr, problem)
+        guesses = [images * count for count in inputs.predictions]
+        return StepMetrics(loss, right, guesses, norm, images, lr, problem)
 
     def _reason_to_skip(self, step: int, loss: Tensor, norm: Tensor) -> str | None:
-        """Why this step's update is left out, or None. All processes know the same loss and norm, so they agree."""
+        """Why the update of this step is skipped, or None. All processes have the same loss and norm, so they agree."""
         train = self.settings.train
         if train.on_bad_step == "stop" and train.spike is None:
-            return None  # nobody need wait for the loss: `Logbook` finds the NaN before anything is written
-        problem = self.watch.problem(loss.item(), norm.item())
+            return None  # no need to wait for the loss: the logbook finds the NaN before anything is written
+        problem = self.monitor.problem(loss.item(), norm.item())
         if problem and train.on_bad_step == "stop":
             raise BadStep(step + 1, problem)
-        if self.watch.in_a_row >= _MOST_BAD_STEPS:
+        if self.monitor.in_a_row >= _MOST_BAD_STEPS:
             raise DataError(
-                f"{self.watch.in_a_row} steps in a row were bad, the last one with {problem}; lower optimizer.lr, or "
+                f"{self.monitor.in_a_row} steps in a row were bad, the last one with {problem}; lower optimizer.lr, or "
                 "set train.precision=float32."
             )
         return problem
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights to use, whole: their moving average, where there is one. Every process must ask for them."""
+        """The unsharded weights to use: their moving average, if there is one. Every process must call this."""
         return {name: full_tensor(tensor) for name, tensor in (self.ema or self.model.state_dict()).items()}
 
     def tensors(self) -> Tensors:
-        """What a checkpoint holds, whole; every process must ask for it."""
+        """The unsharded tensors of a checkpoint. Every process must call this."""
         content = {MODEL: self.model.state_dict(), OPTIMIZER: optimizer_tensors(self.model, self.optimizer)}
         if self.ema:
             content[EMA] = self.ema
@@ -134,61 +112,21 @@ class Trainer:
             name: {key: full_tensor(tensor) for key, tensor in tensors.items()} for name, tensors in content.items()
         }
 
-    def restore(self, tensors: Tensors, loss_watch: dict[str, Any]) -> None:
-        """Puts back what `tensors` and `watch.to_json` gave; call it after `prepare`."""
+    def restore(self, tensors: Tensors, monitor: dict[str, Any]) -> None:
+        """Restores what `tensors` and `LossMonitor.to_json` gave, before the first step."""
         parameters = dict(self.model.named_parameters())
         for target, name in ((parameters, MODEL), (self.ema, EMA)):
             for key in target:
                 fill(target[key], tensors[name][key])
         fill_optimizer(self.model, self.optimizer, tensors[OPTIMIZER])
-        self.watch.restore(loss_watch)
+        self.monitor.restore(monitor)
 
-
-@lru_cache(maxsize=512)
-def _bands(ranks: tuple[int, ...], predicted: int, device: str) -> tuple[Tensor, list[int]]:
-    """Which band each of the `ranks` lies in, float (P, BANDS) on `device` with a 1 a row, and how many lie in each."""
-    of_band = one_hot(torch.tensor(ranks) * BANDS // predicted, BANDS)
-    return of_band.float().to(device, non_blocking=True), of_band.sum(0).tolist()
-
-
-class PretrainingLoss(nn.Module):
-    """What is around the model in a step: jitter and normalisation before it, head and cross-entropy behind it."""
-
-    def __init__(self, model: MaPeT, settings: Settings, device: str):
-        super().__init__()
-        self.model, self.settings, self.loss_and_grads = model, settings, cross_entropy_and_grads
-        self.normalise = Normalise(settings.data.mean, settings.data.std, device)
-        precision = settings.train.precision
-        chosen = precision if precision != "auto" else "bfloat16" if device == "cuda" else "float32"
-        self.autocast = torch.autocast(device, torch.bfloat16, enabled=chosen == "bfloat16")
-
-    def preprocess(self, part: dict[str, Tensor]) -> Tensor:
-        """What the model sees, float32 (B, 3, S, S): jittered, where that was drawn, and normalised."""
-        pixels = part["pixels"].to(torch.float32, memory_format=torch.contiguous_format)
-        if "jitter_factors" in part:
-            jitter(pixels, part["jitter_factors"], part["jitter_order"])
-        return self.normalise(pixels)
-
-    def forward(self, part: dict[str, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
-        """(mean cross-entropy over the predicted tokens, which were guessed right: bool (B, P)) of a part of a batch.
-
-        `part` is what `data.LoadBatch` gives.
-        """
-        pixels = self.preprocess(part)
-        targets = part["tokens"][:, layout.visible :][:, layout.ranks]
-        with self.autocast:
-            scale = drop_path_scales(part["uniform_draws"], self.settings.model.drop_path)
-            rows = self.model.predict_rows(pixels, part["order"], layout, scale)
-            return token_loss(
-                rows, self.model.decoder, targets, self.settings.execution.loss_chunk, self.loss_and_grads
-            )
-
-
-def _adamw(model: MaPeT, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Weight decay on matrices only: not on biases, norms, LayerScale, positions and class token."""
-    decayed, plain = [], []
-    for name, parameter in model.named_parameters():
-        exempt = parameter.ndim == 1 or name in ("pos_embed", "cls_token")
-        (plain if exempt else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), eps=settings.eps, fused=True)
+    def _adamw(self) -> torch.optim.AdamW:
+        settings = self.settings.optimizer
+        decayed: list[nn.Parameter] = []
+        exempt: list[nn.Parameter] = []
+        for name, parameter in self.model.named_parameters():
+            (exempt if self.task.without_weight_decay(name, parameter) else decayed).append(parameter)
+        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+        beta1, beta2 = settings.betas
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=(beta1, beta2), eps=settings.eps, fused=True)

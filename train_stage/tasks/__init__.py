@@ -1,0 +1,1 @@
+"""The tasks that a run can train."""
