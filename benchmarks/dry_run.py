@@ -23,6 +23,7 @@ from mapet.shared.runtime.distributed import World
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.settings import resolve
+from mapet.train_stage.tasks.pretraining import PretrainingModel
 from mapet.train_stage.training.dry_run import estimate_memory
 from mapet.train_stage.training.plan import make_plan
 
@@ -76,7 +77,7 @@ def summary(name: str, found: list[dict]) -> dict:
 
 def compare(root: Path, name: str, overrides: list[str]) -> dict:
     settings = resolve(None, overrides)
-    foretold = estimate_memory(settings, K, make_plan(settings, 160), World(), "cpu")
+    foretold = estimate_memory(PretrainingModel(settings, K), make_plan(settings, 160), World(), "cpu").device
     rmtree(root / name, ignore_errors=True)
     words = ["--images", root / "images", "--tokens", root / "tokens", "--out", root / name, "--device", "cpu"]
     options = [word for one in overrides for word in ("--set", one)]

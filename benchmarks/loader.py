@@ -31,11 +31,12 @@ from mapet.shared.runtime.distributed import World
 from mapet.shared.runtime.loader import batches
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.train_stage.data.batch import LoadBatch
+from mapet.train_stage.data.batch import LoadBatch, load_batches
 from mapet.train_stage.data.batch_order import global_batches
 from mapet.train_stage.data.dataset import TokenisedImages
 from mapet.train_stage.data.join import join
 from mapet.train_stage.settings import Settings, resolve
+from mapet.train_stage.tasks.pretraining import PretrainingModel
 from mapet.train_stage.training.plan import make_plan
 from mapet.train_stage.training.trainer import Trainer
 from PIL import Image
@@ -201,10 +202,10 @@ def waiting(data: TokenisedImages, model: str, workers: int, batch_size: int, st
     device = choose_device("auto")
     settings = settings_of(0.4, batch_size, 1 + steps * batch_size // len(data), model)
     plan = make_plan(settings, len(data))
-    trainer = Trainer(settings, 64, plan, World(), device)
-    trainer.prepare()
+    task = PretrainingModel(settings, 64)
+    trainer = Trainer(task, task.new_model(), plan, World(), device)
     order = ([(epoch, int(index)) for index in some] for epoch, some in global_batches(data, settings, 0))
-    loader = batches(LoadBatch(data, settings), order, workers, pin_memory=device == "cuda")
+    loader = load_batches(LoadBatch(data, settings), order, workers, pin_memory=device == "cuda")
     waited, spent = [], []
     for step in range(steps):
         began = time.perf_counter()

@@ -19,8 +19,10 @@ from mapet.quickstart.drawings import write_drawings
 from mapet.shared.runtime.distributed import World
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
+from mapet.train_stage.data.batch import Batch
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.settings import resolve
+from mapet.train_stage.tasks.pretraining import PretrainingModel
 from mapet.train_stage.training import trainer
 from mapet.train_stage.training.plan import make_plan
 from mapet.train_stage.training.trainer import Trainer
@@ -80,18 +82,18 @@ def ddp_over_plain(size: str, batch: int, pairs: int, device: str) -> float:
     backend = "nccl" if device == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     settings = resolve(f"vit-{size}-16", [f"train.batch_size={batch}", "train.precision=bfloat16"])
-    part = {
-        "pixels": torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8),
-        "order": torch.stack([torch.randperm(196) for _ in range(batch)]),
-        "tokens": torch.randint(8192, (batch, 196)),
-        "uniform_draws": torch.rand(batch, 12, 2),
-    }
-    ways = []
+    part = Batch(
+        index=torch.arange(batch),
+        pixels=torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8),
+        order=torch.stack([torch.randperm(196) for _ in range(batch)]),
+        tokens=torch.randint(8192, (batch, 196)),
+        uniform_draws=torch.rand(batch, 12, 2),
+    )
+    task, ways = PretrainingModel(settings, 8192), []
     plain = trainer.wrap_parallel
     for spread in (lambda module, *_: DistributedDataParallel(module), plain):
         trainer.wrap_parallel = spread
-        one = Trainer(settings, 8192, make_plan(settings, batch, 1), World(), device)
-        one.prepare()
+        one = Trainer(task, task.new_model(), make_plan(settings, batch, 1), World(), device)
         ways.append(lambda one=one: one.step(0, [part]))
     trainer.wrap_parallel = plain
     ratio = statistics.median(a / b for a, b in interleaved_seconds(*ways, pairs, device))

@@ -241,7 +241,7 @@ def test_a_stopped_run_writes_a_checkpoint_and_says_how_to_go_on(chain, undistur
     os.kill(process.pid, number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "Give the same command to go on" in errors
+    assert "Give the same command to resume" in errors
     assert "Traceback" not in errors
     assert newest_checkpoint(tmp_path) is not None
     assert same_checkpoint(newest_checkpoint(undisturbed), run(chain, tmp_path, "train.checkpoint_every=1000"))
@@ -255,7 +255,7 @@ def test_a_run_that_is_stopped_with_all_its_processes_writes_a_checkpoint(chain,
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "Give the same command to go on" in errors
+    assert "Give the same command to resume" in errors
     assert "Traceback" not in errors
     assert newest_checkpoint(tmp_path) is not None
 

@@ -19,7 +19,7 @@ from mapet.train_stage.data.batch import LoadBatch
 from mapet.train_stage.data.batch_order import global_batches
 from mapet.train_stage.data.dataset import TokenisedImages
 from mapet.train_stage.data.join import join
-from mapet.train_stage.data.remote_tars import tars_at_hand
+from mapet.train_stage.data.remote_tars import fetched_tars
 from mapet.train_stage.settings import Settings, resolve
 
 IMAGES = 8
@@ -73,7 +73,7 @@ def joined(images: str | Path | None, tokens: str | Path, settings: Settings) ->
 def samples(data: TokenisedImages, settings: Settings, start: int = 0, workers: int = 0) -> Iterator[dict]:
     """The batches of a run, as the trainer takes them."""
     places = ([(epoch, int(index)) for index in some] for epoch, some in global_batches(data, settings, start))
-    with tars_at_hand(data, settings, start) as passed:
+    with fetched_tars(data, settings, start) as passed:
         for step, batch in enumerate(batches(LoadBatch(data, settings), places, workers), start + 1):
             yield batch
             passed(step)
@@ -162,7 +162,7 @@ def test_remote_images_need_an_order_by_shards_and_the_names_they_were_encoded_u
 def test_local_images_need_nothing(many: Path, temporary: Path):
     settings = settings_of()
     data = joined(many / "images", many / "tokens", settings)
-    with tars_at_hand(data, settings, 0) as passed:
+    with fetched_tars(data, settings, 0) as passed:
         passed(1)
         assert not list(temporary.glob("mapet-*"))
 
@@ -174,14 +174,14 @@ from mapet.shared.tokens.store import TokenStore
 from mapet.train_stage.data.batch import LoadBatch
 from mapet.train_stage.data.join import join
 from mapet.train_stage.settings import resolve
-from mapet.train_stage.data.remote_tars import tars_at_hand
+from mapet.train_stage.data.remote_tars import fetched_tars
 import fsspec
 from pathlib import Path
 root, settings = Path(sys.argv[1]), resolve(None, ["train.batch_size=10", "data.shuffle=shards"])
 for path in (root / "images").glob("*.tar"):
     fsspec.filesystem("memory").pipe_file(f"memory://here/{path.name}", path.read_bytes())
 data = join("memory://here", TokenStore(root / "tokens"), shuffle="shards")
-with tars_at_hand(data, settings, 0):
+with fetched_tars(data, settings, 0):
     print("ready", flush=True)
     object.__setattr__(data, "folder", data.folder / "never")
     next(batches(LoadBatch(data, settings), [[(0, 0)]], 1))
@@ -206,7 +206,7 @@ def test_a_killed_runs_workers_end_and_the_next_run_deletes_its_tars(many: Path,
         time.sleep(0.05)
     settings = settings_of()
     data = joined(f"{remote}/images", f"{remote}/tokens", settings)
-    with tars_at_hand(data, settings, 0):
+    with fetched_tars(data, settings, 0):
         assert len(list(temporary.glob("mapet-tars-*"))) == 2  # a living one's is left alone
     workers = children.read_text().split()
     process.kill()
@@ -219,7 +219,7 @@ def test_a_killed_runs_workers_end_and_the_next_run_deletes_its_tars(many: Path,
     assert len(list(temporary.glob("mapet-tars-*"))) == 1
     left = []
     while left != [data.folder] and time.monotonic() < deadline:  # some kernels take a moment to release a lock
-        with tars_at_hand(data, settings, 0):
+        with fetched_tars(data, settings, 0):
             left = list(temporary.glob("mapet-tars-*"))
     assert left == [data.folder]
     assert not list(temporary.glob("mapet-*"))

@@ -16,7 +16,8 @@ from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.probe import probe
 from mapet.train_stage.runs.metrics import Logbook
 from mapet.train_stage.settings import resolve
-from mapet.train_stage.training.step_metrics import BANDS, StepMetrics
+from mapet.train_stage.tasks import pretraining_loss
+from mapet.train_stage.training.step_metrics import StepMetrics
 from mapet.train_stage.weights.checkpoint import newest_checkpoint
 from mapet.train_stage.weights.read import load_weights
 from PIL import Image
@@ -25,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ..conftest import SHORT, TINY
 
+BANDS = pretraining_loss.BANDS.count
 SETTINGS = [*TINY, *SHORT, "train.batch_size=16", "train.log_every=3"]
 
 
@@ -38,11 +40,20 @@ def lines(path: Path) -> list[dict]:
 
 def test_a_line_has_means_over_its_steps(tmp_path: Path):
     pending = [StepMetrics(2.0, [1.0] * BANDS, [4] * BANDS, 0.5, 16, 0.1)]
-    with Logbook(tmp_path, 1, pending, every=2, steps=4, steps_per_epoch=4, peak_images_per_second=1e6) as logbook:
+    with Logbook(
+        tmp_path / "metrics.jsonl",
+        1,
+        pending,
+        every=2,
+        steps=4,
+        steps_per_epoch=4,
+        bands="rank",
+        peak_images_per_second=1e6,
+    ) as logbook:
         right = torch.tensor([3.0] + [0.0] * (BANDS - 1))
-        assert logbook.note(2, StepMetrics(torch.tensor(4.0), right, [4] * BANDS, 1.5, 16, 0.2), 0.0)
-        logbook.note(3, StepMetrics(9.0, right, [4] * BANDS, 1.5, 16, 0.3, "a loss of nan"), 0.0)
-        logbook.note(4, StepMetrics(1.0, right, [4, 4] + [0] * (BANDS - 2), 2.5, 16, 0.4), 0.0)
+        assert logbook.log(2, StepMetrics(torch.tensor(4.0), right, [4] * BANDS, 1.5, 16, 0.2), 0.0)
+        logbook.log(3, StepMetrics(9.0, right, [4] * BANDS, 1.5, 16, 0.3, "a loss of nan"), 0.0)
+        logbook.log(4, StepMetrics(1.0, right, [4, 4] + [0] * (BANDS - 2), 2.5, 16, 0.4), 0.0)
     first, second = lines(tmp_path / "metrics.jsonl")
     names = ("step", "epoch", "loss", "lr", "gradient_norm")
     assert [first[name] for name in names] == [2, 0.5, 3.0, 0.2, 1.0]

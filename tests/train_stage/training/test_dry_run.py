@@ -1,7 +1,5 @@
 """--dry-run says what a run amounts to, and writes nothing."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from mapet.shared.runtime.distributed import World
@@ -9,11 +7,12 @@ from mapet.shared.runtime.memory import as_text
 from mapet.train_stage.model.mapet import MaPeT
 from mapet.train_stage.objectives.layouts import step_layout
 from mapet.train_stage.objectives.token_loss import token_loss
-from mapet.train_stage.pretrain import pretrain
+from mapet.train_stage.pretrain import pretrain_dry_run
 from mapet.train_stage.settings import resolve
+from mapet.train_stage.tasks.pretraining import PretrainingModel, flops_per_image, parameters_of
 from mapet.train_stage.training import dry_run
-from mapet.train_stage.training.dry_run import bytes_of_copies, estimate_memory, show_plan
-from mapet.train_stage.training.plan import flops_per_image, make_plan, parameters_of
+from mapet.train_stage.training.dry_run import MemoryEstimate, estimate_memory, estimate_run, show_estimate
+from mapet.train_stage.training.plan import make_plan
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..conftest import SHORT, TINY
@@ -21,16 +20,18 @@ from ..conftest import SHORT, TINY
 SETTINGS = [*TINY, *SHORT, "train.batch_size=16", "train.epochs=4", "optimizer.warmup_epochs=1"]
 
 
-def test_the_plan_is_printed_and_nothing_is_written(chain, tmp_path: Path, capsys):
-    out = tmp_path / "run"
-    assert pretrain(chain.images, chain.tokens, out, overrides=SETTINGS, dry_run=True, device="cpu") is None
-    assert not out.exists()
+def test_the_plan_is_estimated_and_printed(chain, capsys):
+    estimate = pretrain_dry_run(chain.images, chain.tokens, overrides=SETTINGS, device="cpu")
+    assert estimate.steps.count == 10
+    assert estimate.seconds == pytest.approx(24 * estimate.steps.mean)
+    capsys.readouterr()
+    show_estimate(estimate)
     text = capsys.readouterr().out
     for words in (
         "dim 32, depth 2, 2 heads, 34,448 parameters",
         "16 of 64 patches given",
         "113 content rows + 48 query rows",  # 1 + 64 and 48 auxiliary; 48
-        "96; 96 an epoch",
+        "96; 96 per epoch",
         "16 = 1 process(es) x 1 part(s) x 16 images",
         "24 = 4 epochs x 6",
         "6 steps from 1e-06 to 0.0015",
@@ -39,9 +40,11 @@ def test_the_plan_is_printed_and_nothing_is_written(chain, tmp_path: Path, capsy
         assert words in text, words
 
 
-def test_nothing_is_measured_where_there_is_too_little_memory(chain, tmp_path: Path, capfd, monkeypatch):
+def test_nothing_is_measured_where_there_is_too_little_memory(chain, capfd, monkeypatch):
     monkeypatch.setattr(dry_run, "free_bytes", lambda: 1 << 20)
-    pretrain(chain.images, chain.tokens, tmp_path, overrides=SETTINGS, dry_run=True, device="cpu")
+    estimate = pretrain_dry_run(chain.images, chain.tokens, overrides=SETTINGS, device="cpu")
+    assert estimate.steps is None
+    show_estimate(estimate)
     output, errors = capfd.readouterr()
     assert "Measured" not in output
     assert "are needed and 1.05 MB are free. Lower execution.micro_batch" in errors
@@ -59,10 +62,14 @@ def test_flops_are_those_of_a_real_step(objective: str):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters_of(settings.model.shape(16))
 
 
-def memory_of(*overrides: str, world: World | None = None, device: str = "cpu") -> int:
+def estimate_of(*overrides: str, world: World | None = None, device: str = "cpu") -> MemoryEstimate:
     settings = resolve(overrides=["model.name=vit-tiny", "train.batch_size=64", *overrides])
     world = world or World()
-    return estimate_memory(settings, 8192, make_plan(settings, 1000, world.size), world, device)
+    return estimate_memory(PretrainingModel(settings, 8192), make_plan(settings, 1000, world.size), world, device)
+
+
+def memory_of(*overrides: str, world: World | None = None, device: str = "cpu") -> int:
+    return estimate_of(*overrides, world=world, device=device).device
 
 
 def test_the_memory_estimate_knows_what_saves_memory():
@@ -78,7 +85,7 @@ def test_the_memory_estimate_knows_what_saves_memory():
 
 def test_copies_for_checkpoints_are_added_to_steps_that_follow_one():
     settings = resolve(overrides=["model.name=vit-tiny", "train.batch_size=64", "train.epochs=20"])
-    steps, copies = make_plan(settings, 1000).steps, bytes_of_copies(settings, 8192)
+    steps, copies = make_plan(settings, 1000).steps, estimate_of("train.epochs=20").checkpoint_copies
     at_the_end, before = (
         memory_of("train.epochs=20", f"train.checkpoint_every={every}") for every in (steps, steps - 1)
     )
@@ -93,9 +100,11 @@ def test_a_gpu_holds_no_copies_and_computes_in_bfloat16():
     assert memory_of(device="cuda") < memory_of("train.precision=float32", device="cuda")
 
 
-def test_the_host_memory_of_a_gpu_run_is_printed_apart(capsys):
+def test_the_host_memory_of_a_gpu_run_is_printed_apart(capsys, monkeypatch):
     settings = resolve(overrides=["model.name=vit-tiny", "train.batch_size=64"])
-    show_plan(settings, 64, make_plan(settings, 1000), World(), "cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 1))
+    estimate = estimate_run(PretrainingModel(settings, 64), make_plan(settings, 1000), World(), "cuda")
+    show_estimate(estimate)
     text = capsys.readouterr().out
-    assert "a process, on the GPU" in text
-    assert f"{as_text(bytes_of_copies(settings, 64))} for checkpoints, first process" in text
+    assert "per process, on the GPU" in text
+    assert f"{as_text(estimate.memory.checkpoint_copies)} for checkpoints, first process" in text
