@@ -41,7 +41,9 @@ def read_groups(source: str) -> list[Group]:
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     choices = _choices(tree)
     return [
-        Group(field.name, ast.get_docstring(classes[field.type]) or "", _fields(classes[field.type], field.name, choices))
+        Group(
+            field.name, ast.get_docstring(classes[field.type]) or "", _fields(classes[field.type], field.name, choices)
+        )
         for field in _fields(classes["Settings"], "", {})
     ]
 
@@ -67,9 +69,9 @@ def _default(value: ast.expr | None) -> str:
         value = factory.body if isinstance(factory, ast.Lambda) else None
     if value is None:
         return ""
-    if isinstance(value, ast.Constant) and not isinstance(value.value, float):
-        return {None: "null", True: "true", False: "false"}.get(value.value, str(value.value))
-    return ast.unparse(value)
+    if isinstance(value, ast.Constant) and (value.value is None or isinstance(value.value, bool)):
+        return "null" if value.value is None else str(value.value).lower()
+    return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else ast.unparse(value)
 
 
 def _choices(tree: ast.Module) -> dict[str, tuple[str, ...]]:
