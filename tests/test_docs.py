@@ -240,6 +240,7 @@ def test_the_settings_page_is_what_the_code_says():
     page = read("docs/settings.md")
     names = [f"{field.name}.{inner.name}" for field in fields(Settings) for inner in fields(field.default_factory)]
     assert [name for name in names if page.count(f"| `{name}` |") != 1] == []
+    assert "|  |" not in page, "a setting has no docstring"
 
 
 def test_settings_that_are_read_statically_have_their_defaults():
