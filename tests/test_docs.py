@@ -87,22 +87,49 @@ COMMANDS = [(page, arguments) for page in PAGES for arguments in commands(page)]
 
 
 @cache
-def command_line() -> Any:
-    return typer.main.get_command(cli.app)
+def resolve_command(*names: str) -> Any:
+    """The group or command behind `mapet NAMES`, as the command line finds it. Raises its UsageError for others."""
+    if not names:
+        return typer.main.get_command(cli.app)
+    group = resolve_command(*names[:-1])
+    return group.resolve_command(typer.Context(group), [names[-1]])[1]
+
+
+def is_group(command: Any) -> bool:
+    return hasattr(command, "resolve_command")
+
+
+def all_commands(*names: str) -> Iterator[tuple[str, ...]]:
+    group = resolve_command(*names)
+    for name in group.commands:
+        yield from all_commands(*names, name) if is_group(resolve_command(*names, name)) else [(*names, name)]
+
+
+def options_of(command: Any) -> set[str]:
+    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {
+        "--help"
+    }
+
+
+def name_of(arguments: list[str]) -> tuple[str, ...]:
+    """Those of the arguments that name a command."""
+    words = [word for word in arguments if not word.startswith("-")]
+    depth = 0
+    while is_group(resolve_command(*words[:depth])):
+        assert depth < len(words), f"mapet {shlex.join(arguments)} names no command"
+        depth += 1
+    return tuple(words[:depth])
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
     """Parses a command without running it, and returns its parameters. Fails the test if it does not parse."""
-    command, rest = command_line(), list(arguments)
-    while hasattr(command, "commands"):
-        assert rest, arguments
-        name = rest.pop(0)
-        assert name in command.commands, f"mapet {shlex.join(arguments)}: there is no command {name}"
-        command = command.commands[name]
-    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    unknown = [word for word in rest if re.match(r"--\w", word) and word.partition("=")[0] not in options]
+    if arguments in (["--help"], ["--version"]):
+        return {}
+    names = name_of(arguments)
+    command, rest = resolve_command(*names), arguments[arguments.index(names[-1]) + 1 :]
+    unknown = [word for word in rest if re.match(r"--\w", word) and word.partition("=")[0] not in options_of(command)]
     assert unknown == [], f"mapet {shlex.join(arguments)}"
-    return command.make_context(command.name, rest).params
+    return command.make_context(names[-1], rest).params
 
 
 @pytest.mark.parametrize(("page", "arguments"), COMMANDS, ids=lambda value: value if isinstance(value, str) else None)
@@ -117,15 +144,7 @@ def test_a_command_with_an_unknown_option_would_be_found():
 
 
 def test_the_pages_show_every_command():
-    shown = {tuple(arguments[: 2 if arguments[0] in ("tokenize", "train") else 1]) for _, arguments in COMMANDS}
-    groups = command_line().commands
-    there = {
-        (*prefix, name)
-        for prefix, group in (((), groups), *(((room,), groups[room].commands) for room in ("tokenize", "train")))
-        for name in group
-        if not hasattr(group[name], "commands")
-    }
-    assert there - shown == set()
+    assert set(all_commands()) - {name_of(arguments) for _, arguments in COMMANDS} == set()
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -141,13 +160,7 @@ def test_options_and_settings_in_the_text_exist(page: str):
 
 @cache
 def known_options() -> set[str]:
-    def walk(command: Any) -> Iterator[str]:
-        for inner in getattr(command, "commands", {}).values():
-            yield from walk(inner)
-        for parameter in command.params:
-            yield from (*parameter.opts, *parameter.secondary_opts)
-
-    return {*walk(command_line()), "--help"}
+    return {option for names in all_commands() for option in options_of(resolve_command(*names))}
 
 
 # Python
