@@ -50,11 +50,11 @@ class ModelSettings:
     name: str | None = "vit-base"
     """vit-tiny, vit-small, vit-base or vit-large; sets dim, depth and heads unless they are given."""
     dim: int = MISSING
-    """Width of the rows; derived from the name."""
+    """Width; must be a multiple of `heads`. Derived from the name."""
     depth: int = MISSING
-    """Number of blocks; derived from the name."""
+    """Number of blocks. Derived from the name."""
     heads: int = MISSING
-    """Attention heads of each block; derived from the name."""
+    """Attention heads. Derived from the name."""
     patch_size: int = 16
     """Pixels."""
     image_size: int = 224
@@ -112,11 +112,15 @@ class OptimizerSettings:
     min_lr: float = 1e-5
     """Learning rate at the end of the cosine."""
     warmup_lr: float = 1e-6
+    """Learning rate at the first step of the warm-up."""
     warmup_epochs: float = 10.0
     """Linear warm-up; fractions of an epoch are fine."""
     weight_decay: float = 0.05
+    """Decoupled, as in AdamW."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of AdamW's first and second moments."""
     eps: float = 1e-8
+    """Added to the denominator of AdamW's update."""
     clip_grad: float | None = 3.0
     """Largest norm of all gradients together; null does not clip."""
 
@@ -135,8 +139,11 @@ class DataSettings:
     color_jitter: float = 0.4
     """Strength of brightness, contrast and saturation jitter, for the student only; 0 is none."""
     interpolation: str = "bicubic"
+    """Of the student's resize."""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Of the student's pixels in [0, 1], by channel (red, green, blue); default ImageNet's."""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    """Their standard deviation, by channel."""
     workers: int | None = None
     """Processes that decode images; default none on the CPU, up to 16 on CUDA."""
     skip_missing: bool = False
@@ -162,11 +169,13 @@ class DataSettings:
 @dataclass
 class TrainSettings:
     epochs: int = 300
+    """Passes over all images; each epoch sees one stored view of each."""
     batch_size: int = 2048
     """Global batch: images per optimizer step, whatever the number of processes."""
     precision: str = "auto"
     """auto (bfloat16 autocast on CUDA, float32 on the CPU), float32 or bfloat16."""
     seed: int = 0
+    """Of the initial weights, batch order, permutations, drop path and jitter."""
     ema: float | None = None
     """Keep an exponential moving average of the weights with this decay, such as 0.9999; what probe, features and
     export then use. null keeps none."""
