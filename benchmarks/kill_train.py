@@ -110,6 +110,7 @@ def campaign(
         different += not same(whole, out)
         wrong_keys += keys_of_steps(whole) != keys_of_steps(out) or not once_an_epoch(out)
         log = Path(f"{out}.log").read_text()
+        starts = json.loads((out / "run.json").read_text())["starts"]
         shutil.rmtree(out)
         Path(f"{out}.log").unlink()
     return {
@@ -121,7 +122,7 @@ def campaign(
         "finished": finished,
         "different": different,
         "wrong_keys": wrong_keys,
-        "resumed_in_last_run": log.count("Going on from"),
+        "resumed_in_last_run": sum(start["step"] > 0 for start in starts),
         "torn_checkpoints_met": log.count("is damaged"),
         "seconds_undisturbed": round(seconds, 1),
     }
