@@ -63,7 +63,9 @@ def _fields(node: ast.ClassDef, group: str, choices: dict[str, tuple[str, ...]])
 
 
 def _default(value: ast.expr | None) -> str:
-    """A default as it is written in YAML."""
+    """A default as it is written in YAML; "derived" where it follows from other settings."""
+    if isinstance(value, ast.Name) and value.id == "MISSING":
+        return "derived"
     if isinstance(value, ast.Call):  # field(default_factory=lambda: [...])
         factory = value.keywords[0].value
         value = factory.body if isinstance(factory, ast.Lambda) else None

@@ -309,9 +309,6 @@ LATER_SETTINGS = [
     pytest.param(
         ("objective.masking", "objective.permutation_block", "data.shuffle_shards", "data.color_jitter"),
         id="of what is computed",
-        marks=pytest.mark.xfail(
-            strict=True, raises=UsageError, reason="a setting that the checkpoint lacks is not yet read as its default"
-        ),
     ),
 ]
 
