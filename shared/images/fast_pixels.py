@@ -13,12 +13,13 @@ from PIL import ExifTags, Image
 from simplejpeg import decode_jpeg
 from torch import Tensor
 
+from ..runtime.compat import resize_bicubic, resize_bilinear
 from .decode import decode, decoding, open_image
 from .views import CropBox, replay, to_array
 
 _RESIZE = {
-    "bicubic": (torch.ops.aten._upsample_bicubic2d_aa, 2),
-    "bilinear": (torch.ops.aten._upsample_bilinear2d_aa, 1),
+    "bicubic": (resize_bicubic, 2),
+    "bilinear": (resize_bilinear, 1),
 }
 """The operator of each filter, and how far it looks, in pixels of the smaller of the two resolutions."""
 _MARGINS = np.arange(64)

@@ -2,18 +2,14 @@
 
 import statistics
 import time
-import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from ...shared.runtime.compat import LiveBytes, fake_tensors
 from ...shared.runtime.console import say, table
 from ...shared.runtime.distributed import World
 from ...shared.runtime.memory import as_text, free_bytes
@@ -98,8 +94,8 @@ def _peak_of_step(settings: Settings, k: int, plan: Plan, device: str) -> int:
     with torch.device("meta"):
         model = MaPeT(shape).train()
     model.grad_checkpointing = settings.execution.grad_checkpointing
-    live = _LiveBytes()
-    with FakeTensorMode(allow_non_fake_inputs=True), live:
+    live = LiveBytes()
+    with fake_tensors(), live:
         model.to_empty(device="cpu")
         loss = PretrainingLoss(model, settings, "cpu")
         count, patches = plan.micro_batch, shape.patches
@@ -116,34 +112,6 @@ def _peak_of_step(settings: Settings, k: int, plan: Plan, device: str) -> int:
             loss(part, layout)[0].backward()
         del kept
     return live.peak
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        result = function(*arguments, **(keywords or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._known:
-            return
-        self._known.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
-
-    def _drop(self, identity: int, count: int) -> None:
-        self._known.discard(identity)
-        self.now -= count
 
 
 def measure(trainer: Trainer, loader: Iterator[dict[str, Tensor]], memory: int) -> None:

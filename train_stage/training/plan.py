@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...shared.errors import UsageError
+from ...shared.runtime.compat import fake_tensors
 from ..model.mapet import MaPeT
 from ..model.shape import Shape
 from ..objectives.layouts import step_layout
@@ -63,7 +63,7 @@ def flops_per_image(settings: Settings, k: int) -> int:
     layout = step_layout(settings.objective, shape.patches, settings.train.seed, 0, 1, "cpu")
     with torch.device("meta"):
         model = MaPeT(shape)
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:  # nothing is computed
+    with fake_tensors(), FlopCounterMode(display=False) as counter:  # nothing is computed
         model.to_empty(device="cpu")
         images = torch.empty(1, 3, shape.image_size, shape.image_size)
         order = torch.empty(1, shape.patches, dtype=torch.int64)
