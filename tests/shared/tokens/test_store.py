@@ -81,7 +81,8 @@ def test_rows_come_back_as_they_were_written(store: Path):
     for number, (_, rows) in enumerate(opened.shards()):
         assert_equal_rows(rows, rows_of(number))
     assert (len(opened), opened.k, opened.grid) == (10, K, GRID)
-    assert opened.fingerprint == opened.codebook["fingerprint"]
+    assert opened.tokenizer is opened.codebook
+    assert opened.fingerprint == opened.tokenizer["fingerprint"]
     assert "10 images" in repr(opened)
 
 
@@ -99,6 +100,45 @@ def test_find_gives_the_row_of_a_key(store: Path):
             rows, found = opened.find(key)
             assert found == at
             assert_equal_rows(rows, rows_of(number))
+
+
+def test_keys_are_in_the_store_or_not(store: Path):
+    opened = TokenStore(store)
+    assert all(key in opened for number in range(2) for key in rows_of(number).keys)
+    assert all(key not in opened for key in ("unknown", "", "plain0/", "PLAIN0/0", "\ud800", None, 0))
+
+
+def test_after_the_first_lookup_a_lookup_reads_at_most_one_shard(store: Path):
+    opened, (first, second) = TokenStore(store), (rows_of(number).keys[2] for number in range(2))
+    assert opened[first].key == first
+    (store / "shards/shard-0.zarr.zip").unlink()
+    assert opened[second].key == second  # needs shard-1 alone
+    (store / "shards/shard-1.zarr.zip").unlink()
+    assert "unknown" not in opened  # needs neither
+    again = TokenStore(store)
+    with pytest.raises(DataError, match="is missing"):
+        assert first in again
+
+
+def test_a_lookup_reads_the_shard_that_has_the_key(store: Path):
+    opened, key = TokenStore(store), rows_of(1).keys[2]
+    assert "unknown" not in opened
+    (store / "shards/shard-0.zarr.zip").unlink()
+    assert opened[key].key == key
+    os.truncate(store / "shards/shard-1.zarr.zip", 100)
+    assert opened[key].key == key  # still in memory
+    with pytest.raises(DataError, match=r"shard-0\.zarr\.zip is missing"):
+        opened.find(rows_of(0).keys[0])
+
+
+def test_keys_with_equal_digests_are_told_apart(store: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mapet.shared.images.keys.key_digests", lambda keys: np.zeros(len(list(keys)), dtype=np.uint64))
+    opened = TokenStore(store)
+    for number in range(2):
+        for at, key in enumerate(rows_of(number).keys):
+            assert opened.find(key)[1] == at
+            assert np.array_equal(opened[key].tokens, rows_of(number).tokens[at])
+    assert "unknown" not in opened
 
 
 @pytest.mark.parametrize("key", ["unknown", "", "plain0/", "PLAIN0/0"])
@@ -214,5 +254,5 @@ def test_an_unknown_version_is_a_data_error_that_names_both(store: Path, name: s
 def test_a_missing_folder_or_a_file_is_a_data_error_that_names_it(store: Path):
     with pytest.raises(DataError, match="nowhere does not exist"):
         TokenStore(store / "nowhere")
-    with pytest.raises(DataError, match=r"manifest\.json does not exist or is no folder"):
+    with pytest.raises(DataError, match=r"manifest\.json does not exist or is not a folder"):
         TokenStore(store / "manifest.json")
