@@ -126,7 +126,7 @@ def test_a_truncated_image_is_an_error_that_names_it(format: str):
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"GIF89a" + bytes(40), encoded(picture(), "BMP")])
 def test_what_is_no_supported_image_is_an_error_that_names_it(data: bytes):
-    with pytest.raises(DataError, match="cat is no JPEG, PNG or WebP"):
+    with pytest.raises(DataError, match="cat is not a JPEG, PNG or WebP"):
         decode(data, "cat")
 
 
@@ -168,7 +168,7 @@ def test_exif_behind_the_pixels_of_a_png_counts_too():
 
 @pytest.mark.parametrize("data", [b"", b"not an image", encoded(picture(), "BMP")])
 def test_the_size_of_what_is_no_image_is_an_error_that_names_it(data: bytes):
-    with pytest.raises(DataError, match="cat is no JPEG, PNG or WebP"):
+    with pytest.raises(DataError, match="cat is not a JPEG, PNG or WebP"):
         upright_size(data, "cat")
 
 

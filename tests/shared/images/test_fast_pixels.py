@@ -101,7 +101,7 @@ def test_a_cut_or_damaged_jpeg_is_refused_exactly_when_pillow_refuses_it(kind: s
 
 
 def test_what_is_no_image_is_one_sentence_with_its_name():
-    with pytest.raises(DataError, match="x: image 'k' is no JPEG, PNG or WebP image"):
+    with pytest.raises(DataError, match="x: image 'k' is not a JPEG, PNG or WebP image"):
         decode_pixels(b"no image", "x: image 'k'")
     with pytest.raises(DataError, match=r"x: image 'k' cannot be decoded .*truncated"):
         decode_pixels(KINDS["plain"][:900], "x: image 'k'")

@@ -350,12 +350,12 @@ def tar_with(path: Path, png, **fields) -> Path:
         ({"name": "x/../../b.png"}, "x/../../b", "holds 'x/../../b.png', a name that leaves its folder"),
         ({"name": "b\udcff.png"}, "b\\udcff", r"holds 'b\udcff.png', and that name is not UTF-8"),
         ({"name": "a.jpg"}, "a", "holds key 'a' twice"),
-        ({"name": "b.gif"}, "b", "holds 'b.gif', which is none of jpg, jpeg, png, webp"),
-        ({"name": "b.TIFF"}, "b", "holds 'b.TIFF', which is none of jpg, jpeg, png, webp"),
+        ({"name": "b.gif"}, "b", "holds 'b.gif', which is not one of jpg, jpeg, png, webp"),
+        ({"name": "b.TIFF"}, "b", "holds 'b.TIFF', which is not one of jpg, jpeg, png, webp"),
         ({"type": tarfile.SYMTYPE, "linkname": "a.png"}, "b", "holds 'b.png', a link to 'a.png'"),
         ({"type": tarfile.LNKTYPE, "linkname": "a.png"}, "b", "holds 'b.png', a link to 'a.png'"),
-        ({"type": tarfile.FIFOTYPE}, "b", "holds 'b.png', which is no plain file"),
-        ({"type": tarfile.CHRTYPE}, "b", "holds 'b.png', which is no plain file"),
+        ({"type": tarfile.FIFOTYPE}, "b", "holds 'b.png', which is not a regular file"),
+        ({"type": tarfile.CHRTYPE}, "b", "holds 'b.png', which is not a regular file"),
     ],
 )
 def test_a_member_that_cannot_be_used_is_named_or_listed(tmp_path: Path, png, fields: dict, key: str, words: str):
@@ -431,12 +431,12 @@ def make_loop(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "make", "words"),
     [
-        ("b.png", make_fifo, "holds 'b.png', which is no plain file"),
-        ("b.png", make_socket, "holds 'b.png', which is no plain file"),
-        ("b.png", lambda path: path.symlink_to("/dev/zero"), "holds 'b.png', which is no plain file"),
+        ("b.png", make_fifo, "holds 'b.png', which is not a regular file"),
+        ("b.png", make_socket, "holds 'b.png', which is not a regular file"),
+        ("b.png", lambda path: path.symlink_to("/dev/zero"), "holds 'b.png', which is not a regular file"),
         ("b.png", make_loop, "holds 'b.png', which cannot be read"),
         ("b.png", lambda path: path.symlink_to("nowhere"), "holds 'b.png', a link to nowhere"),
-        ("b.bmp", Path.touch, "holds 'b.bmp', which is none of jpg, jpeg, png, webp"),
+        ("b.bmp", Path.touch, "holds 'b.bmp', which is not one of jpg, jpeg, png, webp"),
         ("a.webp", Path.touch, "holds 'a.png' and 'a.webp', which have the same key 'a'"),
         (os.fsdecode(b"b\xff.png"), Path.touch, "and that name is not UTF-8"),
     ],

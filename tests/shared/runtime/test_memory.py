@@ -25,7 +25,7 @@ def test_sizes_are_read(text: str, size: int):
 
 @pytest.mark.parametrize("text", ["", "GB", "1 GB free", "-1GB", "1XB", "1,5GB", "0GB", "1iB", "half", "1gb"])
 def test_what_is_no_size_is_a_usage_error(text: str):
-    with pytest.raises(UsageError, match="is no size; give one such as"):
+    with pytest.raises(UsageError, match="is not a valid size; give one such as"):
         memory_budget(text)
 
 
