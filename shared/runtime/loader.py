@@ -147,5 +147,7 @@ def batches(
                 raise batch
             yield batch.take() if isinstance(batch, BatchReference) else batch
     finally:
+        # Not left to the iterator's end: the traceback of an error would keep it, and with it the workers.
+        shut_down_workers(loaded)
         for process in processes:
             free_buffers(process)

@@ -1,4 +1,4 @@
-"""Where images come from: keys as WebDataset makes them, every way to name a source, and what is wrong on disk."""
+"""Sources of images: WebDataset's keys, every way to name a source, and errors for damaged ones."""
 
 import io
 import itertools
@@ -64,7 +64,7 @@ def test_bytes_are_those_of_webdataset(keyed_tar: Path):
         assert [read_bytes(record)] == expected
 
 
-def test_hidden_files_are_no_images(tmp_path: Path, write_tar, write_folder, png):
+def test_hidden_files_are_ignored(tmp_path: Path, write_tar, write_folder, png):
     # macOS's tar puts "._NAME" beside every NAME; WebDataset ignores them.
     files = {"._a.jpg": b"finder", "a.jpg": png(), "._a.cls": b"finder"}
     tar = write_tar(tmp_path / "x.tar", files)
@@ -83,7 +83,7 @@ def test_labels_come_from_cls_files(keyed_tar: Path):
     assert any(label is not None for label in labels.values())
 
 
-def test_a_label_may_stand_before_its_image(tmp_path: Path, write_tar, png):
+def test_a_label_may_precede_its_image(tmp_path: Path, write_tar, png):
     tar = write_tar(tmp_path / "x.tar", {"a.cls": b"7", "a.png": png()})
     assert open_source(tar)[0].index()[0].label == 7
 
@@ -172,7 +172,7 @@ def test_an_unbalanced_pattern_is_a_usage_error(tars: list[Path]):
         open_source(f"{tars[0].parent}/t-{{00..02.tar")
 
 
-def test_no_images_at_all_is_a_usage_error():
+def test_an_empty_list_of_sources_is_a_usage_error():
     with pytest.raises(UsageError, match="No images"):
         open_source([])
 
@@ -182,7 +182,7 @@ def test_a_folder_among_tars_is_a_usage_error(tars: list[Path]):
         open_source([tars[0], tars[0].parent])
 
 
-# What is wrong on disk
+# Missing and damaged sources
 
 
 def test_a_missing_path_is_an_error_that_names_it(tmp_path: Path):
@@ -208,7 +208,7 @@ def test_an_empty_folder_is_an_error_that_names_it(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["zip.tar", "gz.tar"])
-def test_what_is_no_plain_tar_is_an_error_that_names_it(tmp_path: Path, name: str):
+def test_a_file_that_is_not_a_plain_tar_is_an_error_that_names_it(tmp_path: Path, name: str):
     if name == "zip.tar":
         (tmp_path / name).write_bytes(b"PK\x03\x04" + bytes(2000))
     else:
@@ -220,7 +220,7 @@ def test_what_is_no_plain_tar_is_an_error_that_names_it(tmp_path: Path, name: st
 
 @pytest.fixture(scope="module")
 def three_images(tmp_path_factory: pytest.TempPathFactory, write_tar, png) -> tuple[Path, bytes, list[int]]:
-    """A folder to write in, a tar's bytes, and where its three members begin and the last one ends."""
+    """A folder to write in, a tar's bytes, and the offsets of its three members and of the end of the last one."""
     folder = tmp_path_factory.mktemp("cut")
     tar = write_tar(folder / "whole.tar", {f"{name}.png": png(0, 60, 40) for name in "abc"})
     records = open_source(tar)[0].index()
@@ -229,7 +229,7 @@ def three_images(tmp_path_factory: pytest.TempPathFactory, write_tar, png) -> tu
 
 
 @pytest.mark.parametrize(("member", "beyond"), [*itertools.product([1, 2], [0, 1, 511, 512, 700]), (3, 0), (3, -600)])
-def test_a_tar_cut_anywhere_is_an_error_that_names_it(three_images, member: int, beyond: int):
+def test_a_tar_truncated_anywhere_is_an_error_that_names_it(three_images, member: int, beyond: int):
     folder, data, starts = three_images
     cut = folder / "cut.tar"
     cut.write_bytes(data[: starts[member] + beyond])
@@ -248,7 +248,7 @@ def test_a_damaged_header_does_not_lose_images_silently(three_images):
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(header=st.integers(0, 2), at=st.integers(0, 511), value=st.integers(0, 255))
-def test_a_changed_header_byte_never_ends_in_another_error(three_images, header: int, at: int, value: int):
+def test_a_changed_header_byte_never_raises_another_error(three_images, header: int, at: int, value: int):
     folder, data, starts = three_images
     damaged = bytearray(data)
     damaged[starts[header] + at] = value
@@ -291,7 +291,7 @@ def test_two_tars_of_one_base_name_are_an_error(tmp_path: Path, write_tar, png):
 
 
 @pytest.mark.parametrize("text", [b"cat", b"", b"1.5", b"\xff\xfe", b"1 2", b"9" * 19, b"9" * 9999])
-def test_a_label_that_is_no_integer_is_an_error_that_names_it(tmp_path: Path, text: bytes, write_tar, png):
+def test_a_label_that_is_not_an_integer_is_an_error_that_names_it(tmp_path: Path, text: bytes, write_tar, png):
     tar = write_tar(tmp_path / "x.tar", {"a.png": png(), "a.cls": text})
     with pytest.raises(DataError, match=r"x\.tar holds .* in 'a\.cls', not a class number"):
         read_records(tar)
@@ -310,7 +310,7 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path, write_folder, png):
         read_records(tmp_path)
 
 
-# What cannot be used is named, or listed when it is to be skipped
+# Unusable images: an error without a list of skipped ones, an item of the list with one
 
 
 def index_and_skipped(source: Path) -> tuple[list[str], list[tuple[str, str]]]:
@@ -319,7 +319,7 @@ def index_and_skipped(source: Path) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def expect(source: Path, sound: list[str], key: str, words: str) -> None:
-    """Without a list an error that names the source and says `words`; with one, the rest and (key, `words`)."""
+    """Without a list an error that names the source and contains `words`; with one, the rest and (key, `words`)."""
     with pytest.raises(DataError, match=re.escape(words)) as caught:
         read_records(source)
     assert str(caught.value).startswith(str(source))
@@ -358,16 +358,16 @@ def tar_with(path: Path, png, **fields) -> Path:
         ({"type": tarfile.CHRTYPE}, "b", "holds 'b.png', which is not a regular file"),
     ],
 )
-def test_a_member_that_cannot_be_used_is_named_or_listed(tmp_path: Path, png, fields: dict, key: str, words: str):
+def test_an_unusable_member_is_an_error_or_listed(tmp_path: Path, png, fields: dict, key: str, words: str):
     expect(tar_with(tmp_path / "x.tar", png, **fields), ["a", "z"], key, words)
 
 
-def test_a_folder_in_a_tar_is_no_image_whatever_its_name(tmp_path: Path, png):
+def test_a_folder_in_a_tar_is_ignored_whatever_its_name(tmp_path: Path, png):
     tar = tar_with(tmp_path / "x.tar", png, type=tarfile.DIRTYPE)
     assert index_and_skipped(tar) == (["a", "z"], [])
 
 
-def test_a_tar_padded_with_zeros_is_sound(tmp_path: Path, write_tar, png):
+def test_a_tar_padded_with_zeros_is_valid(tmp_path: Path, write_tar, png):
     tar = write_tar(tmp_path / "x.tar", {"a.png": png()})
     with open(tar, "ab") as file:
         file.write(bytes(3_000_000))
@@ -382,7 +382,7 @@ def test_two_tars_in_one_file_do_not_lose_the_second_silently(tmp_path: Path, wr
     expect(tar, ["a"], "", "goes on after its end")
 
 
-def test_a_header_that_leads_back_does_not_go_round_for_ever(tmp_path: Path, write_tar, png):
+def test_a_header_that_points_backwards_does_not_loop_for_ever(tmp_path: Path, write_tar, png):
     tar = write_tar(tmp_path / "x.tar", {"a.png": png(), "b.png": png()})
     data = bytearray(tar.read_bytes())
     at = read_records(tar)[1].offset - 512
@@ -393,7 +393,7 @@ def test_a_header_that_leads_back_does_not_go_round_for_ever(tmp_path: Path, wri
     expect(tar, ["a"], "", "is damaged at byte")
 
 
-def test_a_cut_tar_gives_what_lies_before_the_cut(three_images, tmp_path: Path):
+def test_a_truncated_tar_gives_the_images_before_its_end(three_images, tmp_path: Path):
     _, data, starts = three_images
     (tmp_path / "cut.tar").write_bytes(data[: starts[2] + 700])
     expect(tmp_path / "cut.tar", ["a", "b"], "c", "is truncated inside 'c.png'")
@@ -402,16 +402,16 @@ def test_a_cut_tar_gives_what_lies_before_the_cut(three_images, tmp_path: Path):
 
 
 @pytest.mark.parametrize("data", [b"", b"\x1f\x8b" + bytes(600), b"PK\x03\x04" + bytes(600), bytes(range(256)) * 20])
-def test_what_is_no_tar_is_named_or_listed(tmp_path: Path, data: bytes):
+def test_a_file_that_is_not_a_tar_is_an_error_or_listed(tmp_path: Path, data: bytes):
     (tmp_path / "x.tar").write_bytes(data)
     expect(tmp_path / "x.tar", [], "", "tar" if data else "is empty (0 bytes)")
 
 
-def test_a_tar_without_images_is_listed_too(tmp_path: Path, write_tar):
+def test_a_tar_without_images_is_an_error_or_listed(tmp_path: Path, write_tar):
     expect(write_tar(tmp_path / "x.tar", {"a.txt": b"-"}), [], "", "holds no images")
 
 
-def test_other_pictures_beside_one_that_is_read_are_no_problem(tmp_path: Path, write_tar, png):
+def test_unread_formats_beside_a_readable_image_are_ignored(tmp_path: Path, write_tar, png):
     assert index_and_skipped(write_tar(tmp_path / "x.tar", {"a.gif": b"-", "a.png": png()})) == (["a"], [])
 
 
@@ -441,13 +441,13 @@ def make_loop(path: Path) -> None:
         (os.fsdecode(b"b\xff.png"), Path.touch, "and that name is not UTF-8"),
     ],
 )
-def test_what_cannot_be_used_in_a_folder_is_named_or_listed(tmp_path: Path, write_folder, png, name, make, words: str):
+def test_an_unusable_file_in_a_folder_is_an_error_or_listed(tmp_path: Path, write_folder, png, name, make, words: str):
     root = write_folder(tmp_path / "f", {"a.png": png(), "z.png": png()})
     make(root / name)
     expect(root, ["a", "z"], name.partition(".")[0].replace("\udcff", "\\udcff"), words)
 
 
-def test_a_link_that_leads_back_is_not_followed_for_ever(tmp_path: Path, write_folder, png):
+def test_a_link_to_a_parent_folder_is_not_followed(tmp_path: Path, write_folder, png):
     root = write_folder(tmp_path / "f", {"cat/a.png": png(), "dog/b.png": png()})
     (root / "cat" / "round").symlink_to(root)
     expect(root, ["cat/a", "dog/b"], "cat/round/", "holds 'cat/round/', a link to a folder that it lies in")
@@ -468,25 +468,25 @@ import json, sys
 from mapet.shared.errors import DataError
 from mapet.shared.images.sources import open_source, read_records
 skipped = []
-found = [(record.key, record.label) for shard in open_source(sys.argv[1]) for record in shard.index(skipped)]
+images = [(record.key, record.label) for shard in open_source(sys.argv[1]) for record in shard.index(skipped)]
 digests = [shard.sha256(skip=True) for shard in open_source(sys.argv[1])]
 try:
     read_records(sys.argv[1])
 except DataError as error:
-    print(json.dumps([found, skipped, digests, str(error)]))
+    print(json.dumps([images, skipped, digests, str(error)]))
 """
 
 
-def test_a_closed_folder_is_named_or_listed(tmp_path: Path, write_folder, png, run_as_owner):
+def test_an_unreadable_folder_is_an_error_or_listed(tmp_path: Path, write_folder, png, run_as_owner):
     root = write_folder(tmp_path / "f", {f"{name}/1.png": png() for name in ("ant", "cat", "dog")})
     os.chmod(root / "cat", 0)
-    found, skipped, _, said = json.loads(run_as_owner(LIST, root).stdout)
-    assert found == [["ant/1", 0], ["dog/1", 2]]  # labels are as they were
+    images, skipped, _, message = json.loads(run_as_owner(LIST, root).stdout)
+    assert images == [["ant/1", 0], ["dog/1", 2]]  # labels do not change
     assert skipped == [["cat/", "holds 'cat/', a folder that cannot be listed (Permission denied)"]]
-    assert said == f"{root} {skipped[0][1]}."
+    assert message == f"{root} {skipped[0][1]}."
 
 
-def test_a_closed_tar_is_named_or_listed(tmp_path: Path, write_tar, png, run_as_owner):
+def test_an_unreadable_tar_is_an_error_or_listed(tmp_path: Path, write_tar, png, run_as_owner):
     tar = write_tar(tmp_path / "x.tar", {"a.png": png()})
     os.chmod(tar, 0)
     reason = "cannot be read (Permission denied); make it readable"
@@ -494,16 +494,18 @@ def test_a_closed_tar_is_named_or_listed(tmp_path: Path, write_tar, png, run_as_
 
 
 @pytest.mark.parametrize("place", ["f", "f/below/x.tar"])
-def test_a_closed_root_is_an_error_that_names_it(tmp_path: Path, write_folder, write_tar, png, run_as_owner, place):
+def test_an_unreadable_root_is_an_error_with_its_name(
+    tmp_path: Path, write_folder, write_tar, png, run_as_owner, place
+):
     root = write_folder(tmp_path / "f", {"a.png": png(), "below/b.png": png()})
     write_tar(root / "below/x.tar", {"a.png": png()})
     os.chmod(root, 0)
-    said = run_as_owner(LIST, tmp_path / place).stderr.splitlines()[-1]
+    message = run_as_owner(LIST, tmp_path / place).stderr.splitlines()[-1]
     os.chmod(root, 0o755)
-    assert said == f"mapet.shared.errors.DataError: {tmp_path / place} cannot be read (Permission denied)."
+    assert message == f"mapet.shared.errors.DataError: {tmp_path / place} cannot be read (Permission denied)."
 
 
-# Keys that stand in two shards
+# Keys that are in two shards
 
 
 def ledger_of(**keys: list[str]) -> KeyLedger:
@@ -513,7 +515,7 @@ def ledger_of(**keys: list[str]) -> KeyLedger:
     return ledger
 
 
-def test_a_ledger_counts_and_finds_a_key_in_two_shards():
+def test_a_ledger_counts_keys_and_finds_one_in_two_shards():
     keys = {"one": ["a", "b"], "two": ["c"], "three": []}
     ledger = ledger_of(**keys)
     assert ("one" in ledger, "four" in ledger) == (True, False)
@@ -525,7 +527,7 @@ def test_a_ledger_counts_and_finds_a_key_in_two_shards():
         ledger.refuse_doubles({**keys, "four": ["d", "b"]}.__getitem__)
 
 
-def test_equal_digests_of_other_keys_are_no_double():
+def test_equal_digests_of_different_keys_are_not_duplicates():
     ledger = ledger_of(one=["a"], two=["a"])
     ledger.refuse_doubles({"one": ["a"], "two": ["b"]}.__getitem__)
     KeyLedger().refuse_doubles({}.__getitem__)

@@ -1,4 +1,4 @@
-"""The token store gives back the rows that were written, as plain zarr, and notices whatever happened to them."""
+"""Token stores: rows are read back as written, as plain Zarr, keys are looked up, and changes are detected."""
 
 import os
 import re
@@ -70,12 +70,12 @@ def store(tmp_path: Path) -> Path:
 
 def assert_equal_rows(one: ShardRows, other: ShardRows) -> None:
     for field in fields(ShardRows):
-        left, right = getattr(one, field.name), getattr(other, field.name)
-        assert np.array_equal(left, right), field.name
-        assert left.dtype == right.dtype, field.name
+        column, expected = getattr(one, field.name), getattr(other, field.name)
+        assert np.array_equal(column, expected), field.name
+        assert column.dtype == expected.dtype, field.name
 
 
-def test_rows_come_back_as_they_were_written(store: Path):
+def test_rows_are_read_back_as_written(store: Path):
     opened = TokenStore(store)
     assert [name for name, _ in opened.shards()] == ["shard-0", "shard-1"]
     for number, (_, rows) in enumerate(opened.shards()):
@@ -86,7 +86,7 @@ def test_rows_come_back_as_they_were_written(store: Path):
     assert "10 images" in repr(opened)
 
 
-def test_a_shard_larger_than_a_chunk_comes_back(tmp_path: Path):
+def test_a_shard_larger_than_a_chunk_is_read_back(tmp_path: Path):
     rows = rows_of(3, count=1500, views=1)
     write_shard(tmp_path, "large", rows, ATTRIBUTES)
     with ZipStore(tmp_path / "shards/large.zarr.zip", mode="r") as archive:
@@ -97,8 +97,8 @@ def test_find_gives_the_row_of_a_key(store: Path):
     opened = TokenStore(store)
     for number in range(2):
         for at, key in enumerate(rows_of(number).keys):
-            rows, found = opened.find(key)
-            assert found == at
+            rows, row = opened.find(key)
+            assert row == at
             assert_equal_rows(rows, rows_of(number))
 
 
@@ -152,7 +152,7 @@ def all_files(root: Path) -> dict[str, bytes]:
 
 
 def test_equal_rows_give_equal_bytes_at_any_time(store: Path, tmp_path: Path):
-    time.sleep(2.1)  # a zip's own timestamps would tick every two seconds
+    time.sleep(2.1)  # the timestamps of a zip have a resolution of two seconds
     again = write_store(tmp_path / "again")
     assert len(all_files(store)) == 6
     assert all_files(again) == all_files(store)
@@ -188,7 +188,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path):
     assert not all_files(tmp_path)
 
 
-def test_the_checksum_in_the_chunks_finds_a_change_even_without_the_manifest(store: Path):
+def test_the_checksums_of_chunks_detect_a_change_without_the_manifest(store: Path):
     path = store / "shards/shard-0.zarr.zip"
     with zipfile.ZipFile(path) as archive:
         files = {name: bytearray(archive.read(name)) for name in archive.namelist()}
@@ -200,7 +200,7 @@ def test_the_checksum_in_the_chunks_finds_a_change_even_without_the_manifest(sto
         zarr.open_group(archive, mode="r")["tokens"][:]
 
 
-# What is wrong on disk
+# Missing and damaged files
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
