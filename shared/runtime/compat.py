@@ -31,7 +31,7 @@ def _private_operator(name: str) -> Callable[..., Any] | None:
     return operator
 
 
-# Attention on the CPU ------------------------------------------------------------------------------------------------
+# Attention on the CPU
 
 
 def public_flash_attention(
@@ -100,7 +100,7 @@ flash_attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
 """The kernel that autograd calls for it."""
 
 
-# Antialiased resize --------------------------------------------------------------------------------------------------
+# Antialiased resize
 
 
 def public_resize_bicubic(
@@ -156,7 +156,7 @@ resize_bicubic: Callable[..., Tensor] = _private_operator("_upsample_bicubic2d_a
 resize_bilinear: Callable[..., Tensor] = _private_operator("_upsample_bilinear2d_aa") or public_resize_bilinear
 
 
-# Worker processes of a DataLoader ------------------------------------------------------------------------------------
+# Worker processes of a DataLoader
 
 _started_processes: "weakref.WeakKeyDictionary[Iterator[Any], list[BaseProcess]]" = weakref.WeakKeyDictionary()
 """For the fallback: the processes that began while an iterator was made."""
@@ -193,7 +193,7 @@ def shut_down_workers(batches: Iterator[Any]) -> None:
         worker.join()
 
 
-# Tensors without content, and the bytes that tensors hold ------------------------------------------------------------
+# Tensors without content, and the bytes that tensors hold
 
 
 class _ZerosForEmpty(TorchFunctionMode):
