@@ -1,4 +1,4 @@
-"""Keys: which one a file's name gives, and where a key is among many."""
+"""Keys of images: from file names, and an index of many of them."""
 
 import hashlib
 from collections.abc import Iterable

@@ -66,7 +66,7 @@ class StoredViews:
 def _open_sources(store: TokenStore, images: str) -> dict[str, SourceShard]:
     sources = {shard.name: shard for shard in open_source(images) if shard.name in store.entries}
     if not sources:
-        raise DataError(f"--images {images} has none of the shards of {store.path}; give what its tokens were made of.")
+        raise DataError(f"--images {images} has none of the shards of {store.path}; give the images of its tokens.")
     remote = next((shard.root for shard in sources.values() if shard.is_remote), None)
     if remote:
         raise DataError(f"{remote} is remote; a page needs its images here, download some of the tars first.")
