@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 from hypothesis import given
@@ -52,12 +51,12 @@ def test_a_world_of_one_process(monkeypatch: pytest.MonkeyPatch):
             "c",
         )
         world.wait()
-        for run in (world.on_rank_zero, world.all_or_raise):
+        for ask in (world.on_rank_zero, world.all_or_raise):
             with pytest.raises(DataError, match="no"):
-                run(refuse)
+                ask(lambda: refuse())
 
 
-def refuse() -> NoReturn:
+def refuse() -> None:
     raise DataError("no")
 
 
