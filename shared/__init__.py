@@ -1,1 +1,1 @@
-"""What both stages speak: image sources, views, the codebook, the token store, console and files."""
+"""What both stages use: image sources, views, the codebook, the token store, files, processes and the terminal."""

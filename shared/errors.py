@@ -1,14 +1,14 @@
-"""Errors that end a command with one sentence instead of a traceback."""
+"""Errors that end a command with one sentence instead of a traceback, and with an exit code."""
 
 
 class MapetError(Exception):
-    """An expected failure: its text names the file or option, what is wrong and what to do."""
+    """An expected failure: the message names the file or option, says what is wrong and what to do; exit code 1."""
 
     exit_code = 1
 
 
 class DataError(MapetError):
-    """Something on disk is missing, damaged or does not fit; exit code 1."""
+    """A file or folder is missing, damaged or does not match; exit code 1."""
 
 
 class UsageError(MapetError):
@@ -18,10 +18,10 @@ class UsageError(MapetError):
 
 
 class FingerprintMismatch(DataError):
-    """Two artifacts that must come from the same codebook do not; the text names both sides."""
+    """Two artifacts come from different tokenizers; the message names both. Exit code 1."""
 
 
 class Interrupted(MapetError):
-    """The user or the scheduler stopped the command; its text says how to go on."""
+    """The user or the scheduler stopped the command; the message says how to resume. Exit code 130."""
 
     exit_code = 130

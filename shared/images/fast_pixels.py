@@ -1,7 +1,7 @@
-"""The student's pixels: JPEGs decoded and views replayed as uint8 tensors, in half the time that Pillow takes.
+"""The student's pixels: JPEGs decoded and views replayed as uint8 tensors, in half of Pillow's time.
 
-simplejpeg's libjpeg-turbo gives Pillow's very pixels of a JPEG, faster than torchvision's does; whatever it does not
-take, Pillow decodes. The resize is torch's fixed-point one. `views.replay` is the reference, and what a tower sees.
+simplejpeg's libjpeg-turbo decodes a JPEG to the same pixels as Pillow, and faster than torchvision does; Pillow decodes
+the rest. The resize is torch's fixed-point one. `views.replay`, which the tower's pixels come from, is the reference.
 """
 
 import math
@@ -13,22 +13,26 @@ from PIL import ExifTags, Image
 from simplejpeg import decode_jpeg
 from torch import Tensor
 
+from ..runtime.compat import resize_bicubic, resize_bilinear
 from .decode import decode, decoding, open_image
 from .views import CropBox, replay, to_array
 
 _RESIZE = {
-    "bicubic": (torch.ops.aten._upsample_bicubic2d_aa, 2),
-    "bilinear": (torch.ops.aten._upsample_bilinear2d_aa, 1),
+    "bicubic": (resize_bicubic, 2),
+    "bilinear": (resize_bilinear, 1),
 }
-"""The operator of each filter, and how far it looks, in pixels of the smaller of the two resolutions."""
+"""The operator of each filter, and its support in pixels of the smaller of the two resolutions."""
 _MARGINS = np.arange(64)
 _NEAR, _FAR = 0.01, 0.05
-"""Source pixels by which a view may be shifted: what is not worth a wider margin, and what Pillow must do instead."""
+"""Source pixels by which a view may be shifted: below the first no wider margin is tried, above the second Pillow
+replays the view."""
 
 
 def is_plain_jpeg(data: bytes, name: str) -> bool:
-    """Whether simplejpeg gives Pillow's very pixels of it: a JPEG that is no CMYK, has nothing to turn, and is nothing
-    but one picture. Raises DataError naming `name` if the bytes are no image."""
+    """Whether simplejpeg decodes `data` to the same pixels as Pillow: an upright JPEG of one picture that is not CMYK.
+
+    Raises DataError, which names `name`, if the bytes are not an image.
+    """
     with decoding(data, name):
         image = open_image(data)
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
@@ -36,24 +40,24 @@ def is_plain_jpeg(data: bytes, name: str) -> bool:
 
 
 def decode_pixels(data: bytes, name: str, plain: bool | None = None) -> Tensor:
-    """What `images.decode` gives, as uint8 (3, height, width), channels last in memory; raises DataError as it does.
+    """The pixels of `decode.decode`, as uint8 (3, height, width), channels last in memory; DataError as there.
 
-    `plain` is what `is_plain_jpeg` said of the same bytes, if it was asked before.
+    `plain` is the result of `is_plain_jpeg` for the same bytes, if it is known already.
     """
     if is_plain_jpeg(data, name) if plain is None else plain:
         try:
             return torch.from_numpy(decode_jpeg(data, "RGB")).permute(2, 0, 1)
-        except Exception:  # a decoder raises whatever the bytes lead it to; Pillow says why, or can read it
+        except Exception:  # decoders raise anything on damaged data; Pillow may read it, or says what is wrong
             pass
     return torch.from_numpy(np.array(decode(data, name))).permute(2, 0, 1)
 
 
 def replay_pixels(pixels: Tensor, box: CropBox, flip: bool, size: int, interpolation: str = "bicubic") -> Tensor:
-    """What `views.replay` shows of uint8 (3, height, width): uint8 (3, size, size), in any memory format.
+    """`views.replay` for pixels uint8 (3, height, width): uint8 (3, size, size), in any memory format.
 
-    On photographs the two differ by less than a tenth of a grey level on average (see tests): torch's weights have 16
-    bits, a box between source pixels is met to a few hundredths of one, and a filter does not look beyond the upper and
-    left edges of a box on whole pixels.
+    On photographs the two differ by less than a tenth of a grey level on average (see the tests): torch's weights have
+    16 bits, a box between source pixels is placed to a few hundredths of a pixel, and filters do not reach beyond the
+    upper and left edges of a box on whole pixels.
     """
     resize, support = _RESIZE[interpolation]
     rows = _span(box.top, box.height, pixels.shape[1], size, support)
@@ -61,16 +65,19 @@ def replay_pixels(pixels: Tensor, box: CropBox, flip: bool, size: int, interpola
     if rows is None or columns is None:
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         return torch.from_numpy(to_array(replay(image, box, flip, size, interpolation)))
-    # Contiguous with channels last, or torch takes a slower way.
+    # torch is slower unless the region is contiguous with channels last.
     region = pixels[None, :, rows.begin : rows.end, columns.begin : columns.end]
     region = region.contiguous(memory_format=torch.channels_last)
-    shown = resize(region, [rows.margin + size, columns.margin + size], False, 1 / rows.scale, 1 / columns.scale)
-    shown = shown[0, :, rows.margin :, columns.margin :]
-    return shown.flip(2) if flip else shown
+    resized = resize(region, [rows.margin + size, columns.margin + size], False, 1 / rows.scale, 1 / columns.scale)
+    view = resized[0, :, rows.margin :, columns.margin :]
+    return view.flip(2) if flip else view
 
 
 class _Span(NamedTuple):
-    """Along one side: source pixels [begin, end) are resized by `scale` to margin + size pixels; the margin is cut."""
+    """Along one axis: source pixels [begin, end) are resized to margin + size pixels, then the margin is cut off.
+
+    `scale` is source pixels per pixel of the view.
+    """
 
     begin: int
     end: int
@@ -79,10 +86,10 @@ class _Span(NamedTuple):
 
 
 def _span(start: float, length: float, whole: int, size: int, support: int) -> _Span | None:
-    """How torch, whose regions begin at whole pixels only, can show `length` pixels from `start` of `whole` in `size`.
+    """The span that shows `length` of `whole` source pixels, from `start` on, in `size` pixels.
 
-    A box that begins between two pixels gets a margin as wide as brings that beginning to a whole one. None if the box
-    lies too near the image's border for that.
+    torch resizes regions that begin at whole pixels. A box that begins between two of them gets a margin wide enough
+    for the region to begin close to a whole one; None if the box is too close to the image's border for that.
     """
     scale, margin = length / size, 0
     if start % 1:
@@ -95,6 +102,6 @@ def _span(start: float, length: float, whole: int, size: int, support: int) -> _
     begin = round(start - margin * scale)
     end = min(math.ceil(start + length + support * max(scale, 1)), whole)
     if end - begin == margin + size > 1 and scale != 1:
-        # As many pixels as before: torch would copy them, whatever the scale.
+        # With equal input and output sizes torch would copy the pixels, whatever the scale.
         end += 1 if end < whole else -1
     return _Span(begin, end, margin, scale)

@@ -1,4 +1,4 @@
-"""The normalisation that every model's pixels go through."""
+"""The normalisation of pixels that every model uses."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,18 @@ from torch import Tensor, nn
 
 
 class Normalise(nn.Module):
-    """Pixels (B, 3, S, S) in [0, 255] -> float32 (pixel / 255 - mean) / std on `device`; floats there change in place.
+    """Pixels (B, 3, S, S) in [0, 255] -> float32 (pixel / 255 - mean) / std on `device`.
 
-    The arithmetic of torchvision's ToTensor and Normalize, in their order, so that results equal theirs.
+    Float32 pixels that are on `device` already are changed in place. The arithmetic is that of torchvision's ToTensor
+    and Normalize, in the same order, so that results are equal.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str):
+    mean: Tensor
+    """(1, 3, 1, 1) float32, of pixels in [0, 1]."""
+    std: Tensor
+    """(1, 3, 1, 1) float32, of pixels in [0, 1]."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str) -> None:
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values, device=device).view(1, 3, 1, 1), persistent=False)

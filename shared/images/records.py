@@ -1,22 +1,25 @@
-"""Where the bytes of one image lie, and how they are read."""
+"""Where the bytes of one image are, and how they are read."""
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from zlib_ng.zlib_ng import crc32  # zlib's, a tenth of the time
+from zlib_ng import zlib_ng
 
 from ..errors import DataError
+
+crc32: Callable[[bytes], int] = zlib_ng.crc32
+"""The same as `zlib.crc32`, in a tenth of the time."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """Where one image's bytes lie. `offset` and `length` are in bytes; `label` is None where there is none.
+    """Where the encoded bytes of one image are: `length` bytes from `offset` in the file at `path`.
 
-    `extension` is that of its file name, in lower case.
+    `label` is None for an image without one; `extension` is its file name's, in lower case.
     """
 
     key: str
@@ -28,7 +31,7 @@ class ImageRecord:
 
 
 def keys_sha256(keys: Iterable[str]) -> str:
-    """Digest of a set of images by their keys, whatever their order."""
+    """Hex SHA-256 of a set of images, from their keys in any order."""
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
 
 
@@ -38,21 +41,21 @@ def _descriptor(path: Path, inode: int, process: int) -> "_OpenFile":
 
 
 class _OpenFile:
-    """A descriptor that closes itself when the cache drops it."""
+    """A file descriptor that closes when the cache drops it."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY)
 
-    def __del__(self):
+    def __del__(self) -> None:
         if hasattr(self, "number"):
             os.close(self.number)
 
 
 def read_bytes(record: ImageRecord) -> bytes:
-    """The image's encoded bytes. Raises DataError if the file is gone or shorter than when it was listed."""
+    """The image's encoded bytes. Raises DataError if the file is missing or shorter than when it was listed."""
     try:
-        # In the cache's key: the inode, as a tar may be replaced under its name; the process, as forked workers
-        # must not share a descriptor's lifetime.
+        # The inode is part of the cache's key because a tar may be replaced by another one of its name, the process
+        # because a forked worker must not close its parent's descriptor.
         descriptor = _descriptor(record.path, os.stat(record.path).st_ino, os.getpid())
         data = os.pread(descriptor.number, record.length, record.offset)
     except OSError as error:
@@ -63,9 +66,10 @@ def read_bytes(record: ImageRecord) -> bytes:
 
 
 def read_encoded(record: ImageRecord, expected: int, source: str | None = None) -> bytes:
-    """The image's encoded bytes, if their CRC32 is the `expected` one of those that tokens were made of.
+    """The image's encoded bytes, whose CRC32 must be `expected`, that of the image when it was encoded.
 
-    Raises DataError, about `source` if the record lies in a copy of it, if it is not, or as `read_bytes` does.
+    Raises DataError if it is not, or as `read_bytes` does; `source` names the file in the message if the record is in a
+    copy of it.
     """
     data = read_bytes(record)
     if crc32(data) != expected:

@@ -1,6 +1,6 @@
-"""Where images come from: WebDataset tars (local or remote) or a folder of (class) folders, as shards of records.
+"""Sources of images: WebDataset tars, local or remote, or a folder of (class) folders, as shards of records.
 
-Nothing is read until a shard is staged (a remote tar is then downloaded) and indexed (its headers are read).
+Opening a source reads no tar. Staging a shard downloads a remote tar; indexing it reads its headers.
 """
 
 import hashlib
@@ -13,61 +13,65 @@ from typing import Any
 
 import braceexpand
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import DataError, UsageError
 from ..storage.files import sha256_file
 from ..storage.remote import as_path, download, is_url, list_tars, remote_size
 from .folders import list_folder
-from .keys import Skipped
+from .keys import Skipped, key_digests
 from .records import ImageRecord
 from .tars import index_tar
 
 
 @dataclass(frozen=True)
 class SourceShard:
-    """A unit of work: one tar, or up to 1,000 images of a folder.
-
-    `root` is the tar (a path or a URL) or the folder; `listed` are a folder's images, or (key, reason) where one
-    cannot be used.
-    """
+    """One tar, or up to 1,000 images of a folder: the unit of work."""
 
     name: str
     root: Path | str
+    """The tar (a path, or a URL as text) or the folder."""
     listed: tuple[ImageRecord | tuple[str, str], ...] | None = None
+    """A folder's images, or (key, reason) for one that cannot be used; None for a tar."""
     url: str | None = None
-    """Where the file at `root` was downloaded from, while it is staged."""
+    """The URL from which the tar at `root` was downloaded, while it is staged."""
 
     @property
     def is_tar(self) -> bool:
+        """Whether the shard is a tar and not a part of a folder."""
         return self.listed is None
 
     @property
     def is_remote(self) -> bool:
+        """Whether the shard is a tar at a URL."""
         return isinstance(self.root, str)
 
     @contextmanager
     def staged(self) -> Iterator["SourceShard"]:
-        """The shard with local files; a remote tar is on this disk for the time of the block."""
-        if not self.is_remote:
+        """Yields the shard with local files; a remote tar is downloaded for the time of the block.
+
+        Raises DataError if it cannot be downloaded.
+        """
+        if not isinstance(self.root, str):
             yield self
             return
         with tempfile.TemporaryDirectory(prefix="mapet-") as folder:
             path = Path(folder, f"{self.name}.tar")
             download(self.root, path)
-            here = replace(self, root=path, url=self.root)
+            local = replace(self, root=path, url=self.root)
             try:
-                yield here
+                yield local
             except DataError as error:
-                raise here.named(error) from None
+                raise local.named(error) from None
 
     def named(self, error: DataError) -> DataError:
-        """`error` with the shard's URL in it instead of the place where it is staged."""
+        """`error` with the shard's URL in its message instead of the path of the download."""
         return error if self.url is None else type(error)(str(error).replace(str(self.root), self.url))
 
     def index(self, skipped: Skipped | None = None) -> list[ImageRecord]:
         """The shard's images in order, from headers alone.
 
-        What cannot be used (a cut or damaged part, a key that stands twice, a label that is no number, a name that
+        Anything unusable (a truncated or damaged part, a duplicate key, a label that is not a number, a name that
         cannot be a key) is added to `skipped`; without such a list it raises a DataError that names it.
         """
         if self.listed is None:
@@ -81,25 +85,25 @@ class SourceShard:
         return records
 
     def size(self) -> int | None:
-        """Bytes of the tar, or of all images of a folder's shard; None if a server does not say."""
-        if self.is_remote:
+        """Bytes of the tar, or of all images of a folder's shard; None if a server does not tell."""
+        if isinstance(self.root, str):
             return remote_size(self.root)
         return self.root.stat().st_size if self.listed is None else sum(record.length for record in self._files())
 
     def sha256(self, skip: bool = False) -> str:
-        """Digest of the tar's bytes; of a folder's shard, the digest over (relative path, digest) of its files.
+        """Hex SHA-256 of the tar's bytes, or of (relative path, digest) of all files of a folder's shard.
 
-        DataError for a file that cannot be read; with `skip`, "unreadable" stands for its digest.
+        Raises DataError if a file cannot be read; with `skip`, "unreadable" takes the place of its digest.
         """
         if self.listed is None:
             return _digest(Path(self.root), skip)
-        whole = hashlib.sha256()
+        digest = hashlib.sha256()
         for record in self._files():
-            whole.update(f"{record.path.relative_to(self.root)}\0{_digest(record.path, skip)}\n".encode())
-        return whole.hexdigest()
+            digest.update(f"{record.path.relative_to(self.root)}\0{_digest(record.path, skip)}\n".encode())
+        return digest.hexdigest()
 
     def describe(self, skip: bool = False) -> dict[str, Any]:
-        """What a token shard's entry says of its source; `skip` as in `sha256`."""
+        """The `source` of a token shard's entry: kind, size and digest; `skip` as in `sha256`."""
         return {"kind": "tar" if self.is_tar else "folder", "size": self.size(), "sha256": self.sha256(skip)}
 
     def _files(self) -> list[ImageRecord]:
@@ -118,10 +122,11 @@ def _digest(path: Path, skip: bool) -> str:
 def open_source(images: str | Path | Sequence[str | Path]) -> list[SourceShard]:
     """The shards of a source; tars are not opened yet.
 
-    `images` is a tar, a directory with tars, a folder of images or of class folders, a brace pattern such as
-    `data/train-{000000..000015}.tar`, or a list of tars; tars may be URLs (http, https, and what fsspec opens).
+    `images` is a tar, a directory of tars, a folder of images or of class folders, a brace pattern such as
+    `data/train-{000000..000015}.tar`, or a list of tars; tars may be URLs (http, https and all that fsspec opens).
 
-    Raises DataError for a path that is missing or a folder without images, UsageError for what is no source.
+    Raises DataError for a missing path, a folder without images or two tars of one name, UsageError for an invalid
+    pattern or a folder among several sources.
     """
     places = _expand(images)
     first = places[0]
@@ -143,45 +148,44 @@ def open_source(images: str | Path | Sequence[str | Path]) -> list[SourceShard]:
 def read_records(images: str | Path | Sequence[str | Path], skipped: Skipped | None = None) -> list[ImageRecord]:
     """The records of all images of a local source; `skipped` as in `SourceShard.index`.
 
-    Raises DataError as `open_source` and `SourceShard.index` do, and for a key that stands in two shards; UsageError
-    for remote tars, which are read only shard by shard.
+    Raises DataError as `open_source` and `SourceShard.index` do, and for a key that is in two shards; UsageError for
+    remote tars, which have to be staged one by one.
     """
     shards = {shard.name: shard for shard in open_source(images)}
     remote = next((shard for shard in shards.values() if shard.is_remote), None)
     if remote:
         raise UsageError(f"{remote.root} is remote; this command needs local files, download them first.")
-    keys = KeyLedger()
-    found = {name: shard.index(skipped) for name, shard in shards.items()}
-    for name, records in found.items():
-        keys.add(name, (record.key for record in records))
-    keys.refuse_doubles(lambda name: [record.key for record in found[name]])
-    return [record for records in found.values() for record in records]
+    ledger = KeyLedger()
+    records = {name: shard.index(skipped) for name, shard in shards.items()}
+    for name, of_shard in records.items():
+        ledger.add(name, (record.key for record in of_shard))
+    ledger.refuse_doubles(lambda name: [record.key for record in records[name]])
+    return [record for of_shard in records.values() for record in of_shard]
 
 
 class KeyLedger:
-    """Which shard has which key, at 8 bytes a key, to find a key that stands in two shards."""
+    """Detects a key that is in two shards, in 8 bytes per key."""
 
-    def __init__(self):
-        self._digests: dict[str, np.ndarray] = {}
+    def __init__(self) -> None:
+        self._digests: dict[str, NDArray[np.uint64]] = {}
 
     def add(self, shard: str, keys: Iterable[str]) -> None:
-        """Notes the keys of one shard."""
-        digests = (hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
-        self._digests[shard] = np.frombuffer(b"".join(digests), dtype=np.uint64)
+        """Adds the keys of one shard."""
+        self._digests[shard] = key_digests(keys)
 
     def merge(self, other: "KeyLedger") -> None:
-        """Notes what another ledger holds."""
+        """Adds the shards of another ledger."""
         self._digests |= other._digests
 
     def __contains__(self, shard: str) -> bool:
         return shard in self._digests
 
     def count(self, shard: str) -> int:
-        """How many keys a shard has; 0 for one that was not added."""
+        """How many keys a shard has; 0 for a shard that was not added."""
         return len(self._digests.get(shard, ()))
 
     def refuse_doubles(self, keys_of: Callable[[str], Iterable[str]]) -> None:
-        """Raises DataError if two shards have a key in common; `keys_of(shard)` is asked for its name."""
+        """Raises DataError if two shards share a key; `keys_of(shard)` is called to name it."""
         names = sorted(self._digests)
         if not names:
             return
@@ -189,8 +193,8 @@ class KeyLedger:
         owners = np.repeat(np.arange(len(names)), [len(self._digests[name]) for name in names])
         order = np.argsort(digests, kind="stable")
         (equal,) = np.nonzero(digests[order[1:]] == digests[order[:-1]])
-        for at in equal:
-            first, second = (names[owners[place]] for place in order[at : at + 2])
+        for position in equal:
+            first, second = (names[owner] for owner in owners[order[position : position + 2]])
             common = set(keys_of(first)) & set(keys_of(second)) if first != second else None
             if common:
                 raise DataError(f"key {min(common)!r} is in both {first} and {second}; keys must be unique.")
@@ -203,14 +207,14 @@ def _expand(images: str | Path | Sequence[str | Path]) -> list[Path | str]:
     try:
         names = [name for pattern in patterns for name in braceexpand.braceexpand(str(pattern))]
     except ValueError as error:
-        raise UsageError(f"IMAGES {images} is no pattern such as train-{{000..015}}.tar ({error}).") from None
-    places = [name if is_url(name) else as_path(name) for name in names]
+        raise UsageError(f"IMAGES {images} is not a valid pattern such as train-{{000..015}}.tar ({error}).") from None
+    places = [name if is_url(name) else Path(str(as_path(name))) for name in names]
     for path in (place for place in places if isinstance(place, Path)):
         try:
-            there = path.exists()
+            exists = path.exists()
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}).") from None
-        if not there:
+        if not exists:
             raise DataError(f"{path} does not exist; IMAGES takes a tar, a folder or a brace pattern of tars.")
         if path.is_dir() and len(places) > 1:
             raise UsageError(f"{path} is a folder; give one folder alone, or tars.")

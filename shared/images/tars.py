@@ -1,4 +1,4 @@
-"""WebDataset tars: which images are in them, and what is wrong with them."""
+"""WebDataset tars: lists their images, with the reasons why some cannot be used."""
 
 import tarfile
 from collections.abc import Generator, Iterator
@@ -11,40 +11,41 @@ from .keys import EXTENSIONS, OTHER_PICTURES, Skipped, extension_of, key_of, pla
 from .records import ImageRecord
 
 _LONGEST_LABEL = 1024
+"""Bytes of a .cls member that are read."""
 
 
 def index_tar(path: Path) -> tuple[list[ImageRecord], Skipped]:
-    """The images of a tar in its order, from headers alone, and (key, reason) of what in it cannot be used."""
+    """The images of a tar in its order, from headers alone, and (key, reason) of what cannot be used."""
     problems: Skipped = []
-    found: dict[str, tarfile.TarInfo] = {}
+    images: dict[str, tarfile.TarInfo] = {}
     classes: dict[str, tarfile.TarInfo] = {}
-    others: dict[str, str] = {}
+    unread_pictures: dict[str, str] = {}
     for member in _members(path, problems):
         key, extension = key_of(member.name), extension_of(member.name)
         if member.name.rpartition("/")[2].startswith("."):
-            continue  # such as macOS's `._a.jpg` beside `a.jpg`; WebDataset gives such files no key
+            continue  # such as macOS's `._a.jpg` beside `a.jpg`; WebDataset ignores them
         if extension in EXTENSIONS:
             reason = unfit_name(member.name) or _unfit_kind(member)
             if reason:
                 problems.append((plain(key), reason))
-            elif key in found:
+            elif key in images:
                 problems.append((key, f"holds key {key!r} twice; keys must be unique"))
             else:
-                found[key] = member
+                images[key] = member
         elif extension == "cls" and member.isfile():
             classes[key] = member
         elif extension in OTHER_PICTURES:
-            others[key] = member.name
-    for key, name in others.items():
-        if key not in found:
-            reason = f"holds {name!r}, which is none of {', '.join(EXTENSIONS)}; convert it"
+            unread_pictures[key] = member.name
+    for key, name in unread_pictures.items():
+        if key not in images:
+            reason = f"holds {name!r}, which is not one of {', '.join(EXTENSIONS)}; convert it"
             problems.append((plain(key), reason))
-    if not found and not problems:
+    if not images and not problems:
         problems.append(("", f"holds no images ({', '.join(EXTENSIONS)}); give tars in WebDataset layout"))
-    labels = _read_labels(path, {key: classes[key] for key in found if key in classes}, problems)
+    labels = _read_labels(path, {key: classes[key] for key in images if key in classes}, problems)
     records = [
         ImageRecord(key, path, member.offset_data, member.size, labels.get(key), extension_of(member.name))
-        for key, member in found.items()
+        for key, member in images.items()
         if key not in classes or key in labels
     ]
     return records, problems
@@ -55,52 +56,52 @@ def _unfit_kind(member: tarfile.TarInfo) -> str | None:
     if member.issym() or member.islnk():
         return f"holds {member.name!r}, a link to {member.linkname!r}; store the file itself"
     if not member.isfile() or member.issparse():
-        return f"holds {member.name!r}, which is no plain file; store it as one"
+        return f"holds {member.name!r}, which is not a regular file; store it as one"
     return None
 
 
 def _members(path: Path, problems: Skipped) -> Iterator[tarfile.TarInfo]:
-    """What is in a tar but folders, from its headers, up to where it is cut or damaged."""
+    """The members of a tar except folders, from its headers, up to where it is truncated or damaged."""
     try:
-        whole = path.stat().st_size
+        size = path.stat().st_size
         with open(path, "rb") as file:
-            if whole == 0:
+            if size == 0:
                 problems.append(("", "is empty (0 bytes); make or download it again"))
                 return
-            end = yield from _walk_headers(file, whole, problems)
+            end = yield from _walk_headers(file, size, problems)
             if end is not None:
                 _check_end(file, end, problems)
     except OSError as error:
         problems.append(("", f"cannot be read ({error.strerror or error}); make it readable"))
 
 
-def _walk_headers(file: BinaryIO, whole: int, problems: Skipped) -> Generator[tarfile.TarInfo, None, int | None]:
-    """Yields the members; returns where they end, or None after a problem was told."""
-    before = -1
+def _walk_headers(file: BinaryIO, size: int, problems: Skipped) -> Generator[tarfile.TarInfo, None, int | None]:
+    """Yields the members; returns the byte where they end, or None after adding to `problems`."""
+    previous_offset = -1
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if member.offset <= before or member.size < 0:
-                    problems.append(("", f"is damaged at byte {max(before, 0)}; make or download it again"))
+                if member.offset <= previous_offset or member.size < 0:
+                    problems.append(("", f"is damaged at byte {max(previous_offset, 0)}; make or download it again"))
                     return None
-                if member.isfile() and member.offset_data + member.size > whole:
+                if member.isfile() and member.offset_data + member.size > size:
                     reason = f"is truncated inside {member.name!r}; make or download it again"
                     problems.append((plain(key_of(member.name)), reason))
                     return None
-                before = member.offset
+                previous_offset = member.offset
                 if not member.isdir():
                     yield member
-            return tar.offset
+            return int(tar.offset)
     except OSError:
         raise
-    except Exception as error:  # tarfile raises whatever damaged headers lead it to
+    except Exception as error:  # tarfile raises anything on damaged headers
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        problems.append(("", f"is no readable tar ({reason}); give an uncompressed, whole tar"))
+        problems.append(("", f"is not a readable tar ({reason}); give an uncompressed, whole tar"))
         return None
 
 
 def _check_end(file: BinaryIO, end: int, problems: Skipped) -> None:
-    """A tar ends with blocks of zeros, but tarfile takes a cut or damaged header for the end too."""
+    """Checks that a tar ends with blocks of zeros; tarfile takes a truncated or damaged header for the end as well."""
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         problems.append(("", f"is truncated or damaged at byte {end}; make or download it again"))
@@ -114,7 +115,7 @@ def _check_end(file: BinaryIO, end: int, problems: Skipped) -> None:
 
 
 def _read_labels(path: Path, classes: dict[str, tarfile.TarInfo], problems: Skipped) -> dict[str, int]:
-    labels = {}
+    labels: dict[str, int] = {}
     if not classes:
         return labels
     with open(path, "rb") as file:

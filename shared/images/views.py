@@ -1,10 +1,11 @@
-"""Views: the crop (box in upright source pixels, flip) that an image and its tokens share."""
+"""Views: the crop box and flip that an image and its tokens share."""
 
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import UsageError
@@ -14,7 +15,7 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 
 class CropBox(NamedTuple):
-    """A crop in upright source pixels, not rounded; stored as float64."""
+    """A crop of an upright image, in source pixels that are not rounded; stored as float64."""
 
     top: float
     left: float
@@ -24,60 +25,68 @@ class CropBox(NamedTuple):
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What a tower sees of an image: resize, centre crop to `image_size` pixels square, then (x / 255 - mean) / std.
-
-    `resize` is "shortest" (the shorter side becomes `resize_size`) or "squash" (both sides become `resize_size`).
-    """
+    """A tower's preprocessing: resize, centre crop, then (pixel / 255 - mean) / std."""
 
     image_size: int
+    """Height and width of the crop, in pixels."""
     resize: str
+    """"shortest" (the shorter side becomes `resize_size`) or "squash" (both sides do)."""
     resize_size: int
     interpolation: str
+    """"bicubic" or "bilinear"."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Preprocess":
+        """The inverse of `to_json`."""
         return cls(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
 
     def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
 
 CROPS = ("center", "random-resized")
 _ATTEMPTS = 10
+"""As in torchvision's RandomResizedCrop."""
 
 
 @dataclass(frozen=True)
 class ViewPolicy:
-    """Which views of an image are stored: a pure function of (seed, key, view number, image size).
+    """How the views of an image are drawn: a pure function of (seed, key, view number, image size).
 
-    "center" is one view, the tower's own preprocessing. "random-resized" is `views` crops as drawn by torchvision's
-    `RandomResizedCrop`: area `scale` of the image's, `ratio` width to height, mirrored with probability `flip`; with
-    `with_center` view 0 is the centre view.
+    Raises UsageError for values that are out of range.
     """
 
     crop: str = "center"
+    """"center" (one view, the tower's preprocessing) or "random-resized" (crops as drawn by torchvision's
+    RandomResizedCrop)."""
     views: int = 1
+    """Views per image."""
     scale: tuple[float, float] = (0.2, 1.0)
+    """Lowest and highest area of a crop, as a fraction of the image's."""
     ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Lowest and highest ratio of a crop's width to its height."""
     flip: float = 0.5
+    """Probability that a view is mirrored left to right."""
     with_center: bool = False
+    """Whether view 0 is the centre view."""
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.crop not in CROPS:
             raise UsageError(f"--crop {self.crop} is unknown; choose {' or '.join(CROPS)}.")
         if self.views < 1:
             raise UsageError(f"--views {self.views} must be at least 1.")
         if self.crop == "center" and (self.views > 1 or self.with_center):
             raise UsageError(
-                f"--views {self.views} with --crop center would store one view again and again; "
+                f"--views {self.views} with --crop center would store the same view repeatedly; "
                 "add --crop random-resized (and --with-center to have view 0 centred)."
             )
         low, high = self.scale
         if not 0 < low <= high <= 1:
-            raise UsageError(f"--scale {low} {high} must be two shares of the area with 0 < low <= high <= 1.")
+            raise UsageError(f"--scale {low} {high} must be two fractions of the area with 0 < low <= high <= 1.")
         low, high = self.ratio
         if not 0 < low <= high < math.inf:
             raise UsageError(f"--ratio {low} {high} must be two positive numbers, the lower one first.")
@@ -85,22 +94,23 @@ class ViewPolicy:
             raise UsageError(f"--flip {self.flip} must be a probability from 0 to 1.")
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that decide which pixels are seen."""
+        """The fields that affect the views, as JSON values."""
         if self.crop == "center":
             return {"crop": self.crop, "views": self.views}
         return {**asdict(self), "scale": list(self.scale), "ratio": list(self.ratio)}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ViewPolicy":
-        pairs = {name: tuple(fields[name]) for name in ("scale", "ratio") if name in fields}
+        """The inverse of `to_json`."""
+        pairs: dict[str, Any] = {name: tuple(fields[name]) for name in ("scale", "ratio") if name in fields}
         return cls(**{**fields, **pairs})
 
     def is_centre(self, view: int) -> bool:
-        """Whether this view is the tower's own preprocessing."""
+        """Whether this view is the tower's preprocessing, not a random crop."""
         return self.crop == "center" or (self.with_center and view == 0)
 
     def draw(self, key: str, view: int, width: int, height: int) -> tuple["CropBox", bool]:
-        """Crop box and flip of a random-resized view of a `width` x `height` image."""
+        """Draws crop box and flip of a random-resized view of a `width` x `height` image."""
         random = generator(self.seed, "view", view, key)
         box = self._draw_box(random, width, height)
         return box, bool(random.random() < self.flip)
@@ -114,7 +124,7 @@ class ViewPolicy:
             if 0 < w <= width and 0 < h <= height:
                 top, left = random.integers(0, height - h + 1), random.integers(0, width - w + 1)
                 return CropBox(float(top), float(left), float(h), float(w))
-        # No box of that shape fits (a long, narrow image): the largest central one that `ratio` allows.
+        # No attempt fitted, as in a long, narrow image: the largest central box that `ratio` allows.
         w = min(width, max(1, round(height * self.ratio[1])))
         h = min(height, max(1, round(width / self.ratio[0])))
         return CropBox(float((height - h) // 2), float((width - w) // 2), float(h), float(w))
@@ -124,7 +134,7 @@ CENTER = ViewPolicy()
 
 
 def view_of_epoch(views: int, seed: int, epoch: int, key: str) -> int:
-    """Which of an image's stored views an epoch sees: each one once, in an order drawn by (seed, key), then again."""
+    """The number of the stored view that an epoch uses: all of an image's in turn, in an order drawn for each cycle."""
     if views == 1:
         return 0
     cycle, within = divmod(epoch, views)
@@ -148,12 +158,12 @@ def _corner(preprocess: Preprocess, width: int, height: int) -> tuple[int, int]:
 
 
 def center_view(image: Image.Image, preprocess: Preprocess) -> Image.Image:
-    """The tower's own preprocessing up to the tensor: resize the whole image, then crop its centre."""
+    """The tower's preprocessing up to the normalisation: resizes the whole image, then crops its centre."""
     width, height = resized(preprocess, *image.size)
     left, top = _corner(preprocess, width, height)
     size = preprocess.image_size
-    whole = image.resize((width, height), _FILTERS[preprocess.interpolation])
-    return whole.crop((left, top, left + size, top + size))
+    resized_image = image.resize((width, height), _FILTERS[preprocess.interpolation])
+    return resized_image.crop((left, top, left + size, top + size))
 
 
 def center_box(preprocess: Preprocess, width: int, height: int) -> CropBox:
@@ -168,7 +178,7 @@ def center_box(preprocess: Preprocess, width: int, height: int) -> CropBox:
 def show_view(
     image: Image.Image, policy: ViewPolicy, key: str, view: int, preprocess: Preprocess
 ) -> tuple[Image.Image, CropBox, bool]:
-    """What the tower sees of one view, with its box and flip as they are stored."""
+    """One view as the tower sees it, with the box and flip that are stored."""
     if policy.is_centre(view):
         return center_view(image, preprocess), center_box(preprocess, *image.size), False
     box, flip = policy.draw(key, view, *image.size)
@@ -176,13 +186,13 @@ def show_view(
 
 
 def replay(image: Image.Image, box: CropBox, flip: bool, size: int, interpolation: str = "bicubic") -> Image.Image:
-    """Shows a stored view at another resolution: crops `box` of the upright image to `size` x `size`, then flips."""
+    """Replays a stored view at any resolution: resizes `box` of the upright image to `size` x `size`, then flips."""
     right = min(box.left + box.width, image.width)
     bottom = min(box.top + box.height, image.height)
     crop = image.resize((size, size), _FILTERS[interpolation], box=(box.left, box.top, right, bottom))
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
 
 
-def to_array(image: Image.Image) -> np.ndarray:
-    """RGB image -> uint8 (3, height, width)."""
+def to_array(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels of an RGB image, uint8 (3, height, width)."""
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))

@@ -1,1 +1,1 @@
-"""Pages to look at: one HTML file each, that needs nothing else. Both stages render theirs here."""
+"""HTML pages of both stages, each of them one file without external resources."""

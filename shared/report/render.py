@@ -14,16 +14,16 @@ from ..storage.files import written_whole
 
 _HERE = Path(__file__).parent
 _LIBRARIES = ("vendor/d3.min.js", "vendor/plot.min.js", "static/page.js")
-# Inside <script> HTML knows no entities: what could end it, or a line of JavaScript, is spelt as JSON's own escapes.
-_IN_SCRIPT = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+# <script> has no entities: characters that could end it, or a line of JavaScript, become JSON escapes.
+_SCRIPT_ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
 def render(template: str, *, title: str, data: dict[str, Any], **values: Any) -> str:
-    """The page `templates/TEMPLATE.html` as one HTML file with its styles, scripts, chart library and `data` inside.
+    """The page `templates/TEMPLATE.html` as one HTML file, including its styles, scripts, chart library and `data`.
 
-    `static/TEMPLATE.js` finds `data` (plain JSON values; NaN is a ValueError) as `page.data`; the template sees it as
-    `data`, and `values` by their names. All text is escaped, and the page's own policy forbids any network request and
-    any script but those that it came with. Raises jinja2.UndefinedError for a value that the template misses.
+    `static/TEMPLATE.js` reads `data` (JSON values) as `page.data`; the template has it as `data`, and `values` by their
+    names. All text is escaped, and the page's content security policy forbids network requests and other scripts.
+    Raises ValueError for NaN or infinity in `data`, and jinja2.UndefinedError for a value that the template needs.
     """
     scripts = [_asset(name) for name in (*_LIBRARIES, f"static/{template}.js")]
     return (
@@ -32,7 +32,7 @@ def render(template: str, *, title: str, data: dict[str, Any], **values: Any) ->
         .render(
             title=title,
             data=data,
-            data_json=Markup(json.dumps(data, ensure_ascii=False, allow_nan=False).translate(_IN_SCRIPT)),
+            data_json=Markup(json.dumps(data, ensure_ascii=False, allow_nan=False).translate(_SCRIPT_ESCAPES)),
             styles=Markup(_asset("static/page.css")),
             scripts=[Markup(script) for script in scripts],
             policy=_policy(scripts),
@@ -42,7 +42,7 @@ def render(template: str, *, title: str, data: dict[str, Any], **values: Any) ->
 
 
 def write_page(path: Path, template: str, *, title: str, data: dict[str, Any], **values: Any) -> Path:
-    """Writes what `render` gives to `path`, whole or not at all; DataError if it cannot be written."""
+    """Renders a page (see `render`) and writes it to `path` atomically; DataError if it cannot be written."""
     page = render(template, title=title, data=data, **values)
     with written_whole(path) as partial:
         partial.write_text(page, encoding="utf-8")
@@ -77,7 +77,7 @@ def _share(number: float) -> str:
 
 
 def _policy(scripts: list[str]) -> str:
-    """Pictures from the page itself, its own scripts by their digests, nothing from anywhere else."""
+    """The content security policy: images from data: URIs, the page's own scripts by digest, nothing else."""
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     return (

@@ -1,1 +1,1 @@
-"""The process and its machine: devices, memory, worker processes, distributed processes, the terminal."""
+"""The process and its machine: devices, memory, worker processes, distributed processes, PyTorch, the terminal."""

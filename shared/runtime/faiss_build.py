@@ -1,10 +1,12 @@
-"""Which build of FAISS is installed, and what it can use."""
+"""Which build of FAISS is installed, and which GPUs it can use."""
+
+from typing import Any
 
 from ..errors import UsageError
 
 
-def import_faiss():
-    """The faiss module, from whichever of its two distributions is installed; UsageError if neither is."""
+def import_faiss() -> Any:
+    """The `faiss` module of whichever distribution is installed; UsageError if neither can be imported."""
     try:
         import faiss
     except ImportError as error:
@@ -17,4 +19,4 @@ def import_faiss():
 def faiss_gpus() -> int:
     """How many GPUs this build of FAISS can use; 0 in the CPU build."""
     count = getattr(import_faiss(), "get_num_gpus", None)
-    return count() if count else 0
+    return int(count()) if count else 0

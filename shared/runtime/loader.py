@@ -15,6 +15,7 @@ from weakref import WeakSet
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from ..errors import MapetError, UsageError
+from .compat import shut_down_workers, start_workers, worker_pids
 from .devices import keep_freed_memory
 from .shared_memory import BatchReference, SharedBuffers, free_buffers
 
@@ -51,7 +52,7 @@ _open_loaders: WeakSet = WeakSet()
 def _end_workers() -> None:
     """Before multiprocessing ends them with the signal that they wait after."""
     for loaded in list(_open_loaders):
-        loaded._shutdown_workers()
+        shut_down_workers(loaded)
 
 
 def _refuse_long_folder() -> None:
@@ -136,15 +137,17 @@ def batches(
         worker_init_fn=_begin_worker,
     )
     with _signals_wait():
-        loaded = iter(loader)
+        loaded = start_workers(loader)
         if workers:
             _open_loaders.add(loaded)
-    processes = [process.pid for process in loaded._workers] if workers else []
+    processes = worker_pids(loaded)
     try:
         for batch in loaded:
             if isinstance(batch, MapetError):
                 raise batch
             yield batch.take() if isinstance(batch, BatchReference) else batch
     finally:
+        # Not left to the iterator's end: the traceback of an error would keep it, and with it the workers.
+        shut_down_workers(loaded)
         for process in processes:
             free_buffers(process)

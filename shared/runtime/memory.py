@@ -1,4 +1,4 @@
-"""How much memory a command may use: what the user said, or most of what is free."""
+"""How much memory a command may use: the given amount, or most of the free memory."""
 
 import os
 import re
@@ -11,18 +11,21 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?i?)B?")
 
 
 def memory_budget(memory: str | None) -> int:
-    """Bytes of "800MB", "1GB", "8GiB" or "2.5G"; for None three quarters of what is free. UsageError for others."""
+    """Bytes of a size such as "800MB", "1GB", "8GiB" or "2.5G"; for None three quarters of the free memory.
+
+    Raises UsageError if `memory` is not a valid size.
+    """
     if memory is None:
         return free_bytes() * 3 // 4
     match = _SIZE.fullmatch(memory.strip())
     unit = match and (match[2] if match[2] != "K" else "k")
     if match is None or unit not in _UNITS or float(match[1]) <= 0:
-        raise UsageError(f"--memory {memory} is no size; give one such as 800MB, 1GB or 8GiB.")
+        raise UsageError(f"--memory {memory} is not a valid size; give one such as 800MB, 1GB or 8GiB.")
     return int(float(match[1]) * _UNITS[unit])
 
 
 def free_bytes() -> int:
-    """Memory that can be used without swapping, within the limit of this process's control group."""
+    """Bytes that can be used without swapping, within the limit of this process's control group."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -34,8 +37,8 @@ def free_bytes() -> int:
     return max(free, 0)
 
 
-def as_text(count: int) -> str:
-    """1_500_000_000 -> "1.5 GB"."""
+def as_text(count: float) -> str:
+    """A number of bytes for people: 1_500_000_000 -> "1.5 GB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

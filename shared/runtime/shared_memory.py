@@ -1,7 +1,7 @@
-"""How a worker process hands a batch over: in shared memory that is used again and again.
+"""Shared memory through which worker processes return batches; it is reused from batch to batch.
 
-A new piece of shared memory for every batch, as PyTorch's own loader takes it, costs a tenth of the time in which a
-photograph is decoded: the kernel clears each of its pages first.
+New shared memory for every batch, as PyTorch's loader allocates it, would take a tenth of the time in which a
+photograph is decoded, because the kernel first clears its pages.
 """
 
 import os
@@ -16,10 +16,11 @@ from ..errors import DataError
 from .memory import as_text
 
 _ALIGNMENT = 64
+"""Bytes; offsets of tensors in a buffer are multiples of it."""
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in a buffer: the offset is in bytes, strides are in elements."""
+    """Where a tensor is in a buffer: the offset is in bytes, strides are in elements."""
 
     offset: int
     dtype: torch.dtype
@@ -35,6 +36,7 @@ class SharedBuffer:
     places: dict[str, Place]
 
     def views(self) -> dict[str, Tensor]:
+        """The tensors by name, in the buffer's memory."""
         views = {}
         for name, (offset, dtype, shape, strides) in self.places.items():
             piece = self.memory[offset : offset + shape.numel() * dtype.itemsize]
@@ -43,20 +45,22 @@ class SharedBuffer:
 
 
 _buffers_of_workers: dict[int, dict[int, SharedBuffer]] = defaultdict(dict)
-"""In the reader: the buffers of each worker, by its process."""
+"""In the reader: the buffers of each worker, by its process id."""
 
 
 @dataclass(frozen=True)
 class BatchReference:
-    """Sent instead of a batch: which of the worker's buffers holds its tensors, and that buffer if it is new."""
+    """Sent instead of a batch: the number of the worker's buffer with its tensors, and the buffer if it is new."""
 
     process: int
+    """The worker's process id."""
     number: int
     buffer: SharedBuffer | None
     rest: dict[str, Any]
+    """The values of the batch that are not tensors."""
 
     def take(self, pinned: bool = False) -> dict[str, Any]:
-        """The batch, in memory of its own; tensors keep their strides."""
+        """The batch, copied out of the buffer (into pinned memory if `pinned`); tensors keep their strides."""
         buffers = _buffers_of_workers[self.process]
         if self.buffer is not None:
             buffers[self.number] = self.buffer
@@ -64,7 +68,7 @@ class BatchReference:
         return {name: view.pin_memory() if pinned else view.clone() for name, view in views.items()} | self.rest
 
     def pin_memory(self) -> dict[str, Any]:
-        """What PyTorch's loader calls, in a thread of its own."""
+        """The batch in pinned memory; PyTorch's loader calls this in a thread."""
         return self.take(pinned=True)
 
 
@@ -74,17 +78,17 @@ def free_buffers(process: int) -> None:
 
 
 class SharedBuffers:
-    """A worker's buffers, `count` of them, one after the other.
+    """A worker's ring of `count` buffers.
 
-    The reader must take a batch before it asks for the one that comes `count` batches later.
+    The reader must take a batch before it requests the one that comes `count` batches later.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int) -> None:
         self._buffers: dict[int, SharedBuffer] = {}
         self._count, self._turn = count, 0
 
     def to_shared_memory(self, batch: dict[str, Any]) -> BatchReference:
-        """Copies the tensors of a batch into the next buffer. Raises DataError if there is no room for one."""
+        """Copies the tensors of a batch into the next buffer. Raises DataError if there is too little shared memory."""
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         number, self._turn = self._turn, (self._turn + 1) % self._count
         places, size = _arrange(tensors)
@@ -97,9 +101,10 @@ class SharedBuffers:
 
 
 def _shared(size: int) -> Tensor:
-    """Shared memory; DataError if there is no room for it, as in containers, which are often given little."""
+    """Shared memory of `size` bytes; DataError if there is too little, as in many containers."""
+    memory = torch.empty(size, dtype=torch.uint8)
     try:
-        return torch.empty(size, dtype=torch.uint8).share_memory_()
+        memory.share_memory_()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         if "shared memory" not in str(error):
             raise
@@ -107,13 +112,14 @@ def _shared(size: int) -> Tensor:
             f"There is no room in /dev/shm for another batch ({as_text(size)}) of a loader worker; allow more shared "
             "memory (docker run --shm-size=8g), or use fewer workers or smaller batches (execution.micro_batch)."
         ) from None
+    return memory
 
 
 def _arrange(tensors: dict[str, Tensor]) -> tuple[dict[str, Place], int]:
-    """Where the tensors lie, one after the other, and how many bytes they take."""
+    """Places for the tensors, one after the other, and how many bytes they take together."""
     places, end = {}, 0
     for name, tensor in tensors.items():
-        strides = torch.empty_like(tensor, device="meta").stride()  # those of `tensor`, but without gaps
+        strides = torch.empty_like(tensor, device="meta").stride()  # those of `tensor`, without gaps
         places[name] = Place(end, tensor.dtype, tensor.shape, strides)
         end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
     return places, max(end, 1)

@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all, and files behind URLs."""
+"""Files: written atomically, with digests, and at URLs."""

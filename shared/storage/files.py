@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and digests that prove what is in them."""
+"""Files that are written atomically, and digests that detect any change of them."""
 
 import errno
 import fcntl
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import SafetensorError
 from upath import UPath
@@ -19,21 +19,25 @@ from upath import UPath
 from ..errors import DataError, UsageError
 from .remote import explained, is_remote, read_whole, uploaded_whole
 
+if TYPE_CHECKING:
+    from io import BufferedReader
+
 _PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LONGEST_WAIT_FOR_LOCK = 60.0
 SEAL = "sha256_of_the_rest"
+"""The field of a sealed JSON file that has the digest of all other fields."""
 
 
 def canonical_json(value: Any) -> str:
-    """The one spelling of `value` that is hashed: sorted keys, no spaces, UTF-8, no NaN."""
+    """`value` as JSON for hashing: sorted keys, no spaces, no escapes. Raises ValueError for NaN and infinities."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def sha256_file(path: Path | UPath) -> str:
     """Hex SHA-256 of a file's bytes, read in blocks."""
     with explained(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:
@@ -45,22 +49,22 @@ def _fsync(path: Path) -> None:
 
 
 def refuse_existing(out: Path) -> None:
-    """UsageError if something lies at `out` already; an empty folder may, and what a killed process left."""
+    """UsageError if `out` exists already; an empty folder is allowed, and so are partial files of a killed process."""
     if out.is_file() or (out.is_dir() and any(not path.name.endswith(_PARTIAL) for path in out.iterdir())):
         raise UsageError(f"{out} already exists; choose another --out or delete it.")
 
 
 @contextmanager
 def written_whole(path: Path | UPath) -> Iterator[Path]:
-    """Yields a hidden path to write a file or folder at; it takes its final name, synced, only if the block succeeds.
+    """Writes a file or folder atomically: yields a hidden path beside it, renamed to `path` if the block succeeds.
 
-    The hidden name is fixed, so that what a killed process left behind is overwritten by the next one. Raises
-    DataError if the disk is full or `path` cannot be written for another reason. A remote file is written on this
-    disk and then put in its place as a whole.
+    Everything is synced to disk before the rename. The hidden name is always the same, so the next process overwrites
+    what a killed one left. A remote file is written on this disk and then uploaded at once. Raises DataError if the
+    disk is full or `path` cannot be written for another reason.
     """
     if is_remote(path):
-        with uploaded_whole(path) as partial:
-            yield partial
+        with uploaded_whole(path) as local:
+            yield local
         return
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     with _explained(path, partial):
@@ -73,7 +77,7 @@ def written_whole(path: Path | UPath) -> Iterator[Path]:
             os.replace(partial, path)
             _fsync(path.parent)
         except BaseException:
-            with suppress(OSError):  # a disk that cannot be written must not hide why
+            with suppress(OSError):  # a second failure must not hide the first
                 _remove(partial)
             raise
 
@@ -86,41 +90,41 @@ def _explained(path: Path, partial: Path) -> Iterator[None]:
         number = re.search(r"os error (\d+)", str(error))
         raise _not_written(path, int(number[1]) if number else 0, str(error)) from None
     except OSError as error:
-        # An error about another file, such as one that was read to write this one, speaks for itself.
-        about = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else partial
+        # Errors about other files, such as one that is read in the block, are left alone.
+        failed = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else partial
         if isinstance(error, ConnectionError) or not (
-            about in (path, *path.parents) or partial in (about, *about.parents)
+            failed in (path, *path.parents) or partial in (failed, *failed.parents)
         ):
             raise
         raise _not_written(path, error.errno or 0, str(error)) from None
 
 
 def _not_written(path: Path, number: int, text: str) -> DataError:
-    def shown(name: str) -> str:
+    def final_name(name: str) -> str:
         while name.startswith(".") and name.endswith(_PARTIAL):
             name = name[1:].removesuffix(_PARTIAL)
         return name
 
-    place = Path(*map(shown, path.parts))  # one that is written whole may lie in another one
+    place = Path(*map(final_name, path.parts))  # a folder above may be partial as well
     reason = os.strerror(number) if number else text
     remedy = "make room" if number in _FULL else "make it writable or choose another place"
     return DataError(f"{place} could not be written ({reason}); {remedy} and give the same command again.")
 
 
 class WriteLock:
-    """Keeps two processes from writing to one folder at the same time; the kernel lets go when its holder dies.
+    """Keeps two processes from writing to one folder at the same time; the kernel releases it if its process dies.
 
-    Where the file system knows no locks, nobody is kept out.
+    Has no effect on file systems without locks.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file: int | None = None
 
     def take(self) -> None:
-        """Takes the lock, if the folder exists and it is not held yet.
+        """Takes the lock, unless the folder does not exist or this object holds the lock already.
 
-        Waits a minute for a process that is just ending, then raises UsageError.
+        Waits up to a minute for another process to release it, then raises UsageError.
         """
         if self._file is not None or not self._folder.is_dir():
             return
@@ -135,6 +139,7 @@ class WriteLock:
             time.sleep(0.2)
 
     def release(self) -> None:
+        """Releases the lock if this object holds it."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -163,15 +168,15 @@ def _sealed_text(content: dict[str, Any]) -> str:
 
 
 def write_sealed_json(path: Path | UPath, content: dict[str, Any]) -> None:
-    """Writes `content` readably, with a digest of itself, so that any later change of a byte can be seen."""
+    """Writes `content` as indented JSON with a digest of itself, so that any later change of a byte is detected."""
     with written_whole(path) as partial:
         partial.write_text(_sealed_text(content), encoding="utf-8")
 
 
 def read_sealed_json(path: Path | UPath, *, format: str, version: int) -> dict[str, Any]:
-    """Reads what `write_sealed_json` wrote.
+    """Reads a file that `write_sealed_json` wrote.
 
-    Raises DataError if the file is missing, was changed, or is of another format or version than asked for.
+    Raises DataError if it is missing, was changed, or has another format or version than the given ones.
     """
     try:
         text = read_whole(path).decode("utf-8")
@@ -192,7 +197,7 @@ def read_sealed_json(path: Path | UPath, *, format: str, version: int) -> dict[s
     content.pop(SEAL, None)
     try:
         unchanged = _sealed_text(content) == text
-    except ValueError:  # what JSON can say and we never write: infinities, halves of surrogate pairs
+    except ValueError:  # JSON that `write_sealed_json` never writes: infinities, lone surrogates
         unchanged = False
     if not unchanged:
         raise DataError(

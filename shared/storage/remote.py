@@ -1,16 +1,19 @@
-"""Files behind URLs (http, https, s3, gs, whatever fsspec opens), with failures told in one sentence."""
+"""Files at URLs (http, https, s3, gs and all that fsspec opens), whose failures become errors of one sentence."""
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fsspec
 from upath import UPath
 
 from ..errors import DataError, UsageError
 
-# What pip calls the library behind a protocol, where fsspec does not carry it itself.
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
 _LIBRARIES = {
     "s3": "s3fs",
     "s3a": "s3fs",
@@ -25,19 +28,20 @@ _LIBRARIES = {
     "sftp": "paramiko",
     "ssh": "paramiko",
 }
+"""The package to install for a protocol that fsspec does not support by itself."""
 
 
 class _Missing(DataError):
-    """There is nothing at a URL."""
+    """There is no file at a URL."""
 
 
-def is_url(name: str | Path) -> bool:
-    """Whether `name` is the URL of something remote: no local path, no file:// URL."""
+def is_url(name: str | Path | UPath) -> bool:
+    """Whether `name` is a URL of a remote file or folder: neither a local path nor a file:// URL."""
     return "://" in str(name) and not str(name).startswith("file://")
 
 
 def as_path(place: str | Path | UPath) -> Path | UPath:
-    """A local path as a `Path`, a URL as a `UPath`, which is used alike.
+    """A local path or file:// URL as a `Path`, any other URL as a `UPath`, which has the same methods.
 
     Raises UsageError if the URL's protocol is unknown or its library is not installed.
     """
@@ -45,50 +49,51 @@ def as_path(place: str | Path | UPath) -> Path | UPath:
         return Path(str(place).removeprefix("file://"))
     with _explained(str(place)):
         path = UPath(place)
-        # Other processes may have written since a folder was listed.
+        # Other processes may have written since fsspec listed a folder.
         path.fs.invalidate_cache()
     return path
 
 
-def is_remote(path: Path | UPath) -> bool:
-    """Whether a path that `as_path` gave is behind a URL."""
+def is_remote(path: Path | UPath) -> "TypeIs[UPath]":
+    """Whether a path that `as_path` returned is at a URL."""
     return isinstance(path, UPath)
 
 
-def explained(path: Path | UPath):
-    """A block whose failures at a remote `path` become DataErrors of one sentence; a local one's are left alone."""
+def explained(path: Path | UPath) -> AbstractContextManager[None]:
+    """A context in which failures at a remote `path` become DataErrors; at a local path it changes nothing."""
     return _explained(str(path)) if is_remote(path) else nullcontext()
 
 
 def exists(path: Path | UPath) -> bool:
-    """Whether a file or folder is there; DataError if its server cannot be asked."""
+    """Whether a file or folder exists; DataError if its server cannot be reached."""
     if not is_remote(path):
         return path.exists()
     try:
         with _explained(str(path)):
-            path.fs.info(path.path)  # `exists` would answer no where the server cannot be reached
+            path.fs.info(path.path)  # `exists` would return False if the server cannot be reached
     except _Missing:
         return False
     return True
 
 
 def file_size(path: Path | UPath) -> int:
-    """Bytes of a file; DataError if a remote one is missing or its server cannot be asked."""
+    """Bytes of a file; DataError if a remote one is missing or cannot be reached."""
     with explained(path):
-        return path.stat().st_size
+        return int(path.stat().st_size)
 
 
 def read_whole(path: Path | UPath) -> bytes:
-    """A file's bytes, a remote one's by one GET; DataError if a remote file is missing or cannot be read."""
+    """The bytes of a file, of a remote one by one GET; DataError if a remote file is missing or cannot be read."""
     if not is_remote(path):
         return path.read_bytes()
     with explained(path):
-        return path.fs.cat_file(path.path)
+        content: bytes = path.fs.cat_file(path.path)
+        return content
 
 
 @contextmanager
 def on_this_disk(path: Path | UPath) -> Iterator[Path]:
-    """The file itself, or a copy of a remote one for the time of the block."""
+    """Yields a local path of the file: itself, or for the time of the block a copy of a remote file."""
     if not is_remote(path):
         yield path
         return
@@ -100,20 +105,20 @@ def on_this_disk(path: Path | UPath) -> Iterator[Path]:
 
 @contextmanager
 def uploaded_whole(path: UPath) -> Iterator[Path]:
-    """Yields a local path to write a file at; if the block succeeds, it goes to the remote `path` by one PUT."""
+    """Yields a local path to write a file at, which is uploaded to `path` by one PUT if the block succeeds."""
     with tempfile.TemporaryDirectory(prefix="mapet-") as folder:
         partial = Path(folder, path.name)
         yield partial
         with _explained(str(path), "written"):
             try:
                 path.fs.put_file(str(partial), path.path)
-            except FileNotFoundError:  # unlike an object store, it has folders
+            except FileNotFoundError:  # this file system, unlike an object store, has folders
                 path.fs.makedirs(path.parent.path, exist_ok=True)
                 path.fs.put_file(str(partial), path.path)
 
 
 def download(url: str, path: Path) -> None:
-    """Copies a remote file to `path`; DataError if it cannot be had or arrives short."""
+    """Copies a remote file to `path`; DataError if it cannot be read or arrives incomplete."""
     with _explained(url):
         fs, name = fsspec.core.url_to_fs(url)
         fs.get_file(name, str(path))
@@ -123,10 +128,11 @@ def download(url: str, path: Path) -> None:
 
 
 def remote_size(url: str) -> int | None:
-    """Bytes of a remote file; None if the server does not say."""
+    """Bytes of a remote file; None if the server does not tell, DataError if it cannot be reached."""
     with _explained(url):
         fs, name = fsspec.core.url_to_fs(url)
-        return fs.info(name).get("size")
+        size: int | None = fs.info(name).get("size")
+    return size
 
 
 def list_tars(url: str) -> list[str]:
@@ -151,11 +157,12 @@ def _explained(url: str, done: str = "read") -> Iterator[None]:
         remedy = f"pip install {library}" if library else f"{error}; see fsspec on {protocol}"
         raise UsageError(f"{url} needs a library that is not installed: {remedy}.") from None
     except Exception as error:  # each file system has errors of its own
-        while isinstance(error, FileNotFoundError) and error.__cause__:  # fsspec says so of all that fails with HTTP
-            error = error.__cause__
-        if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404:
+        cause: BaseException = error
+        while isinstance(cause, FileNotFoundError) and cause.__cause__:  # fsspec's, for every failure of HTTP
+            cause = cause.__cause__
+        if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
             raise _Missing(f"{url} does not exist.") from None
         if protocol not in fsspec.available_protocols():
             raise UsageError(f"{url} begins with {protocol}://, which fsspec does not know; check the URL.") from None
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = (str(cause) or type(cause).__name__).splitlines()[0].rstrip(".")
         raise DataError(f"{url} cannot be {done} ({reason}); check the address and the connection.") from None

@@ -1,16 +1,22 @@
 """How evenly the codes of a codebook are used."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 
-def usage(counts: np.ndarray) -> dict[str, float | int]:
-    """How evenly codes are used: used and dead codes, entropy in bits, perplexity (2 ** entropy), of counts (K,)."""
-    share = counts[counts > 0] / max(counts.sum(), 1)
-    entropy = float(-(share * np.log2(share)).sum()) if len(share) else 0.0
+def usage(counts: NDArray[Any]) -> dict[str, float | int]:
+    """How evenly codes are used, from the count of each code, (K,).
+
+    Returns the number of codes, of used and dead ones, the entropy in bits and the perplexity (2 ** entropy).
+    """
+    probabilities = counts[counts > 0] / max(counts.sum(), 1)
+    entropy = float(-(probabilities * np.log2(probabilities)).sum()) if len(probabilities) else 0.0
     return {
         "codes": len(counts),
-        "used": len(share),
-        "dead": len(counts) - len(share),
+        "used": len(probabilities),
+        "dead": len(counts) - len(probabilities),
         "entropy_bits": abs(entropy),
         "perplexity": 2.0 ** abs(entropy),
     }

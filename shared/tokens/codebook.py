@@ -1,4 +1,4 @@
-"""The codebook: K centroids of patch features, and everything needed to compute the same token again."""
+"""The codebook: K centroids of patch features, with the description that is needed to compute the same tokens again."""
 
 import hashlib
 import os
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
+from upath import UPath
 
 from ..errors import DataError
 from ..runtime.faiss_build import faiss_gpus, import_faiss
@@ -21,7 +23,6 @@ from .notebook import facts_html
 FORMAT, VERSION = "mapet-codebook", 1
 MAX_K = 65_536
 
-# The fields of `description` that change tokens; with the centroids they make the fingerprint.
 TOKEN_FIELDS = (
     "library",
     "architecture",
@@ -33,47 +34,53 @@ TOKEN_FIELDS = (
     "grid",
     "metric",
 )
+"""The fields of a description that change tokens; the fingerprint covers them and the centroids."""
+_ARTIFACT_FIELDS = ("format", "version", "fingerprint", "centroids_sha256")
+"""The fields of `codebook.json` that are about the artifact itself; all others are the description."""
 
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """K centroids (K, dim) float32 of a frozen tower's patch features, with their description and statistics.
+    """Centroids of a frozen tower's patch features, with their description and statistics.
 
-    `description` is the JSON of the artifact (tower, layer, preprocessing, grid, k-means, sample, quality);
-    `counts` (K,) int64 says how many sampled patches each code won.
+    The nearest centroid of a patch's features is its token.
     """
 
-    centroids: np.ndarray
-    counts: np.ndarray
+    centroids: NDArray[np.float32]
+    """(K, dim) float32."""
+    counts: NDArray[np.int64]
+    """(K,) int64: how many sampled patches each code won."""
     description: dict[str, Any] = field(repr=False)
+    """The JSON of the artifact: tower, layer, preprocessing, grid, k-means, sample, quality."""
 
     @property
     def k(self) -> int:
+        """How many centroids there are."""
         return len(self.centroids)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the token grid of one image."""
+        """Rows and columns of one view's tokens."""
         height, width = self.description["grid"]
         return height, width
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the centroids' bytes and the described fields that change tokens (`TOKEN_FIELDS`)."""
+        """Hex SHA-256 of the centroids' bytes and of the described fields that change tokens (`TOKEN_FIELDS`)."""
         relevant = {name: self.description[name] for name in TOKEN_FIELDS}
-        whole = hashlib.sha256(np.ascontiguousarray(self.centroids, dtype="<f4").tobytes())
-        whole.update(canonical_json(relevant).encode())
-        return whole.hexdigest()
+        digest = hashlib.sha256(np.ascontiguousarray(self.centroids, dtype="<f4").tobytes())
+        digest.update(canonical_json(relevant).encode())
+        return digest.hexdigest()
 
     def __repr__(self) -> str:
         return f"Codebook({self.fingerprint[:12]}: K={self.k}, {self.centroids.shape[1]} dimensions)"
 
     def _repr_html_(self) -> str:
-        made_by = self.description
-        facts = [
-            ("K", f"{self.k:,} centroids of {self.centroids.shape[1]:,} dimensions, {made_by.get('metric')}"),
-            ("tower", f"{made_by.get('tower')}, layer {made_by.get('layer')}"),
-            ("tokens of a view", f"{self.grid[0]}x{self.grid[1]}"),
+        described = self.description
+        facts: list[tuple[str, object]] = [
+            ("K", f"{self.k:,} centroids of {self.centroids.shape[1]:,} dimensions, {described.get('metric')}"),
+            ("tower", f"{described.get('tower')}, layer {described.get('layer')}"),
+            ("tokens per view", f"{self.grid[0]}x{self.grid[1]}"),
         ]
         if self.counts.any():
             codes = usage(self.counts)
@@ -84,29 +91,28 @@ class Codebook:
         return facts_html(f"Codebook {self.fingerprint}", facts)
 
     @cached_property
-    def _index(self):
+    def _index(self) -> Any:  # an index of FAISS
         faiss = import_faiss()
         index = faiss.IndexFlatL2(self.centroids.shape[1])
         index.add(self.centroids)
         if not faiss_gpus():
             return index
-        if "LOCAL_RANK" in os.environ:  # under torchrun each process has a GPU of its own
+        if "LOCAL_RANK" in os.environ:  # under torchrun every process has its own GPU
             gpu = int(os.environ["LOCAL_RANK"]) % faiss_gpus()
             return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu, index)
         return faiss.index_cpu_to_all_gpus(index)
 
-    def assign(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Nearest centroid of each feature, by FAISS's exact search.
+    def assign(self, features: NDArray[np.floating[Any]]) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+        """The nearest centroid of each feature, by FAISS's exact search.
 
-        `features` is (n, dim) float32, already normalised if the metric is cosine (on unit vectors the nearest
-        centroid by L2 is the one of the largest cosine). Returns tokens (n,) uint16 and squared distances (n,)
-        float32.
+        `features` is (n, dim) float32, already normalised if the metric is cosine (for unit vectors the nearest
+        centroid by L2 has the largest cosine). Returns tokens (n,) uint16 and squared distances (n,) float32.
         """
         tokens, distances = self.nearest(features, 1)
         return tokens[:, 0].astype(np.uint16), distances[:, 0]
 
-    def nearest(self, features: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `count` nearest centroids of each feature (as `assign` takes them), the nearest first.
+    def nearest(self, features: NDArray[np.floating[Any]], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The `count` nearest centroids of each feature (see `assign`), the nearest first.
 
         Returns codes (n, count) int64 and squared distances (n, count) float32.
         """
@@ -114,14 +120,21 @@ class Codebook:
         return codes, distances
 
     def save(self, path: Path) -> None:
-        """Writes the folder `codebook.json` + `centroids.safetensors`, whole or not at all."""
+        """Writes a folder with `codebook.json` and `centroids.safetensors`, atomically.
+
+        Raises DataError if it cannot be written.
+        """
         with written_whole(path) as partial:
             partial.mkdir()
-            tensors = {"centroids": np.ascontiguousarray(self.centroids), "counts": self.counts}
+            tensors: dict[str, NDArray[Any]] = {
+                "centroids": np.ascontiguousarray(self.centroids),
+                "counts": self.counts,
+            }
             save_file(tensors, partial / "centroids.safetensors")
             write_sealed_json(partial / "codebook.json", self.as_json(sha256_file(partial / "centroids.safetensors")))
 
     def as_json(self, centroids_sha256: str) -> dict[str, Any]:
+        """The content of `codebook.json`, given the digest of `centroids.safetensors`."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -131,30 +144,34 @@ class Codebook:
         }
 
     @classmethod
-    def load(cls, path: str | Path) -> "Codebook":
-        """Opens a codebook folder. Raises DataError if it is missing, damaged or not what its fingerprint says."""
-        path = as_path(path)
-        if not is_remote(path) and not path.is_dir():
-            raise DataError(f"{path} does not exist or is no folder; --codebook takes what build-codebook wrote.")
-        description = read_description(path / "codebook.json")
-        weights = path / "centroids.safetensors"
+    def load(cls, path: str | Path | UPath) -> "Codebook":
+        """Opens a codebook folder, local or at a URL.
+
+        Raises DataError if it is missing, was changed, or does not have the fingerprint that it states.
+        """
+        folder = as_path(path)
+        if not is_remote(folder) and not folder.is_dir():
+            raise DataError(f"{folder} does not exist or is not a folder; --codebook takes what build-codebook wrote.")
+        description = read_description(folder / "codebook.json")
+        weights = folder / "centroids.safetensors"
         try:
             content = read_whole(weights)
             intact = hashlib.sha256(content).hexdigest() == description["centroids_sha256"]
-            tensors = load(content) if intact else {}
+            arrays = load(content) if intact else {}
         except (OSError, SafetensorError) as error:
             raise DataError(f"{weights} cannot be read ({error}); build the codebook again.") from None
         if not intact:
             raise DataError(f"{weights} was changed since it was written (its digest does not match); build it again.")
-        fields = {
-            k: v for k, v in description.items() if k not in ("format", "version", "fingerprint", "centroids_sha256")
-        }
-        codebook = cls(tensors["centroids"], tensors["counts"], fields)
+        described = {name: value for name, value in description.items() if name not in _ARTIFACT_FIELDS}
+        codebook = cls(arrays["centroids"], arrays["counts"], described)
         if codebook.fingerprint != description["fingerprint"]:
-            raise DataError(f"{path} does not have the fingerprint that it states; build it again.")
+            raise DataError(f"{folder} does not have the fingerprint that it states; build it again.")
         return codebook
 
 
-def read_description(path: Path) -> dict[str, Any]:
-    """The JSON of a codebook, from its folder or embedded in a token store; DataError if missing or changed."""
+def read_description(path: Path | UPath) -> dict[str, Any]:
+    """The description of a tokenizer: `codebook.json` of a codebook, or embedded in a token store.
+
+    Raises DataError if the file is missing or was changed.
+    """
     return read_sealed_json(path, format=FORMAT, version=VERSION)

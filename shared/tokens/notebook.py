@@ -1,10 +1,11 @@
-"""Tokens in a notebook: one image's, or many, as numpy, torch or pandas, and as a table to look at."""
+"""Tokens in a notebook: of one image or of many, as numpy, torch or pandas, and as HTML tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import UsageError
 from .rows import NO_LABEL, ShardRows
@@ -21,7 +22,7 @@ _FACTS = """
 """
 _GRIDS = """
 <p><b>{{ key }}</b>{% if label is not none %}, label {{ label }}{% endif %}, {{ width }}x{{ height }} px</p>
-{% for view in views %}<table><caption style="text-align: left">view {{ loop.index0 }}: {{ view.about }}</caption>
+{% for view in views %}<table><caption style="text-align: left">view {{ loop.index0 }}: {{ view.caption }}</caption>
 {% for row in view.tokens %}<tr>{% for code in row %}<td>{{ code }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 {% endfor %}
@@ -30,68 +31,69 @@ _GRIDS = """
 
 @dataclass(frozen=True, eq=False)
 class ImageTokens:
-    """What a store holds of one image: V views of H x W tokens."""
+    """What a token store knows about one image: V views of H x W tokens."""
 
     key: str
     label: int | None
+    """None for an image without a label."""
     height: int
     width: int
-    """Of the upright image, in pixels."""
-    tokens: np.ndarray = field(repr=False)
+    """Height and width of the upright image, in pixels."""
+    tokens: NDArray[np.uint16] = field(repr=False)
     """(V, H, W) uint16."""
-    crops: np.ndarray = field(repr=False)
+    crops: NDArray[np.float64] = field(repr=False)
     """(V, 4) float64: top, left, height, width in upright source pixels."""
-    flips: np.ndarray = field(repr=False)
+    flips: NDArray[np.bool_] = field(repr=False)
     """(V,) bool: mirrored left to right after the crop."""
 
     @classmethod
-    def of(cls, rows: ShardRows, at: int) -> "ImageTokens":
-        """The image at row `at` of a shard, in arrays of its own."""
-        label = int(rows.labels[at])
+    def of(cls, rows: ShardRows, row: int) -> "ImageTokens":
+        """The image of one row of a shard, in arrays that do not keep the shard in memory."""
+        label = int(rows.labels[row])
         return cls(
-            key=str(rows.keys[at]),
+            key=str(rows.keys[row]),
             label=None if label == NO_LABEL else label,
-            height=int(rows.sizes[at, 0]),
-            width=int(rows.sizes[at, 1]),
-            tokens=rows.tokens[at].copy(),
-            crops=rows.crops[at].copy(),
-            flips=rows.flips[at].copy(),
+            height=int(rows.sizes[row, 0]),
+            width=int(rows.sizes[row, 1]),
+            tokens=rows.tokens[row].copy(),
+            crops=rows.crops[row].copy(),
+            flips=rows.flips[row].copy(),
         )
 
-    def to_numpy(self) -> np.ndarray:
-        """(V, H, W) uint16."""
+    def to_numpy(self) -> NDArray[np.uint16]:
+        """Tokens (V, H, W) uint16."""
         return self.tokens
 
     def to_torch(self) -> "torch.Tensor":
-        """(V, H, W) int64, as torch counts and looks up."""
+        """Tokens (V, H, W) int64, the dtype that torch indexes with."""
         return to_torch(self.tokens)
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One line a patch: key, label, view, flip, row, column, token. Raises UsageError without pandas."""
+        """One row per patch: key, label, view, flip, row, column, token. Raises UsageError without pandas."""
         return to_pandas([self])
 
     def _repr_html_(self) -> str:
         views = [
-            {"about": _about_view(crop, flip), "tokens": grid.tolist()}
+            {"caption": _view_caption(crop, flip), "tokens": grid.tolist()}
             for crop, flip, grid in zip(self.crops, self.flips, self.tokens, strict=True)
         ]
         return _rendered(_GRIDS, key=self.key, label=self.label, height=self.height, width=self.width, views=views)
 
 
-def _about_view(crop: np.ndarray, flip: bool) -> str:
+def _view_caption(crop: NDArray[np.float64], flip: bool) -> str:
     top, left, height, width = crop
     return f"{width:.1f}x{height:.1f} at ({left:.1f}, {top:.1f}){', flipped' if flip else ''}"
 
 
-def to_torch(tokens: np.ndarray) -> "torch.Tensor":
-    """Tokens of any shape as int64."""
+def to_torch(tokens: NDArray[np.uint16]) -> "torch.Tensor":
+    """Tokens of any shape as an int64 tensor."""
     import torch
 
     return torch.from_numpy(tokens.astype(np.int64))
 
 
 def to_pandas(images: Sequence[ImageTokens]) -> "pandas.DataFrame":
-    """One line a patch (`columns`). Raises UsageError where pandas is not installed."""
+    """One row per patch, with the columns of `columns`. Raises UsageError if pandas is not installed."""
     try:
         import pandas
     except ImportError:
@@ -100,7 +102,7 @@ def to_pandas(images: Sequence[ImageTokens]) -> "pandas.DataFrame":
 
 
 def columns(images: Sequence[ImageTokens]) -> dict[str, Any]:
-    """key, label (-1 where there is none), view, flip, row, column and token of every patch, each a column."""
+    """The columns key, label (-1 for none), view, flip, row, column and token, with an item per patch."""
     shapes = [image.tokens.shape for image in images]
     places = [np.indices(shape).reshape(3, -1) for shape in shapes] or [np.empty((3, 0), dtype=np.int64)]
     view, row, column = np.concatenate(places, axis=1)
@@ -120,7 +122,7 @@ def columns(images: Sequence[ImageTokens]) -> dict[str, Any]:
 
 
 def facts_html(title: str, facts: Sequence[tuple[str, object]]) -> str:
-    """A two-column table for a notebook; whatever is in the facts is shown as text."""
+    """A two-column HTML table for a notebook; titles and facts are escaped."""
     return _rendered(_FACTS, title=title, facts=facts)
 
 

@@ -1,39 +1,43 @@
-"""The rows of a token shard: what is stored of each image, in memory."""
+"""The rows of a token shard in memory: one row per image."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 NO_LABEL = -1
 STRINGS = ("keys", "paths")
-"""The columns of text; all others are plain numbers."""
+"""The columns of text; all others are numbers."""
+Strings = NDArray[np.object_]
+"""An array of Python strings."""
 
 
 @dataclass(frozen=True, eq=False)
 class ShardRows:
-    """The rows of one shard, in the source's order: n images, V views each, a grid of H x W tokens."""
+    """The rows of one shard, in the source's order: n images with V views each, and H x W tokens per view."""
 
-    keys: np.ndarray
+    keys: Strings
     """(n,) str: WebDataset keys."""
-    tokens: np.ndarray
+    tokens: NDArray[np.uint16]
     """(n, V, H, W) uint16."""
-    crops: np.ndarray
+    crops: NDArray[np.float64]
     """(n, V, 4) float64: top, left, height, width in upright source pixels."""
-    flips: np.ndarray
+    flips: NDArray[np.bool_]
     """(n, V) bool: mirrored left to right after the crop."""
-    sizes: np.ndarray
+    sizes: NDArray[np.int32]
     """(n, 2) int32: height, width of the upright image in pixels."""
-    labels: np.ndarray
-    """(n,) int64, -1 where an image has none."""
-    paths: np.ndarray
+    labels: NDArray[np.int64]
+    """(n,) int64, -1 for an image without a label."""
+    paths: Strings
     """(n,) str: path inside a folder source; empty for tars."""
-    offsets: np.ndarray
+    offsets: NDArray[np.int64]
     """(n,) int64: where the image's bytes begin in its file."""
-    lengths: np.ndarray
+    lengths: NDArray[np.int64]
     """(n,) int64: bytes."""
-    crc32: np.ndarray
+    crc32: NDArray[np.uint32]
     """(n,) uint32: of the image's bytes."""
 
     def __len__(self) -> int:
@@ -41,7 +45,7 @@ class ShardRows:
 
 
 def empty_rows(views: int, grid: tuple[int, int]) -> ShardRows:
-    """No rows at all, of the right shapes."""
+    """No rows, with `views` views and `grid` (H, W) tokens per view."""
     return ShardRows(
         keys=np.empty(0, dtype=object),
         tokens=np.empty((0, views, *grid), dtype=np.uint16),
@@ -58,21 +62,22 @@ def empty_rows(views: int, grid: tuple[int, int]) -> ShardRows:
 
 def concatenate_rows(parts: Sequence[ShardRows]) -> ShardRows:
     """The rows of all parts, in their order."""
-    return ShardRows(
-        **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(ShardRows)}
-    )
+    columns: dict[str, NDArray[Any]] = {
+        field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(ShardRows)
+    }
+    return ShardRows(**columns)
 
 
 def take_rows(rows: ShardRows, places: Sequence[int]) -> ShardRows:
-    """The rows at `places`, in their order."""
+    """The rows at `places`, in the order of `places`."""
     return ShardRows(**{field.name: getattr(rows, field.name)[list(places)] for field in fields(ShardRows)})
 
 
 def rows_sha256(rows: ShardRows) -> str:
-    """Digest of all that the rows say, whatever file they are stored in."""
-    whole = hashlib.sha256()
+    """Hex SHA-256 of all columns, whatever file they are stored in."""
+    digest = hashlib.sha256()
     for field in fields(rows):
         column = getattr(rows, field.name)
         content = "\0".join(column).encode() if field.name in STRINGS else np.ascontiguousarray(column).tobytes()
-        whole.update(f"{field.name} {column.shape} {len(content)}\n".encode() + content)
-    return whole.hexdigest()
+        digest.update(f"{field.name} {column.shape} {len(content)}\n".encode() + content)
+    return digest.hexdigest()

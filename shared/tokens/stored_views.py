@@ -1,4 +1,4 @@
-"""Views of a token store with their pixels, where the images are at hand."""
+"""The pixels of a token store's views, if the images are available."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ from .store import TokenStore
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """One view of one image of the store."""
+    """One view of one image in the store."""
 
     shard: str
     row: int
@@ -29,38 +29,44 @@ class Place:
 
 
 class StoredViews:
-    """The pixels of a store's views: from the source of its images, or from the store where it holds them."""
+    """The pixels of a store's views, from the source of its images or from the store if it contains them."""
 
     def __init__(self, store: TokenStore, images: str | None):
-        """Raises DataError or UsageError where `images` cannot be opened or has no shard of the store."""
+        """Opens the source `images`, as `images.sources.open_source` does.
+
+        Raises DataError or UsageError if it cannot be opened, has no shard of the store or is remote.
+        """
         self._store = store
-        self._sources = _sources(store, images) if images else {}
-        holds_them = store.holds_images and not is_remote(store.path)
-        self.shards = list(self._sources) or (list(store.entries) if holds_them else [])
-        """The shards whose images are at hand, by name."""
+        self._sources = _open_sources(store, images) if images else {}
+        images_in_store = store.holds_images and not is_remote(store.path)
+        self.shards: list[str] = list(self._sources) or (list(store.entries) if images_in_store else [])
+        """The names of the shards whose images are available."""
 
     def record(self, shard: str, rows: ShardRows, row: int) -> ImageRecord:
-        """Where the image of one row lies."""
-        root = Path(self._sources[shard].root if self._sources else self._store.tar_of(shard))
+        """Where the image of one row is."""
+        root = Path(str(self._sources[shard].root if self._sources else self._store.tar_of(shard)))
         path = root / rows.paths[row] if self._sources and rows.paths[row] else root
         label = int(rows.labels[row])
-        where = int(rows.offsets[row]), int(rows.lengths[row])
-        return ImageRecord(rows.keys[row], path, *where, None if label == NO_LABEL else label)
+        offset, length = int(rows.offsets[row]), int(rows.lengths[row])
+        return ImageRecord(rows.keys[row], path, offset, length, None if label == NO_LABEL else label)
 
     def view(
         self, shard: str, rows: ShardRows, row: int, view: int, side: int, interpolation: str = "bicubic"
     ) -> Image.Image:
-        """What the tower saw of an image, at `side` x `side` pixels; DataError if its bytes are not those encoded."""
+        """One view of an image as the tower saw it, resized to `side` x `side` pixels.
+
+        Raises DataError if the image cannot be read or its bytes are not those that were encoded.
+        """
         record = self.record(shard, rows, row)
         content = read_encoded(record, rows.crc32[row])
         image = decode(content, f"{record.path}: image {record.key!r}")
         return replay(image, CropBox(*rows.crops[row, view]), bool(rows.flips[row, view]), side, interpolation)
 
 
-def _sources(store: TokenStore, images: str) -> dict[str, SourceShard]:
+def _open_sources(store: TokenStore, images: str) -> dict[str, SourceShard]:
     sources = {shard.name: shard for shard in open_source(images) if shard.name in store.entries}
     if not sources:
-        raise DataError(f"--images {images} has none of the shards of {store.path}; give what its tokens were made of.")
+        raise DataError(f"--images {images} has none of the shards of {store.path}; give the images of its tokens.")
     remote = next((shard.root for shard in sources.values() if shard.is_remote), None)
     if remote:
         raise DataError(f"{remote} is remote; a page needs its images here, download some of the tars first.")
@@ -68,23 +74,23 @@ def _sources(store: TokenStore, images: str) -> dict[str, SourceShard]:
 
 
 def choose_images(store: TokenStore, shards: Sequence[str], count: int, seed: int) -> list[Place]:
-    """`count` views of as many images of `shards`, uniform over both and drawn by `seed`, in the store's order."""
+    """Draws `count` images of `shards` uniformly, and one view of each, by `seed`; in the store's order."""
     sizes = [store.entries[name]["images"] for name in shards]
     random = generator(seed, "page images")
-    picked = np.sort(random.choice(sum(sizes), min(count, sum(sizes)), replace=False))
-    views = random.integers(0, store.views, len(picked))
+    images = np.sort(random.choice(sum(sizes), min(count, sum(sizes)), replace=False))
+    views = random.integers(0, store.views, len(images))
     ends = np.cumsum(sizes)
-    of = np.searchsorted(ends, picked, side="right")
+    shard_numbers = np.searchsorted(ends, images, side="right")
     return [
         Place(shards[shard], int(image - (ends[shard] - sizes[shard])), int(view))
-        for shard, image, view in zip(of, picked, views, strict=True)
+        for shard, image, view in zip(shard_numbers, images, views, strict=True)
     ]
 
 
 def by_shard(store: TokenStore, images: Iterable[tuple[str, int]]) -> Iterator[tuple[str, ShardRows, list[int]]]:
-    """(shard, its rows, which rows of it) of images, each shard read once."""
+    """(shard, its rows, row numbers) of the given (shard, row) pairs; each shard is read once."""
     grouped: dict[str, list[int]] = defaultdict(list)
     for shard, row in sorted(set(images)):
         grouped[shard].append(row)
-    for shard, chosen in grouped.items():
-        yield shard, store.read_rows(shard), chosen
+    for shard, row_numbers in grouped.items():
+        yield shard, store.read_rows(shard), row_numbers

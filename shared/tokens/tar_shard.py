@@ -1,10 +1,10 @@
-"""The token store's other format: WebDataset tars that hold each image beside its tokens, so that they stand alone.
+"""The token store's other shard format: WebDataset tars with each image beside its tokens, usable on their own.
 
-KEY.jpg          the image's own bytes, under its source's extension
-KEY.cls          its label, where it has one
+KEY.jpg          the image's bytes, under its extension in the source
+KEY.cls          its label, if it has one
 KEY.tokens.npy   (V, H, W) uint16
-KEY.views.json   crops [[top, left, height, width], ...] in upright source pixels and flips, one of each a view; the
-                 image's size [height, width]; the CRC32 of its bytes; the fingerprint of the codebook
+KEY.views.json   crops [[top, left, height, width], ...] in upright source pixels and flips, one of each per view; the
+                 image's size [height, width]; the CRC32 of its bytes; the fingerprint of the tokenizer
 """
 
 import io
@@ -28,14 +28,14 @@ _TOKENS, _VIEWS = "tokens.npy", "views.json"
 def write_tar(path: Path, rows: ShardRows, records: Sequence[ImageRecord], codebook_fingerprint: str) -> None:
     """Writes a tokenised tar, one image in memory at a time; the same rows and images always give the same bytes.
 
-    `records` say where the images of the rows lie, in the same order. Raises DataError if one has other bytes than
-    when it was encoded.
+    `records` are the images of the rows, in the same order; `codebook_fingerprint` is the tokenizer's. Raises DataError
+    if an image cannot be read or was changed since it was encoded.
     """
     from webdataset import TarWriter
 
-    # PAX, as WebDataset's own choice (USTAR) has no room for long names.
-    always = {"user": "mapet", "group": "mapet", "mtime": 0, "format": "PAX_FORMAT"}
-    with open(path, "wb") as file, TarWriter(file, encoder=False, **always) as tar:
+    # PAX, because WebDataset's default (USTAR) cannot store long names.
+    headers = {"user": "mapet", "group": "mapet", "mtime": 0, "format": "PAX_FORMAT"}
+    with open(path, "wb") as file, TarWriter(file, encoder=False, **headers) as tar:
         for row, record in enumerate(records):
             content = read_bytes(record)
             if crc32(content) != rows.crc32[row]:
@@ -43,12 +43,12 @@ def write_tar(path: Path, rows: ShardRows, records: Sequence[ImageRecord], codeb
                     f"{record.path}: image {record.key!r} changed while it was encoded (its CRC32 differs); "
                     "leave the source alone and give the same command again."
                 )
-            small = _small_members(rows, row, codebook_fingerprint)
-            tar.write({"__key__": record.key, record.extension: content, **small})
+            members = _members_beside_image(rows, row, codebook_fingerprint)
+            tar.write({"__key__": record.key, record.extension: content, **members})
 
 
-def _small_members(rows: ShardRows, row: int, codebook_fingerprint: str) -> dict[str, bytes]:
-    """All of a sample but the image: extension -> bytes."""
+def _members_beside_image(rows: ShardRows, row: int, codebook_fingerprint: str) -> dict[str, bytes]:
+    """The members of a sample except the image: extension -> bytes."""
     tokens = io.BytesIO()
     np.save(tokens, rows.tokens[row])
     views = {
@@ -63,38 +63,39 @@ def _small_members(rows: ShardRows, row: int, codebook_fingerprint: str) -> dict
 
 
 def bytes_of_tar(rows: ShardRows) -> int:
-    """About how large a tokenised tar of these rows is."""
+    """Approximate bytes of a tokenised tar of these rows."""
     sizes = [
         size
         for row in range(len(rows))
-        for size in (int(rows.lengths[row]), *map(len, _small_members(rows, row, "0" * 64).values()))
+        for size in (int(rows.lengths[row]), *map(len, _members_beside_image(rows, row, "0" * 64).values()))
     ]
     return sum(tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for size in sizes)
 
 
 def read_tar(path: Path, views: int, grid: tuple[int, int]) -> ShardRows:
-    """The rows of a tokenised tar with `views` views and H x W tokens; the images are passed over, not read.
+    """The rows of a tokenised tar with `views` views per image and `grid` (H, W) tokens per view.
 
-    Offsets and lengths are those inside this tar. Raises DataError for what `write_tar` did not write.
+    The images are skipped, not read; offsets and lengths are those inside this tar. Raises DataError if the tar was not
+    written by `write_tar` or is damaged.
     """
     try:
         with tarfile.open(path, "r:") as tar:
             parts = [_row(tar, key, sample, views, grid) for key, sample in _samples(tar)]
     except (tarfile.TarError, OSError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is no tar of images and their tokens ({error})") from None
+        raise DataError(f"{path} is not a tar of images and their tokens ({error})") from None
     return concatenate_rows([empty_rows(views, grid), *parts])
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Yields (key, its members by extension) of neighbouring members with one key."""
-    key, sample = None, {}
+    """Yields (key, its members by extension) of consecutive members with the same key."""
+    key, sample = "", dict[str, tarfile.TarInfo]()
     for member in tar:
-        name = key_of(member.name)
-        if name != key and sample:
+        member_key = key_of(member.name)
+        if member_key != key and sample:
             yield key, sample
             sample = {}
-        key = name
-        sample[member.name[len(name) + 1 :]] = member
+        key = member_key
+        sample[member.name[len(key) + 1 :]] = member
     if sample:
         yield key, sample
 
@@ -102,26 +103,28 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
 def _row(
     tar: tarfile.TarFile, key: str, sample: dict[str, tarfile.TarInfo], views: int, grid: tuple[int, int]
 ) -> ShardRows:
-    """One image's row, as rows."""
+    """The single row of one image."""
     (image,) = (member for member in sample.values() if extension_of(member.name) in EXTENSIONS)
     tokens = np.load(io.BytesIO(_content(tar, sample[_TOKENS])), allow_pickle=False)
-    about: dict[str, Any] = json.loads(_content(tar, sample[_VIEWS]))
+    views_json: dict[str, Any] = json.loads(_content(tar, sample[_VIEWS]))
     if tokens.dtype != np.uint16 or tokens.shape != (views, *grid):
         raise ValueError(f"{key}.{_TOKENS} is {tokens.dtype} {tokens.shape}")
     return ShardRows(
         keys=np.array([key], dtype=object),
         tokens=tokens[None],
-        crops=np.array([about["crops"]], dtype=np.float64).reshape(1, views, 4),
-        flips=np.array([about["flips"]], dtype=bool).reshape(1, views),
-        sizes=np.array([about["size"]], dtype=np.int32).reshape(1, 2),
+        crops=np.array([views_json["crops"]], dtype=np.float64).reshape(1, views, 4),
+        flips=np.array([views_json["flips"]], dtype=bool).reshape(1, views),
+        sizes=np.array([views_json["size"]], dtype=np.int32).reshape(1, 2),
         labels=np.array([int(_content(tar, sample["cls"])) if "cls" in sample else NO_LABEL], dtype=np.int64),
         paths=np.array([""], dtype=object),
         offsets=np.array([image.offset_data], dtype=np.int64),
         lengths=np.array([image.size], dtype=np.int64),
-        crc32=np.array([about["crc32"]], dtype=np.uint32),
+        crc32=np.array([views_json["crc32"]], dtype=np.uint32),
     )
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    tar.fileobj.seek(member.offset_data)
-    return tar.fileobj.read(member.size)
+    file = tar.fileobj
+    assert file is not None
+    file.seek(member.offset_data)
+    return file.read(member.size)

@@ -1,4 +1,4 @@
-"""The token store's own format: a shard's rows as one Zarr v3 group in a zip file, one array a column."""
+"""The token store's own shard format: a Zarr v3 group in a zip file, with one array per column of the rows."""
 
 import io
 import zipfile
@@ -6,15 +6,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zarr
+from numpy.typing import NDArray
 from zarr.buffer.cpu import Buffer
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from .rows import STRINGS, ShardRows
+from .rows import STRINGS, ShardRows, Strings
 
-# What benchmarks/storage.py measured as smallest: tokens have hardly a repeat to find, but of their 16 bits only
-# log2(K) vary.
+# The smallest that benchmarks/storage.py measured: tokens hardly repeat, but only log2(K) of their 16 bits vary.
 TOKEN_CODEC = BloscCodec(cname="zstd", clevel=9, shuffle="bitshuffle", typesize=2)
 OTHER_CODEC = ZstdCodec(level=19)
 ROWS_PER_CHUNK = 1024
@@ -28,22 +29,38 @@ def write_zarr(path: Path, rows: ShardRows, attributes: dict[str, Any]) -> None:
     for field in fields(rows):
         data = getattr(rows, field.name)
         chunks = (min(max(len(data), 1), ROWS_PER_CHUNK), *data.shape[1:])
-        kind = str if field.name in STRINGS else data.dtype
-        # Zarr leaves chunks unchecked unless told otherwise.
+        dtype = str if field.name in STRINGS else data.dtype
+        # Zarr does not checksum chunks unless told to.
         codecs = [TOKEN_CODEC if field.name == "tokens" else OTHER_CODEC, Crc32cCodec()]
-        array = group.create_array(field.name, shape=data.shape, chunks=chunks, dtype=kind, compressors=codecs)
+        array = group.create_array(field.name, shape=data.shape, chunks=chunks, dtype=dtype, compressors=codecs)
         array[:] = data
     with zipfile.ZipFile(path, "w") as archive:
         for name in sorted(files):
             # Chunks are compressed already.
-            how = zipfile.ZIP_DEFLATED if name.endswith("zarr.json") else zipfile.ZIP_STORED
-            archive.writestr(zipfile.ZipInfo(name, _EPOCH_OF_ZIP), files[name].to_bytes(), how)
+            compression = zipfile.ZIP_DEFLATED if name.endswith("zarr.json") else zipfile.ZIP_STORED
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH_OF_ZIP), files[name].to_bytes(), compression)
 
 
 def read_zarr(data: bytes) -> ShardRows:
     """The rows of a zipped Zarr group, from the bytes of the whole file."""
+    group = _open_group(data)
+    columns = {field.name: _column(group, field.name) for field in fields(ShardRows)}
+    return ShardRows(**columns)
+
+
+def read_zarr_keys(data: bytes) -> Strings:
+    """The keys (n,) alone, without decoding the other columns."""
+    return _column(_open_group(data), "keys")
+
+
+def _open_group(data: bytes) -> zarr.Group:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        files = {name: Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
-    group = zarr.open_group(MemoryStore(files), mode="r")
-    columns = {field.name: group[field.name][:] for field in fields(ShardRows)}
-    return ShardRows(**{k: v.astype(object) if k in STRINGS else v for k, v in columns.items()})
+        files: dict[str, Any] = {name: Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
+    return zarr.open_group(MemoryStore(files), mode="r")
+
+
+def _column(group: zarr.Group, name: str) -> NDArray[Any]:
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    column = np.asarray(array[:])
+    return column.astype(object) if name in STRINGS else column

@@ -1,4 +1,4 @@
-"""Encoded pictures for tests that look at names and bytes, not at what is shown."""
+"""Encoded images for tests in which names and bytes matter, not pixels."""
 
 import io
 from collections.abc import Callable
@@ -17,5 +17,5 @@ def _png(seed: int = 0, width: int = 20, height: int = 12) -> bytes:
 
 @pytest.fixture(scope="session")
 def png() -> Callable[..., bytes]:
-    """png(seed=0, width=20, height=12): the bytes of a random picture."""
+    """png(seed=0, width=20, height=12): the bytes of a random image."""
     return _png

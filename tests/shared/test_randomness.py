@@ -11,15 +11,15 @@ def draws(*names: object) -> tuple[int, ...]:
     return tuple(generator(*names).bit_generator.random_raw(4).tolist())
 
 
-def test_the_same_names_give_the_same_draws_whatever_was_drawn_before():
+def test_equal_names_give_equal_draws_whatever_was_drawn_before():
     first = draws(0, "permutation", 3, "key")
     generator(1, "other").random(1000)
     np.random.default_rng(5).random(10)
     assert draws(0, "permutation", 3, "key") == first
 
 
-def test_draws_are_the_same_on_every_machine_and_in_every_version():
-    # A change here would change every sample, permutation and crop of everybody's seeds.
+def test_draws_are_equal_on_every_machine_and_in_every_version():
+    # A change here would change every sample, permutation and crop of every seed.
     assert generator(0, "a", "key").permutation(6).tolist() == [5, 4, 0, 3, 1, 2]
 
 

@@ -9,8 +9,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from ...shared.runtime.compat import flash_attention, flash_attention_backward
+
 _BY_WINDOWS = ("cpu",)
 """Where slices of rows are cheaper than a mask over all keys; on an H200 one masked call takes half of their time
 (benchmarks/gpu_check.py)."""
@@ -128,7 +128,7 @@ def _attend_on_cpu(
     queries = [stream.float() for stream in streams]
     outputs, log_sums = [_joined(q) for q in queries], [q.new_empty(q.shape[:3]) for q in queries]
     for stream, rows, seen, mask in _slices(counts, bounds, masks):
-        outputs[stream][:, :, rows], log_sums[stream][:, :, rows] = _flash(
+        outputs[stream][:, :, rows], log_sums[stream][:, :, rows] = flash_attention(
             queries[stream][:, :, rows], keys[:, :, seen], values[:, :, seen], attn_mask=mask
         )
     return [output.to(stream.dtype) for output, stream in zip(outputs, streams, strict=True)] + log_sums
@@ -163,7 +163,7 @@ def _attend_on_cpu_backward(
     of_keys_values, of_queries = _joined(keys_values).zero_(), [_joined(q) for q in queries]
     of_keys, of_values = of_keys_values.chunk(2, dim=1)
     for stream, rows, seen, mask in _slices(counts, bounds, masks):
-        of_queries[stream][:, :, rows], some_keys, some_values = _flash_backward(
+        of_queries[stream][:, :, rows], some_keys, some_values = flash_attention_backward(
             gradients[stream][:, :, rows],
             queries[stream][:, :, rows],
             keys[:, :, seen],

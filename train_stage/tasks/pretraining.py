@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...shared.errors import FingerprintMismatch, UsageError
+from ...shared.runtime.compat import fake_tensors
 from ...shared.runtime.distributed import World
 from ...shared.tokens.store import TokenStore
 from ..data.batch import Batch, LoadBatch, load_batches
@@ -172,7 +172,7 @@ def flops_per_image(settings: Settings, k: int) -> int:
     layout = step_layout(settings.objective, shape.patches, settings.train.seed, 0, 1, "cpu")
     with torch.device("meta"):
         model = MaPeT(shape)
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:  # nothing is computed
+    with fake_tensors(), FlopCounterMode(display=False) as counter:  # nothing is computed
         model.to_empty(device="cpu")
         images = torch.empty(1, 3, shape.image_size, shape.image_size)
         order = torch.empty(1, shape.patches, dtype=torch.int64)

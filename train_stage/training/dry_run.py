@@ -2,18 +2,13 @@
 
 import statistics
 import time
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from ...shared.runtime.compat import LiveBytes, fake_tensors
 from ...shared.runtime.console import table
 from ...shared.runtime.distributed import World
 from ...shared.runtime.memory import as_text, free_bytes
@@ -125,8 +120,8 @@ def _peak_of_step(task: TaskModel[BatchT], plan: Plan, device: str) -> int:
         model = task.new_model().train()
         loss = task.loss(model, "cpu", settings.train.precision_on(device))
     inputs = loss.at_step(0, plan.steps)  # outside the fake mode, as the values of masks are needed
-    live = _LiveBytes()
-    with FakeTensorMode(allow_non_fake_inputs=True), live:
+    live = LiveBytes()
+    with fake_tensors(), live:
         model.to_empty(device="cpu")
         loss = task.loss(model, "cpu", settings.train.precision_on(device))
         batch = task.example_batch(plan.micro_batch)
@@ -136,34 +131,6 @@ def _peak_of_step(task: TaskModel[BatchT], plan: Plan, device: str) -> int:
             loss(batch, inputs)[0].backward()
         del kept
     return live.peak
-
-
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that are alive at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        result = function(*arguments, **(keywords or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._known:
-            return
-        self._known.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
-
-    def _drop(self, identity: int, count: int) -> None:
-        self._known.discard(identity)
-        self.now -= count
 
 
 def measure_steps(trainer: Trainer[BatchT], loader: Iterator[BatchT]) -> MeasuredSteps:

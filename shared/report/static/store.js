@@ -83,7 +83,7 @@
   };
   const words = (code) =>
     !total
-      ? "Nobody knows how often it is used."
+      ? "It is not known how often it is used."
       : counts[code]
       ? `${page.count(counts[code])} patches (${page.share(counts[code], total)}), rank ${page.count(rank[code])} of ${page.count(k)}; ${onThisPage(code)}.`
       : "A dead code: no patch has it.";
@@ -184,7 +184,7 @@
     let text = "";
     if (state.find && !found.length) text = `No image on this page has “${state.find}” in its key, and no code has that number.`;
     else if (state.find) text = `${page.count(found.length)} of ${page.count(cards.length)} images have “${state.find}” in their key.`;
-    else if (state.key !== null && !ofKey) text = `The image “${state.key}” is not on this page; --key puts it there.`;
+    else if (state.key !== null && !ofKey) text = `The image “${state.key}” is not on this page; --key adds it.`;
     else if (state.code !== null) page.say(`Code ${state.code}: ${words(state.code)}`);
     element("found").textContent = text;
   }

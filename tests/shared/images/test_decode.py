@@ -1,4 +1,4 @@
-"""One image: its bytes from its file, upright RGB from every kind of picture, and errors that name it."""
+"""Reading and decoding one image: bytes from its file, upright RGB of every format, errors that name it."""
 
 import io
 import os
@@ -20,7 +20,7 @@ ORIENTATION = 0x0112
 
 
 def picture(seed: int = 0, width: int = 20, height: int = 12) -> Image.Image:
-    """A smooth random picture, so that lossy codecs change it by little."""
+    """A smooth random image, which lossy codecs hardly change."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
 
@@ -96,12 +96,12 @@ def test_exif_orientation_is_applied(orientation: int, format: str):
     assert largest_difference(image, ImageOps.exif_transpose(Image.open(io.BytesIO(data)))) == 0
 
 
-def test_orientation_is_applied_even_where_the_rest_of_exif_is_not_valid():
+def test_orientation_is_applied_even_if_the_rest_of_exif_is_invalid():
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     exif[0x010E] = "a description"
     data = encoded(picture(), "JPEG", exif=exif)
-    # The description's tag becomes that of the width: text in a number's place can be read, but not be written back.
+    # The description's tag becomes that of the width: text instead of a number can be read but not written back.
     assert data.count(b"\x01\x0e\x00\x02") == 1
     broken = data.replace(b"\x01\x0e\x00\x02", b"\x01\x00\x00\x02")
     assert decode(broken, "x").size == (12, 20)
@@ -111,7 +111,7 @@ def test_webp_decodes_close_to_the_original():
     assert largest_difference(decode(encoded(picture(), "WEBP", lossless=True), "x"), picture()) == 0
 
 
-def test_the_first_frame_of_an_animation_is_taken():
+def test_the_first_frame_of_an_animation_is_decoded():
     data = encoded(picture(0), "WEBP", save_all=True, append_images=[picture(1)], lossless=True)
     assert Image.open(io.BytesIO(data)).n_frames == 2
     assert largest_difference(decode(data, "x"), picture(0)) == 0
@@ -125,13 +125,13 @@ def test_a_truncated_image_is_an_error_that_names_it(format: str):
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"GIF89a" + bytes(40), encoded(picture(), "BMP")])
-def test_what_is_no_supported_image_is_an_error_that_names_it(data: bytes):
-    with pytest.raises(DataError, match="cat is no JPEG, PNG or WebP"):
+def test_an_unsupported_image_is_an_error_that_names_it(data: bytes):
+    with pytest.raises(DataError, match="cat is not a JPEG, PNG or WebP"):
         decode(data, "cat")
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A small PNG that says it has `width` x `height` pixels."""
+    """A small PNG whose header states `width` x `height` pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -156,7 +156,7 @@ def test_the_size_from_headers_is_that_of_the_upright_image(orientation: int | N
     assert upright_size(data, "x") == decode(data, "x").size
 
 
-def test_exif_behind_the_pixels_of_a_png_counts_too():
+def test_exif_after_the_pixels_of_a_png_is_applied():
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     data = encoded(picture(), "PNG", exif=exif)
@@ -167,13 +167,13 @@ def test_exif_behind_the_pixels_of_a_png_counts_too():
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", encoded(picture(), "BMP")])
-def test_the_size_of_what_is_no_image_is_an_error_that_names_it(data: bytes):
-    with pytest.raises(DataError, match="cat is no JPEG, PNG or WebP"):
+def test_the_size_of_an_unsupported_image_is_an_error_that_names_it(data: bytes):
+    with pytest.raises(DataError, match="cat is not a JPEG, PNG or WebP"):
         upright_size(data, "cat")
 
 
 @pytest.mark.parametrize("read", [decode, upright_size])
-def test_what_pillow_warns_of_is_read_without_a_word(read, recwarn: pytest.WarningsRecorder):
+def test_images_that_pillow_warns_of_are_read_without_a_warning(read, recwarn: pytest.WarningsRecorder):
     exif = Image.Exif()
     exif[0x010E] = "a description"
     exif[ORIENTATION] = 1
@@ -233,7 +233,7 @@ def test_a_tar_that_vanished_after_listing_is_an_error_that_names_it(tmp_path: P
         read_bytes(record)
 
 
-def test_a_tar_replaced_by_another_file_is_read_anew(tmp_path: Path, write_tar):
+def test_a_tar_replaced_by_another_file_is_opened_again(tmp_path: Path, write_tar):
     tar = write_tar(tmp_path / "x.tar", {"a.png": encoded(picture(0))})
     read_image(read_records(tar)[0])
     os.replace(write_tar(tmp_path / "new.tar", {"a.png": encoded(picture(1))}), tar)

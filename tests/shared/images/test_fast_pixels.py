@@ -1,4 +1,4 @@
-"""The fast way to the student's pixels beside Pillow's: the same JPEG pixels, the same crops, the same refusals."""
+"""The student's pixels against Pillow's: equal JPEG pixels, equal crops, errors for the same images."""
 
 import io
 from pathlib import Path
@@ -20,7 +20,7 @@ RESEARCH_DATA = Path(__file__).parents[4] / "shared" / "data"
 
 
 def scene(seed: int, width: int, height: int) -> Image.Image:
-    """Something like a photograph: large shapes, edges, fine grain."""
+    """A drawing that resembles a photograph: large shapes, edges, fine grain."""
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(0, 256, (7, 7, 3), dtype=np.uint8))
     image = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
@@ -39,16 +39,16 @@ def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:
 
 def outcome(function, data: bytes) -> np.ndarray | str:
     try:
-        shown = function(data, "x: image 'k'")
+        pixels = function(data, "x: image 'k'")
     except DataError as error:
         return str(error)
-    return np.asarray(shown) if isinstance(shown, Image.Image) else shown.permute(1, 2, 0).numpy()
+    return np.asarray(pixels) if isinstance(pixels, Image.Image) else pixels.permute(1, 2, 0).numpy()
 
 
 def same(data: bytes) -> bool:
-    """Whether both decoders give the same pixels, or refuse in the same words."""
-    ours, theirs = (outcome(function, data) for function in (decode_pixels, decode))
-    return ours == theirs if isinstance(theirs, str) else np.array_equal(ours, theirs)
+    """Whether both decoders give the same pixels or raise the same error."""
+    fast, reference = (outcome(function, data) for function in (decode_pixels, decode))
+    return fast == reference if isinstance(reference, str) else np.array_equal(fast, reference)
 
 
 def turned(orientation: int) -> Image.Exif:
@@ -79,14 +79,14 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_image_has_pillows_pixels(kind: str):
+def test_every_kind_of_image_decodes_to_pillows_pixels(kind: str):
     pixels = decode_pixels(KINDS[kind], "x")
     assert (pixels.dtype, pixels.shape[0]) == (torch.uint8, 3)
     assert same(KINDS[kind])
 
 
 @pytest.mark.parametrize("kind", ["plain", "progressive", "restarts", "grey", "CMYK"])
-def test_a_cut_or_damaged_jpeg_is_refused_exactly_when_pillow_refuses_it(kind: str):
+def test_a_truncated_or_damaged_jpeg_is_an_error_exactly_when_it_is_for_pillow(kind: str):
     whole, random = KINDS[kind], np.random.default_rng(0)
     damaged = [whole[:size] for size in {*range(0, len(whole), 97), *range(len(whole) - 4, len(whole))}]
     for _ in range(60):
@@ -100,15 +100,15 @@ def test_a_cut_or_damaged_jpeg_is_refused_exactly_when_pillow_refuses_it(kind: s
     assert 10 < len(refused) < len(damaged)
 
 
-def test_what_is_no_image_is_one_sentence_with_its_name():
-    with pytest.raises(DataError, match="x: image 'k' is no JPEG, PNG or WebP image"):
+def test_bytes_that_are_not_an_image_are_an_error_that_names_them():
+    with pytest.raises(DataError, match="x: image 'k' is not a JPEG, PNG or WebP image"):
         decode_pixels(b"no image", "x: image 'k'")
     with pytest.raises(DataError, match=r"x: image 'k' cannot be decoded .*truncated"):
         decode_pixels(KINDS["plain"][:900], "x: image 'k'")
 
 
 def apart(image: Image.Image, box: CropBox, flip: bool, size: int, filter: str) -> np.ndarray:
-    """Differences, in grey levels, of the fast replay from Pillow's."""
+    """Differences of the fast replay from Pillow's, in grey levels."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     shown = replay_pixels(pixels, box, flip, size, filter)
     assert (shown.dtype, shown.shape) == (torch.uint8, (3, size, size))
@@ -120,15 +120,15 @@ SIDES, FILTERS = st.integers(40, 300), st.sampled_from(["bicubic", "bilinear"])
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 99), SIDES, SIDES, st.sampled_from([32, 64, 100, 224]), FILTERS, st.booleans(), st.data())
-def test_every_box_is_shown_as_pillow_shows_it(seed, width, height, size, filter, flip, data):
-    """Boxes anywhere, fractional ones too, of smooth images: a shift by half a pixel would be seen at once."""
+def test_every_box_is_replayed_as_by_pillow(seed, width, height, size, filter, flip, data):
+    """Any boxes, also fractional ones, of smooth images, where a shift by half a pixel would exceed the tolerance."""
     coarse = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     h, w = data.draw(st.floats(8, height)), data.draw(st.floats(8, width))
     box = CropBox(data.draw(st.floats(0, height - h)), data.draw(st.floats(0, width - w)), h, w)
     difference = apart(image, box, flip, size, filter)
-    # 255 levels in a ninth of the image are the steepest slope. Boxes are met to 0.05 px; near an upper or left edge
-    # that lies on a whole pixel, the filter does not see the two pixels beyond the box.
+    # The steepest slope is 255 levels in a ninth of the image. Boxes are placed to 0.05 px; near an upper or left edge
+    # on a whole pixel, the filter does not reach the two pixels beyond the box.
     steepest = 255 * 9 / min(width, height)
     assert difference.max() <= 4 + 0.6 * steepest
     near = int(2 * max(size / min(h, w), 1)) + 2
@@ -152,7 +152,7 @@ def test_crops_of_scenes_differ_by_a_fraction_of_a_level(filter: str, size: int)
 
 
 @pytest.mark.skipif(not RESEARCH_DATA.is_dir(), reason="needs ../shared/data, which is not here")
-def test_photographs_are_decoded_alike_and_their_crops_differ_by_a_fraction_of_a_level():
+def test_photographs_decode_equally_and_their_crops_differ_by_a_fraction_of_a_level():
     policy = ViewPolicy("random-resized", 2)
     preprocess = Preprocess(448, "shortest", 448, "bicubic", (0, 0, 0), (1, 1, 1))
     means, most = [], 0
@@ -166,7 +166,7 @@ def test_photographs_are_decoded_alike_and_their_crops_differ_by_a_fraction_of_a
             most = max(most, difference.max())
     assert np.mean(means) < 0.1
     assert max(means) < 0.7
-    assert most <= 80  # where an upper or left edge of the box is one of the picture, too
+    assert most <= 80  # where an upper or left edge of the box falls on an edge in the image
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -181,7 +181,7 @@ def test_the_number_of_threads_changes_nothing(threads: int):
     assert torch.equal(shown, replay_pixels(pixels, box, True, 224))
 
 
-def test_a_box_of_less_than_a_pixel_and_an_image_of_one_are_shown():
+def test_a_box_of_less_than_a_pixel_and_an_image_of_one_pixel():
     image = scene(2, 60, 50)
     for box in (CropBox(0, 0, 0.5, 0.5), CropBox(49.2, 59.1, 0.8, 0.9), CropBox(0, 0, 50, 60), CropBox(0, 0, 1, 60)):
         assert apart(image, box, False, 32, "bicubic").max() <= 12

@@ -1,4 +1,4 @@
-"""Views: the centre view is the library's own preprocessing, its box names the same pixels, and replay shows them."""
+"""Views: the centre view equals the library's preprocessing, its box covers the same pixels, and replay shows them."""
 
 import numpy as np
 import open_clip
@@ -46,7 +46,7 @@ def preprocess_of(
 
 
 def normalised(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
-    """What a tower makes of the pixels, in torchvision's arithmetic."""
+    """A tower's input for the pixels, in torchvision's arithmetic."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
     return (torch.tensor(to_array(center_view(image, preprocess))).float() / 255 - mean) / std
 
@@ -55,19 +55,19 @@ def normalised(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
 @pytest.mark.parametrize("filter", ["bicubic", "bilinear"])
 @settings(max_examples=60, deadline=None)
 @given(width=SIDES, height=SIDES, seed=SEEDS, size=st.sampled_from([1, 16, 31, 32]))
-def test_center_view_is_open_clips_own_preprocessing(
+def test_center_view_equals_open_clips_preprocessing(
     resize: str, filter: str, width: int, height: int, seed: int, size: int
 ):
-    theirs = open_clip.image_transform(
+    reference = open_clip.image_transform(
         size, is_train=False, mean=MEAN, std=STD, resize_mode=resize, interpolation=filter
     )
     image, preprocess = noise(seed, width, height), preprocess_of(resize, size, size, filter)
-    assert torch.equal(normalised(image, preprocess), theirs(image))
+    assert torch.equal(normalised(image, preprocess), reference(image))
 
 
 @pytest.fixture(scope="module")
 def timm_view() -> tuple[Preprocess, object]:
-    """A model with crop_pct 0.95: the Preprocess of its tower, and timm's own transform."""
+    """For a model with crop_pct 0.95: the Preprocess of its tower, and timm's transform."""
     name = "test_efficientnet"
     config = timm.data.resolve_model_data_config(timm.create_model(name))
     assert config["crop_pct"] == 0.95
@@ -77,13 +77,13 @@ def timm_view() -> tuple[Preprocess, object]:
 
 @settings(max_examples=40, deadline=None)
 @given(width=SIDES, height=SIDES, seed=SEEDS)
-def test_center_view_is_timms_own_preprocessing(timm_view, width: int, height: int, seed: int):
-    preprocess, theirs = timm_view
+def test_center_view_equals_timms_preprocessing(timm_view, width: int, height: int, seed: int):
+    preprocess, reference = timm_view
     image = noise(seed, width, height)
-    assert torch.equal(normalised(image, preprocess), theirs(image))
+    assert torch.equal(normalised(image, preprocess), reference(image))
 
 
-def test_preprocess_comes_back_from_json():
+def test_preprocess_survives_json():
     preprocess = preprocess_of("squash", 224, 256, "bilinear")
     assert Preprocess.from_json(preprocess.to_json()) == preprocess
 
@@ -106,7 +106,7 @@ def test_center_box_lies_inside_the_image_and_has_the_views_shape(preprocess: Pr
     if preprocess.resize == "squash":
         assert box.height / height == pytest.approx(box.width / width)
     else:
-        # Square but for the rounding of the longer side to whole pixels.
+        # Square except for the rounding of the longer side to whole pixels.
         longer = preprocess.resize_size * max(width, height) / min(width, height)
         ratio = max(box.height / box.width, box.width / box.height)
         assert ratio * (longer - 1) <= longer * (1 + 1e-9)
@@ -141,7 +141,7 @@ def difference(one: Image.Image, other: Image.Image) -> np.ndarray:
 def test_replay_at_the_towers_size_is_the_center_view(image: Image.Image, preprocess: Preprocess):
     box = center_box(preprocess, *image.size)
     again = replay(image, box, False, preprocess.image_size)
-    # Resizing a crop cannot see the pixels beyond it, so its border may differ.
+    # Resizing a crop does not use the pixels beyond it, so its border may differ.
     inner = difference(again, center_view(image, preprocess))[3:-3, 3:-3]
     assert (inner <= 1).mean() > 0.99
     assert inner.max() <= 3
@@ -193,7 +193,7 @@ def test_to_array_is_channels_first():
     assert array.flags.c_contiguous
 
 
-# Which views are stored
+# View policies
 
 
 POLICIES = st.builds(
@@ -210,7 +210,7 @@ POLICIES = st.builds(
 
 @settings(max_examples=200, deadline=None)
 @given(policy=POLICIES, key=st.text(), view=st.integers(0, 5), width=st.integers(1, 600), height=st.integers(1, 600))
-def test_a_drawn_box_lies_in_the_image_and_has_the_shape_asked_for(
+def test_a_drawn_box_is_inside_the_image_and_has_the_requested_shape(
     policy: ViewPolicy, key: str, view: int, width: int, height: int
 ):
     box, flip = policy.draw(key, view, width, height)
@@ -220,25 +220,25 @@ def test_a_drawn_box_lies_in_the_image_and_has_the_shape_asked_for(
     assert box.top + box.height <= height
     assert box.left + box.width <= width
     if min(width, height) >= 40 and 1 / 2 < width / height < 2 and policy.scale[1] < 0.4:
-        # There is room for any such box, so that only rounding to whole pixels is between it and the request.
+        # Any such box fits, so it differs from the requested shape only by rounding to whole pixels.
         rounding = 1 + 2 / min(box.height, box.width)
         assert policy.scale[0] / rounding <= box.height * box.width / (width * height) <= policy.scale[1] * rounding
         assert policy.ratio[0] / rounding <= box.width / box.height <= policy.ratio[1] * rounding
 
 
-def test_boxes_and_flips_are_spread_as_torchvision_draws_them():
+def test_boxes_and_flips_are_distributed_as_in_torchvision():
     policy = ViewPolicy("random-resized", 4000, (0.2, 1.0), (0.75, 4 / 3), 0.3)
     drawn = [policy.draw("a key", view, 300, 200) for view in range(policy.views)]
-    ours = np.array([box for box, _ in drawn])
+    boxes = np.array([box for box, _ in drawn])
     image = torch.zeros(1, 200, 300)
     torch.manual_seed(0)
-    theirs = np.array(
+    reference = np.array(
         [torchvision.transforms.RandomResizedCrop.get_params(image, [0.2, 1.0], [0.75, 4 / 3]) for _ in range(4000)]
     )
     shares = np.linspace(0.05, 0.95, 19)
     for column, side in enumerate((200, 300, 200, 300)):  # top, left, height, width
         assert np.allclose(
-            np.quantile(ours[:, column], shares), np.quantile(theirs[:, column], shares), atol=0.03 * side
+            np.quantile(boxes[:, column], shares), np.quantile(reference[:, column], shares), atol=0.03 * side
         )
     assert np.mean([flip for _, flip in drawn]) == pytest.approx(0.3, abs=0.03)
 
@@ -252,7 +252,7 @@ def test_views_differ_between_numbers_keys_and_seeds_and_do_not_depend_on_how_ma
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 1), (1, 500), (400, 20), (1, 1)])
-def test_an_image_too_narrow_for_any_box_gives_its_centre(width: int, height: int):
+def test_an_image_too_narrow_for_any_box_is_cropped_at_its_centre(width: int, height: int):
     policy = ViewPolicy("random-resized", 2, (0.9, 1.0), (1.0, 1.0))
     box, _ = policy.draw("k", 0, width, height)
     side = min(width, height)
@@ -260,16 +260,16 @@ def test_an_image_too_narrow_for_any_box_gives_its_centre(width: int, height: in
     assert (box.top, box.left) == ((height - side) // 2, (width - side) // 2)
 
 
-def test_show_view_is_the_stored_box_replayed_and_the_centre_is_the_towers_own():
+def test_show_view_equals_the_replayed_box_and_the_centre_view():
     preprocess, image = preprocess_of(), smooth(3, 90, 60)
     policy = ViewPolicy("random-resized", 3, flip=1.0, with_center=True)
     centre, box, flip = show_view(image, policy, "k", 0, preprocess)
     assert np.array_equal(to_array(centre), to_array(center_view(image, preprocess)))
     assert (box, flip) == (center_box(preprocess, 90, 60), False)
-    shown, box, flip = show_view(image, policy, "k", 2, preprocess)
+    view, box, flip = show_view(image, policy, "k", 2, preprocess)
     assert flip
-    assert np.array_equal(to_array(shown), to_array(replay(image, box, True, 32)))
-    assert np.array_equal(to_array(shown)[:, :, ::-1], to_array(replay(image, box, False, 32)))
+    assert np.array_equal(to_array(view), to_array(replay(image, box, True, 32)))
+    assert np.array_equal(to_array(view)[:, :, ::-1], to_array(replay(image, box, False, 32)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -295,6 +295,6 @@ def test_each_view_is_used_once_before_any_is_used_again(views: int, seed: int, 
         ({"scale": (float("nan"), 1.0)}, "--scale"),
     ],
 )
-def test_impossible_views_are_usage_errors_that_name_the_option(fields: dict, option: str):
+def test_invalid_policies_are_usage_errors_that_name_the_option(fields: dict, option: str):
     with pytest.raises(UsageError, match=option):
         ViewPolicy(**fields)

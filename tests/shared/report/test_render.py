@@ -1,4 +1,4 @@
-"""shared/report: one HTML file, with nothing in it that was not escaped, and nothing outside of it."""
+"""Rendering: one HTML file in which all text is escaped and which loads nothing."""
 
 import json
 import re
@@ -42,18 +42,18 @@ VALUES = {
 }
 
 
-def test_text_is_escaped_wherever_it_stands():
+def test_all_text_is_escaped():
     page = render("store", **VALUES)
     assert "<script>alert" not in page
     assert page.count("&lt;script&gt;alert") > 10
-    # The scripts, and the data: nothing else begins or ends one.
+    # The scripts and the data; no other text begins or ends a script.
     assert len(re.findall(r"<script\b", page)) == len(re.findall(r"</script", page)) == 5
-    said = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert json.loads(said[1])["text"] == HOSTILE
-    assert not set("<>&\u2028") & set(said[1])
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert json.loads(data[1])["text"] == HOSTILE
+    assert not set("<>&\u2028") & set(data[1])
 
 
-def test_the_page_names_no_place_to_load_from_and_forbids_all():
+def test_the_page_loads_nothing_and_forbids_loading():
     page = render("store", **VALUES)
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]
     assert policy.startswith("default-src &#39;none&#39;;")
@@ -65,7 +65,7 @@ def test_the_page_names_no_place_to_load_from_and_forbids_all():
     assert all(place.startswith(('"data:', '"#')) for place in places)
 
 
-def test_what_a_template_misses_and_what_json_cannot_say_are_errors():
+def test_missing_values_and_nan_are_errors():
     with pytest.raises(UndefinedError):
         render("store", **{**VALUES, "about": {}})
     with pytest.raises(ValueError, match="JSON compliant"):
@@ -78,7 +78,7 @@ def test_a_page_that_cannot_be_written_is_a_data_error(tmp_path: Path):
         write_page(tmp_path / "file" / "page.html", "store", **VALUES)
 
 
-def test_no_script_holds_what_would_end_it():
+def test_no_script_contains_its_end_tag():
     scripts = sorted(REPORT.rglob("*.js"))
     assert len(scripts) >= 4
     for script in scripts:
@@ -94,7 +94,7 @@ def test_colours_differ_and_are_written_in_order():
     assert hex_colours(np.array([[0, 255, 16], [1, 2, 3]])) == "00ff10010203"
 
 
-def test_a_picture_in_a_page_is_that_picture():
+def test_a_data_uri_contains_the_image():
     import base64
     import io
 

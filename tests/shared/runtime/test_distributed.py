@@ -1,4 +1,4 @@
-"""The world of processes: shares that add up, values that reach all, one voice for an error."""
+"""World: shares of items, small collectives, and errors that one process reports for all."""
 
 import subprocess
 import sys
@@ -35,13 +35,13 @@ with joined_world() as world:
 
 
 @given(st.lists(st.integers()), st.integers(1, 9))
-def test_shares_are_alike_in_length_and_make_up_the_whole(items: list[int], size: int):
+def test_shares_differ_by_at_most_one_item_and_cover_all(items: list[int], size: int):
     shares = [World(rank, size).shard(items) for rank in range(size)]
     assert sorted(item for share in shares for item in share) == sorted(items)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_one_process_alone_needs_nobody(monkeypatch: pytest.MonkeyPatch):
+def test_a_world_of_one_process(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with joined_world() as world:
         assert (world.rank, world.size, world.is_first) == (0, 1, True)
@@ -60,14 +60,14 @@ def refuse() -> None:
     raise DataError("no")
 
 
-def test_a_world_that_torchrun_did_not_make_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_a_world_size_without_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UsageError, match="start several processes with torchrun"), joined_world():
         pass
 
 
-def test_three_processes_share_values_and_speak_with_one_voice(tmp_path: Path):
+def test_three_processes_exchange_values_and_one_reports_an_error(tmp_path: Path):
     script = tmp_path / "talk.py"  # torchrun prints the command of a process that failed
     script.write_text(TALK)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--no-python"]

@@ -1,4 +1,4 @@
-"""A worker's batches arrive as they were, though they lie in the same memory one after the other."""
+"""Batches arrive unchanged although a worker's buffers are reused."""
 
 import multiprocessing
 import shutil
@@ -19,7 +19,7 @@ LONGEST = 40
 
 
 def load(numbers: Sequence[int]) -> dict:
-    """Batches of three kinds, one of them larger, with different memory formats and something that is no tensor."""
+    """Batches of three kinds, one of them larger, with different memory formats and a value that is not a tensor."""
     count = 3 if numbers[0] % 7 else 5
     pixels = torch.full((count, 3, 8, 8), numbers[0] % 251, dtype=torch.uint8)
     pixels = pixels.to(memory_format=torch.channels_last if numbers[0] % 3 else torch.contiguous_format)
@@ -27,14 +27,14 @@ def load(numbers: Sequence[int]) -> dict:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_all_batches_arrive_and_stay_as_they_were(workers: int):
+def test_all_batches_arrive_and_stay_unchanged(workers: int):
     expected = [load([number]) for number in range(LONGEST)]
-    found = list(batches(load, [[number] for number in range(LONGEST)], workers))  # kept, all of them
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours["name"] == theirs["name"]
+    received = list(batches(load, [[number] for number in range(LONGEST)], workers))  # all of them stay in memory
+    for batch, original in zip(received, expected, strict=True):
+        assert batch["name"] == original["name"]
         for name in ("pixels", "number"):
-            assert torch.equal(ours[name], theirs[name])
-            assert (ours[name].dtype, ours[name].stride()) == (theirs[name].dtype, theirs[name].stride())
+            assert torch.equal(batch[name], original[name])
+            assert (batch[name].dtype, batch[name].stride()) == (original[name].dtype, original[name].stride())
 
 
 def test_a_reader_that_stops_early_keeps_no_memory_and_no_files():
@@ -45,13 +45,13 @@ def test_a_reader_that_stops_early_keeps_no_memory_and_no_files():
         loaded.close()
         assert not shared_memory._buffers_of_workers
     if before:
-        # PyTorch's own queues may keep a few; buffers would be 15.
+        # PyTorch's queues may keep a few open; buffers would be 15.
         assert len(list(Path("/proc/self/fd").iterdir())) - before < 10
     assert not multiprocessing.active_children()
 
 
-def test_too_little_shared_memory_is_said_in_one_sentence(tmp_path: Path):
-    """As in a container: the workers' own view of /dev/shm is a disk of two megabytes."""
+def test_too_little_shared_memory_is_an_error_of_one_sentence(tmp_path: Path):
+    """As in a container, /dev/shm has two megabytes for the workers."""
     script = tmp_path / "load.py"
     script.write_text(
         "import torch\n"
@@ -68,7 +68,7 @@ def test_too_little_shared_memory_is_said_in_one_sentence(tmp_path: Path):
         not shutil.which("unshare")
         or subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode
     ):
-        pytest.skip("a small /dev/shm of one's own is not allowed here")
+        pytest.skip("mounting a small /dev/shm is not allowed here")
     command = ["unshare", "-m", "sh", "-c", f"{mount} && exec {sys.executable} {script}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith(
@@ -81,7 +81,7 @@ DTYPES = [torch.uint8, torch.bool, torch.int64, torch.float32, torch.bfloat16]
 
 
 @given(data=st.data(), count=st.integers(1, 3))
-def test_any_tensors_come_out_of_a_slot_as_they_went_in(data, count: int):
+def test_any_tensors_leave_a_buffer_unchanged(data, count: int):
     buffers = SharedBuffers(count)
     try:
         for _ in range(4):
@@ -89,14 +89,14 @@ def test_any_tensors_come_out_of_a_slot_as_they_went_in(data, count: int):
             for name in data.draw(st.sets(st.sampled_from("abcd"))):
                 shape = data.draw(st.lists(st.integers(0, 4), max_size=3))
                 tensor = (torch.randn(*shape, 6) * 50).to(data.draw(st.sampled_from(DTYPES)))
-                ways = {
-                    "as it is": tensor,
+                layouts = {
+                    "contiguous": tensor,
                     "with gaps": tensor[..., ::2],
-                    "turned": tensor.movedim(-1, 0),
+                    "transposed": tensor.movedim(-1, 0),
                     "repeated": tensor[..., :1].expand(*shape, 3),
                     "scalar": tensor.new_ones(()),
                 }
-                batch[name] = ways[data.draw(st.sampled_from(sorted(ways)))]
+                batch[name] = layouts[data.draw(st.sampled_from(sorted(layouts)))]
             taken = buffers.to_shared_memory(batch).take()
             assert set(taken) == set(batch)
             assert all(torch.equal(taken[name], batch[name]) for name in batch)

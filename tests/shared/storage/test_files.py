@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and sealed JSON shows any change."""
+"""Atomic writes, and sealed JSON that detects any change."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_sealed_json_comes_back_as_it_was(sealed: Path):
+def test_sealed_json_is_read_back(sealed: Path):
     assert read(sealed) == CONTENT
     assert json.loads(sealed.read_text(encoding="utf-8"))["name"] == "größer"
 
@@ -80,7 +80,7 @@ def test_any_missing_or_added_byte_is_a_data_error(sealed: Path, data: st.DataOb
     [
         (b"1999", b"1e999"),  # infinity once parsed
         (b"1999", b"NaN"),
-        (b"\\u001f", b"\\ud81f"),  # half of a surrogate pair
+        (b"\\u001f", b"\\ud81f"),  # a lone surrogate
         (b"\n", b"\r\n"),
         (b"\n ", b"\n  "),
         (b"0.25", b"0.250"),
@@ -95,11 +95,11 @@ def test_other_spellings_of_json_are_data_errors_too(sealed: Path, old: bytes, n
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"\xff\xfe"])
-def test_what_is_no_json_object_is_a_data_error(sealed: Path, data: bytes):
+def test_a_file_that_is_not_a_json_object_is_a_data_error(sealed: Path, data: bytes):
     expect_refusal(sealed, data)
 
 
-def test_missing_other_format_and_other_version_say_which(sealed: Path):
+def test_missing_file_other_format_and_other_version_are_named(sealed: Path):
     with pytest.raises(DataError, match=r"nowhere\.json does not exist"):
         read(sealed.with_name("nowhere.json"))
     with pytest.raises(DataError, match=r"x\.json is not a other.*'some-format'"):
@@ -148,7 +148,7 @@ def fail_inside(path: Path, folder: bool, error: type) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("folder", [False, True])
-def test_nothing_is_left_and_the_old_file_stays_after_a_failure(tmp_path: Path, folder: bool, error: type):
+def test_after_a_failure_the_old_file_stays_and_nothing_is_left(tmp_path: Path, folder: bool, error: type):
     (tmp_path / "old").write_text("old")
     with pytest.raises(error):
         fail_inside(tmp_path / "old", folder, error)
@@ -169,13 +169,13 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text)
 
 
-def test_a_place_that_cannot_be_is_a_data_error_that_names_it(tmp_path: Path):
+def test_an_impossible_path_is_a_data_error_that_names_it(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file/below/x could not be written \(Not a directory\)"):
         write_text(tmp_path / "file" / "below" / "x", "new")
 
 
-def test_an_error_about_another_file_speaks_for_itself(tmp_path: Path):
+def test_an_error_about_another_file_is_not_changed(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="nowhere"), written_whole(tmp_path / "x"):
         (tmp_path / "nowhere").read_text()
     with pytest.raises(BrokenPipeError), written_whole(tmp_path / "x"):
@@ -195,7 +195,7 @@ def fields() -> dict:
 
 
 def expect_full(out: Path, write, words: str) -> None:
-    """`out` cannot be written: one sentence that names it, what was there stays, nothing half lies about."""
+    """Writing `out` raises one sentence that names it; existing files stay, and nothing partial is left."""
     before = os.listdir(out.parent)
     with pytest.raises(DataError) as caught:
         write(out)
@@ -216,7 +216,7 @@ def test_a_file_over_the_limit_is_a_data_error_and_leaves_nothing(tmp_path: Path
 
 @pytest.fixture
 def small_disk(tmp_path: Path):
-    """A disk of 100,000 bytes or so."""
+    """A disk of about 100,000 bytes."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=98304", "none", str(folder)], capture_output=True)
@@ -232,7 +232,7 @@ def test_a_full_disk_is_a_data_error_and_leaves_nothing(small_disk: Path, kind: 
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_what_a_killed_process_left_is_overwritten(tmp_path: Path, folder: bool):
+def test_files_of_a_killed_process_are_overwritten(tmp_path: Path, folder: bool):
     with written_whole(tmp_path / "x") as partial:
         partial.touch()
     if folder:

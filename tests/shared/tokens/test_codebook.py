@@ -1,4 +1,4 @@
-"""The codebook comes back as it was saved, proves that it is unchanged, and finds the nearest centroid."""
+"""Codebooks: saved and loaded unchanged, changes are detected, and the nearest centroid is measured."""
 
 import copy
 import math
@@ -47,7 +47,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_codebook_comes_back_as_it_was_saved(saved: Path):
+def test_a_codebook_is_loaded_as_it_was_saved(saved: Path):
     before, after = make(), Codebook.load(saved)
     assert after.centroids.dtype == np.float32
     assert np.array_equal(after.centroids, before.centroids)
@@ -72,7 +72,7 @@ def other_value(value):
     return not value if isinstance(value, bool) else f"{value}x" if isinstance(value, str) else value + 1
 
 
-def test_the_fields_that_change_tokens_are_these():
+def test_the_fields_that_change_tokens():
     assert set(TOKEN_FIELDS) == set(DESCRIPTION) - {"tower", "seed", "k", "sample", "objective"}
 
 
@@ -107,7 +107,7 @@ def test_a_flipped_bit_is_a_data_error_that_names_the_file(saved: Path, name: st
 
 
 @pytest.mark.parametrize("name", ["codebook.json", "centroids.safetensors"])
-def test_a_missing_or_cut_file_is_a_data_error_that_names_it(saved: Path, name: str):
+def test_a_missing_or_truncated_file_is_a_data_error_that_names_it(saved: Path, name: str):
     (saved / name).write_bytes((saved / name).read_bytes()[:50])
     with pytest.raises(DataError, match=name):
         Codebook.load(saved)
@@ -171,7 +171,7 @@ except UsageError as error:
 """
 
 
-def test_without_faiss_one_sentence_says_what_to_install():
+def test_without_faiss_the_error_says_what_to_install():
     ran = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, check=True)
     assert ran.stderr == ""
     (line,) = ran.stdout.splitlines()
@@ -196,16 +196,16 @@ def test_usage_of_known_counts():
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=60).filter(any))
-def test_usage_equals_its_definition_and_keeps_its_bounds(counts: list[int]):
-    found = usage(np.array(counts))
-    assert found["codes"] == len(counts)
-    assert found["used"] == sum(count > 0 for count in counts)
-    assert found["used"] + found["dead"] == found["codes"]
-    assert found["entropy_bits"] == pytest.approx(entropy_bits(counts), abs=1e-9)
-    assert found["perplexity"] == pytest.approx(2 ** found["entropy_bits"])
-    assert 1 <= found["perplexity"] <= found["used"] * (1 + 1e-9)
+def test_usage_equals_its_definition_and_is_within_bounds(counts: list[int]):
+    measured = usage(np.array(counts))
+    assert measured["codes"] == len(counts)
+    assert measured["used"] == sum(count > 0 for count in counts)
+    assert measured["used"] + measured["dead"] == measured["codes"]
+    assert measured["entropy_bits"] == pytest.approx(entropy_bits(counts), abs=1e-9)
+    assert measured["perplexity"] == pytest.approx(2 ** measured["entropy_bits"])
+    assert 1 <= measured["perplexity"] <= measured["used"] * (1 + 1e-9)
 
 
-def test_usage_of_nothing_is_no_division_by_zero():
-    found = usage(np.zeros(5, dtype=np.int64))
-    assert (found["used"], found["dead"], found["entropy_bits"]) == (0, 5, 0.0)
+def test_usage_of_no_tokens_does_not_divide_by_zero():
+    measured = usage(np.zeros(5, dtype=np.int64))
+    assert (measured["used"], measured["dead"], measured["entropy_bits"]) == (0, 5, 0.0)

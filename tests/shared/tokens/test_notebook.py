@@ -1,4 +1,4 @@
-"""Stores and codebooks in notebooks: by key, as numpy, torch and pandas, as tables in which text stays text."""
+"""Stores and codebooks in notebooks: by key, as numpy, torch and pandas, and as tables with escaped text."""
 
 import shutil
 import sys
@@ -48,7 +48,7 @@ class _Cells(HTMLParser):
             self.cells[-1] += data
 
 
-def test_a_key_gives_what_is_stored_of_its_image(store: TokenStore):
+def test_a_key_gives_the_tokens_of_its_image(store: TokenStore):
     for _, rows in store.shards():
         for at in (0, 31):
             image = store[rows.keys[at]]
@@ -60,7 +60,7 @@ def test_a_key_gives_what_is_stored_of_its_image(store: TokenStore):
         store["nobody"]
 
 
-def test_iterating_gives_the_keys_in_the_order_of_the_rows(store: TokenStore):
+def test_iteration_gives_the_keys_in_the_order_of_the_rows(store: TokenStore):
     keys = [key for _, rows in store.shards() for key in rows.keys]
     assert list(store) == keys
     assert [image.key for image in store.tokens()] == keys
@@ -68,20 +68,20 @@ def test_iterating_gives_the_keys_in_the_order_of_the_rows(store: TokenStore):
     assert "nobody" not in store
 
 
-def test_some_keys_give_their_images_in_that_order(store: TokenStore):
+def test_several_keys_give_their_images_in_that_order(store: TokenStore):
     keys = list(store)
-    asked = [keys[70], keys[3], keys[70], keys[40]]
-    assert [image.key for image in store.tokens(asked)] == asked
+    requested = [keys[70], keys[3], keys[70], keys[40]]
+    assert [image.key for image in store.tokens(requested)] == requested
     everything = store.to_numpy()
     assert (everything.shape, everything.dtype) == ((96, 1, 8, 8), np.uint16)
-    assert np.array_equal(store.to_numpy(asked), everything[[70, 3, 70, 40]])
+    assert np.array_equal(store.to_numpy(requested), everything[[70, 3, 70, 40]])
     assert store.to_numpy([]).shape == (0, 1, 8, 8)
-    assert np.array_equal(store.to_numpy(keys[3]), everything[[3]])  # one key is no list of letters
+    assert np.array_equal(store.to_numpy(keys[3]), everything[[3]])  # one key, not a list of letters
     with pytest.raises(DataError, match="no image with key 'nobody'"):
         store.to_numpy([keys[0], "nobody"])
 
 
-def test_torch_gets_numbers_that_it_can_look_up(store: TokenStore):
+def test_torch_gets_int64(store: TokenStore):
     keys = list(store)[:3]
     tokens = store.to_torch(keys)
     assert tokens.dtype == torch.int64
@@ -89,13 +89,13 @@ def test_torch_gets_numbers_that_it_can_look_up(store: TokenStore):
     assert torch.equal(store[keys[1]].to_torch(), tokens[1])
 
 
-def test_the_columns_for_pandas_have_a_line_for_each_patch(views_rows: TokenStore):
+def test_the_columns_for_pandas_have_a_row_per_patch(views_rows: TokenStore):
     keys = list(views_rows)[:3]
-    found, everything = columns(list(views_rows.tokens(keys))), views_rows.to_numpy(keys)
-    assert list(found) == ["key", "label", "view", "flip", "row", "column", "token"]
-    assert {len(column) for column in found.values()} == {3 * 2 * 64}
+    table, everything = columns(list(views_rows.tokens(keys))), views_rows.to_numpy(keys)
+    assert list(table) == ["key", "label", "view", "flip", "row", "column", "token"]
+    assert {len(column) for column in table.values()} == {3 * 2 * 64}
     for line in (0, 63, 64, 130, 383):
-        key, label, view, flip, row, column, token = (found[name][line] for name in found)
+        key, label, view, flip, row, column, token = (table[name][line] for name in table)
         image = views_rows[key]
         assert label == image.label
         assert flip == image.flips[view]
@@ -130,7 +130,7 @@ def changed(store: Path, tmp_path: Path, change, **view) -> TokenStore:
     return TokenStore(out)
 
 
-def test_pandas_gets_a_frame_where_it_is_installed(store: TokenStore):
+def test_pandas_gets_a_data_frame(store: TokenStore):
     pandas = pytest.importorskip("pandas")
     frame = store.to_pandas(list(store)[:2])
     assert isinstance(frame, pandas.DataFrame)
@@ -138,13 +138,13 @@ def test_pandas_gets_a_frame_where_it_is_installed(store: TokenStore):
     assert frame.token.tolist() == store.to_numpy(list(store)[:2]).reshape(-1).tolist()
 
 
-def test_without_pandas_it_says_what_to_install(store: TokenStore, monkeypatch: pytest.MonkeyPatch):
+def test_without_pandas_the_error_says_what_to_install(store: TokenStore, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UsageError, match="pip install pandas"):
         store.to_pandas()
 
 
-def test_a_store_and_an_image_show_as_tables(store: TokenStore, views_rows: TokenStore):
+def test_a_store_and_an_image_are_shown_as_tables(store: TokenStore, views_rows: TokenStore):
     cells = _Cells(store._repr_html_()).cells
     assert cells[0] == "96"
     assert store.fingerprint in cells
@@ -154,7 +154,7 @@ def test_a_store_and_an_image_show_as_tables(store: TokenStore, views_rows: Toke
     assert "view 1: 64.0x64.0 at (0.0, 0.0), flipped" in _Cells(image._repr_html_()).text
 
 
-def test_a_codebook_shows_as_a_table_and_as_a_line(chain):
+def test_a_codebook_is_shown_as_a_table_and_as_a_line(chain):
     book = Codebook.load(chain.codebook)
     cells = _Cells(book._repr_html_()).cells
     assert cells[0] == "16 centroids of 32 dimensions, l2"
@@ -162,7 +162,7 @@ def test_a_codebook_shows_as_a_table_and_as_a_line(chain):
     assert repr(book) == f"Codebook({book.fingerprint[:12]}: K=16, 32 dimensions)"
 
 
-def test_text_from_outside_stays_text(chain, tmp_path: Path):
+def test_text_in_tables_is_escaped(chain, tmp_path: Path):
     store = changed(chain.tokens, tmp_path, lambda rows: replace(rows, keys=rows.keys + EVIL))
     image = store[next(iter(store))]
     for thing, text in (

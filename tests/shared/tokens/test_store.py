@@ -1,4 +1,4 @@
-"""The token store gives back the rows that were written, as plain zarr, and notices whatever happened to them."""
+"""Token stores: rows are read back as written, as plain Zarr, keys are looked up, and changes are detected."""
 
 import os
 import re
@@ -70,22 +70,23 @@ def store(tmp_path: Path) -> Path:
 
 def assert_equal_rows(one: ShardRows, other: ShardRows) -> None:
     for field in fields(ShardRows):
-        left, right = getattr(one, field.name), getattr(other, field.name)
-        assert np.array_equal(left, right), field.name
-        assert left.dtype == right.dtype, field.name
+        column, expected = getattr(one, field.name), getattr(other, field.name)
+        assert np.array_equal(column, expected), field.name
+        assert column.dtype == expected.dtype, field.name
 
 
-def test_rows_come_back_as_they_were_written(store: Path):
+def test_rows_are_read_back_as_written(store: Path):
     opened = TokenStore(store)
     assert [name for name, _ in opened.shards()] == ["shard-0", "shard-1"]
     for number, (_, rows) in enumerate(opened.shards()):
         assert_equal_rows(rows, rows_of(number))
     assert (len(opened), opened.k, opened.grid) == (10, K, GRID)
-    assert opened.fingerprint == opened.codebook["fingerprint"]
+    assert opened.tokenizer is opened.codebook
+    assert opened.fingerprint == opened.tokenizer["fingerprint"]
     assert "10 images" in repr(opened)
 
 
-def test_a_shard_larger_than_a_chunk_comes_back(tmp_path: Path):
+def test_a_shard_larger_than_a_chunk_is_read_back(tmp_path: Path):
     rows = rows_of(3, count=1500, views=1)
     write_shard(tmp_path, "large", rows, ATTRIBUTES)
     with ZipStore(tmp_path / "shards/large.zarr.zip", mode="r") as archive:
@@ -96,9 +97,48 @@ def test_find_gives_the_row_of_a_key(store: Path):
     opened = TokenStore(store)
     for number in range(2):
         for at, key in enumerate(rows_of(number).keys):
-            rows, found = opened.find(key)
-            assert found == at
+            rows, row = opened.find(key)
+            assert row == at
             assert_equal_rows(rows, rows_of(number))
+
+
+def test_keys_are_in_the_store_or_not(store: Path):
+    opened = TokenStore(store)
+    assert all(key in opened for number in range(2) for key in rows_of(number).keys)
+    assert all(key not in opened for key in ("unknown", "", "plain0/", "PLAIN0/0", "\ud800", None, 0))
+
+
+def test_after_the_first_lookup_a_lookup_reads_at_most_one_shard(store: Path):
+    opened, (first, second) = TokenStore(store), (rows_of(number).keys[2] for number in range(2))
+    assert opened[first].key == first
+    (store / "shards/shard-0.zarr.zip").unlink()
+    assert opened[second].key == second  # needs shard-1 alone
+    (store / "shards/shard-1.zarr.zip").unlink()
+    assert "unknown" not in opened  # needs neither
+    again = TokenStore(store)
+    with pytest.raises(DataError, match="is missing"):
+        assert first in again
+
+
+def test_a_lookup_reads_the_shard_that_has_the_key(store: Path):
+    opened, key = TokenStore(store), rows_of(1).keys[2]
+    assert "unknown" not in opened
+    (store / "shards/shard-0.zarr.zip").unlink()
+    assert opened[key].key == key
+    os.truncate(store / "shards/shard-1.zarr.zip", 100)
+    assert opened[key].key == key  # still in memory
+    with pytest.raises(DataError, match=r"shard-0\.zarr\.zip is missing"):
+        opened.find(rows_of(0).keys[0])
+
+
+def test_keys_with_equal_digests_are_told_apart(store: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mapet.shared.images.keys.key_digests", lambda keys: np.zeros(len(list(keys)), dtype=np.uint64))
+    opened = TokenStore(store)
+    for number in range(2):
+        for at, key in enumerate(rows_of(number).keys):
+            assert opened.find(key)[1] == at
+            assert np.array_equal(opened[key].tokens, rows_of(number).tokens[at])
+    assert "unknown" not in opened
 
 
 @pytest.mark.parametrize("key", ["unknown", "", "plain0/", "PLAIN0/0"])
@@ -112,7 +152,7 @@ def all_files(root: Path) -> dict[str, bytes]:
 
 
 def test_equal_rows_give_equal_bytes_at_any_time(store: Path, tmp_path: Path):
-    time.sleep(2.1)  # a zip's own timestamps would tick every two seconds
+    time.sleep(2.1)  # the timestamps of a zip have a resolution of two seconds
     again = write_store(tmp_path / "again")
     assert len(all_files(store)) == 6
     assert all_files(again) == all_files(store)
@@ -148,7 +188,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path):
     assert not all_files(tmp_path)
 
 
-def test_the_checksum_in_the_chunks_finds_a_change_even_without_the_manifest(store: Path):
+def test_the_checksums_of_chunks_detect_a_change_without_the_manifest(store: Path):
     path = store / "shards/shard-0.zarr.zip"
     with zipfile.ZipFile(path) as archive:
         files = {name: bytearray(archive.read(name)) for name in archive.namelist()}
@@ -160,7 +200,7 @@ def test_the_checksum_in_the_chunks_finds_a_change_even_without_the_manifest(sto
         zarr.open_group(archive, mode="r")["tokens"][:]
 
 
-# What is wrong on disk
+# Missing and damaged files
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
@@ -214,5 +254,5 @@ def test_an_unknown_version_is_a_data_error_that_names_both(store: Path, name: s
 def test_a_missing_folder_or_a_file_is_a_data_error_that_names_it(store: Path):
     with pytest.raises(DataError, match="nowhere does not exist"):
         TokenStore(store / "nowhere")
-    with pytest.raises(DataError, match=r"manifest\.json does not exist or is no folder"):
+    with pytest.raises(DataError, match=r"manifest\.json does not exist or is not a folder"):
         TokenStore(store / "manifest.json")

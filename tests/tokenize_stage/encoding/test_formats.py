@@ -267,7 +267,7 @@ def test_a_tar_that_something_else_wrote_is_no_shard(chain, store: Path):
     shutil.copy(chain.tars[0], entry)
     about = {**opened.entries[chain.tars[0].stem], "bytes": entry.stat().st_size}
     opened.entries[chain.tars[0].stem] = about
-    with pytest.raises(DataError, match="is no tar of images and their tokens"):
+    with pytest.raises(DataError, match="is not a tar of images and their tokens"):
         opened.read_rows(chain.tars[0].stem)
 
 

@@ -69,11 +69,11 @@ def hostile_images() -> dict[str, tuple[str, bytes, str | None]]:
         "truncated JPEG": ("cut.jpg", encoded(picture())[:1000], "cannot be decoded (image file is truncated"),
         "truncated PNG": ("cutpng.png", encoded(picture(), "PNG")[:3000], "cannot be decoded"),
         "truncated WebP": ("cutwebp.webp", encoded(picture(), "WEBP")[:200], "cannot be decoded"),
-        "zero bytes": ("nothing.jpg", b"", "is no JPEG, PNG or WebP image (0 bytes)"),
-        "no image": ("text.jpg", b"this is a text" * 20, "is no JPEG, PNG or WebP image (280 bytes)"),
-        "renamed GIF": ("gif.jpg", encoded(picture(), "GIF"), "is no JPEG, PNG or WebP image"),
-        "renamed TIFF": ("tiff.png", encoded(picture(), "TIFF"), "is no JPEG, PNG or WebP image"),
-        "GIF by name": ("named.gif", encoded(picture(), "GIF"), "holds 'named.gif', which is none of"),
+        "zero bytes": ("nothing.jpg", b"", "is not a JPEG, PNG or WebP image (0 bytes)"),
+        "no image": ("text.jpg", b"this is a text" * 20, "is not a JPEG, PNG or WebP image (280 bytes)"),
+        "renamed GIF": ("gif.jpg", encoded(picture(), "GIF"), "is not a JPEG, PNG or WebP image"),
+        "renamed TIFF": ("tiff.png", encoded(picture(), "TIFF"), "is not a JPEG, PNG or WebP image"),
+        "GIF by name": ("named.gif", encoded(picture(), "GIF"), "holds 'named.gif', which is not one of"),
         "decompression bomb": ("bomb.png", bomb(60_000, 60_000), "exceeds limit of 178956970 pixels"),
         "a line of pixels": ("line.png", encoded(Image.new("L", (60_000, 1)), "PNG"), "is 60000x1 pixels, too long"),
         "renamed PNG": ("png.jpg", encoded(picture(1), "PNG"), None),
@@ -174,7 +174,7 @@ SOURCES = {
         lambda f: cut(pack(f / "x.tar"), 512 + -(-len(GOOD[0]) // 512) * 512 + 100), "x.tar is truncated", "a", ("",)
     ),
     "empty tar": HostileSource(lambda f: written(f / "x.tar", b""), "x.tar is empty (0 bytes)", "", ("",)),
-    "no tar": HostileSource(lambda f: written(f / "x.tar", b"PK" * 999), "x.tar is no readable tar", "", ("",)),
+    "no tar": HostileSource(lambda f: written(f / "x.tar", b"PK" * 999), "x.tar is not a readable tar", "", ("",)),
     "tar without images": HostileSource(
         lambda f: written(f / "x.tar", bytes(10240)), "x.tar holds no images", "", ("",)
     ),
@@ -225,7 +225,10 @@ SOURCES = {
         ("b",),
     ),
     "pipe in a folder": HostileSource(
-        lambda f: folder(f / "x", lambda x: os.mkfifo(x / "b.jpg")), "x holds 'b.jpg', which is no plain", "az", ("b",)
+        lambda f: folder(f / "x", lambda x: os.mkfifo(x / "b.jpg")),
+        "x holds 'b.jpg', which is not a regular",
+        "az",
+        ("b",),
     ),
     "folder in a circle": HostileSource(
         lambda f: folder(f / "x", round_about), "x holds 'sub/round/', a link to a folder", "az", ("sub/round/",)
@@ -401,7 +404,10 @@ def served(tmp_path: Path):
 def test_what_is_wrong_with_a_downloaded_tar_names_its_url(chain, tmp_path: Path, served: str):
     cut(pack(tmp_path / "cut.tar", ("b.jpg", GOOD[2])), 2000 + len(GOOD[0]))
     pack(tmp_path / "bad.tar", ("b.jpg", b"no image"))
-    for name, words in (("cut", " is truncated inside 'b.jpg'"), ("bad", ": image 'b' is no JPEG, PNG or WebP image")):
+    for name, words in (
+        ("cut", " is truncated inside 'b.jpg'"),
+        ("bad", ": image 'b' is not a JPEG, PNG or WebP image"),
+    ):
         url = f"{served}/{name}.tar"
         with pytest.raises(DataError) as caught:
             encode_shards(url, chain.codebook, tmp_path / name, batch_size=4)

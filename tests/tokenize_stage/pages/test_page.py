@@ -404,7 +404,7 @@ def test_an_imported_codebook_says_that_its_usage_is_not_known(tower: str, tmp_p
     import_tokens(tmp_path / "book", centroids=tmp_path / "centroids.npy", tower=tower)
     inspect(tmp_path / "book", html=tmp_path / "report.html")
     page = open_page(tmp_path / "report.html", "#code=4").page
-    page.wait_for_selector("#lamp >> text=Nobody knows how often it is used")
+    page.wait_for_selector("#lamp >> text=It is not known how often it is used")
     assert page.locator("#usage-curve, #objective").count() == 0
 
 

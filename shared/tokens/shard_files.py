@@ -1,0 +1,145 @@
+"""The files of one shard of a token store: its rows, as a Zarr file or a tar, and its entry.
+
+Only this module depends on the storage format that an entry names.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from upath import UPath
+
+from ..errors import DataError
+from ..images.records import ImageRecord
+from ..storage.files import read_sealed_json, sha256_file, write_sealed_json, written_whole
+from ..storage.remote import exists, explained, file_size, is_remote, on_this_disk, read_whole
+from .rows import ShardRows, Strings, rows_sha256
+from .tar_shard import read_tar, write_tar
+from .zarr_shard import read_zarr, read_zarr_keys, write_zarr
+
+SHARD_FORMAT, VERSION = "mapet-token-shard", 2
+ZARR, WEBDATASET = "zarr", "webdataset"
+SUFFIXES = {ZARR: ".zarr.zip", WEBDATASET: ".tar"}
+"""The storage formats of a shard, and the suffixes of their files."""
+
+
+def write_shard(
+    store: Path | UPath,
+    name: str,
+    rows: ShardRows,
+    attributes: dict[str, Any],
+    images: Sequence[ImageRecord] | None = None,
+) -> None:
+    """Writes the file of one shard and then its entry; the same rows always give the same bytes.
+
+    `attributes` go into the entry: `codebook_fingerprint` (of the tokenizer), `view` (`ViewPolicy.to_json`) and
+    `source` (`SourceShard.describe`). With `images`, the records of the rows in the same order, the shard is a tar that
+    contains the images as well; without, a Zarr file. Raises DataError if the store cannot be written.
+    """
+    storage = ZARR if images is None else WEBDATASET
+    views, height, width = rows.tokens.shape[1:]
+    path = store / "shards" / f"{name}{SUFFIXES[storage]}"
+    entry: dict[str, Any] = {
+        "name": name,
+        "file": f"shards/{path.name}",
+        "storage": storage,
+        "images": len(rows),
+        "grid": [height, width],
+    }
+    with written_whole(path) as partial:
+        if images is None:
+            write_zarr(partial, rows, {"format": SHARD_FORMAT, "version": VERSION, **attributes})
+        else:
+            write_tar(partial, rows, images, attributes["codebook_fingerprint"])
+            entry["rows_sha256"] = rows_sha256(read_tar(partial, views, (height, width)))
+        entry |= {"bytes": partial.stat().st_size, "sha256": sha256_file(partial)}
+    content = {"format": SHARD_FORMAT, "version": VERSION, **entry, **attributes}
+    write_sealed_json(entry_path(store, name), content)
+
+
+def entry_path(store: Path | UPath, name: str) -> Path | UPath:
+    """The path of a shard's entry; the file exists exactly when the shard is complete."""
+    return store / "shards" / f"{name}.json"
+
+
+def read_entry(store: Path | UPath, name: str) -> dict[str, Any]:
+    """The manifest entry of one complete shard; DataError if it is missing or was changed."""
+    entry = read_sealed_json(entry_path(store, name), format=SHARD_FORMAT, version=VERSION)
+    return {key: value for key, value in entry.items() if key not in ("format", "version")}
+
+
+def stored_entries(store: Path | UPath) -> dict[str, dict[str, Any]]:
+    """The entries of all complete shards by name, whether or not the manifest lists them."""
+    with explained(store):
+        names = sorted(path.name.removesuffix(".json") for path in (store / "shards").glob("[!.]*.json"))
+    return {name: read_entry(store, name) for name in names}
+
+
+def shard_files(store: Path | UPath) -> set[str]:
+    """Paths, relative to the store, of all shard files in it, with or without an entry.
+
+    Empty for a web server that does not list folders.
+    """
+    try:
+        with explained(store):
+            names = [path.name for path in (store / "shards").glob("*")]
+    except DataError:
+        return set()
+    return {f"shards/{name}" for name in names if name.endswith(tuple(SUFFIXES.values()))}
+
+
+def read_shard(store: Path | UPath, entry: dict[str, Any], every_byte: bool = False) -> ShardRows:
+    """The rows of the shard that `entry` describes; DataError if its file is missing, truncated or changed.
+
+    Without `every_byte` the images inside a tar are neither read nor checked; everything else always is.
+    """
+    with _checked_file(store, entry) as path:
+        if entry["storage"] == ZARR:
+            return read_zarr(_checked_bytes(path, entry))
+        return _read_tar_shard(path, entry, every_byte)
+
+
+def read_shard_keys(store: Path | UPath, entry: dict[str, Any]) -> Strings:
+    """The keys (n,) of a shard, checked as `read_shard` checks its rows; a Zarr file's other columns stay encoded."""
+    with _checked_file(store, entry) as path:
+        if entry["storage"] == ZARR:
+            return read_zarr_keys(_checked_bytes(path, entry))
+        return _read_tar_shard(path, entry, every_byte=False).keys
+
+
+@contextmanager
+def _checked_file(store: Path | UPath, entry: dict[str, Any]) -> Iterator[Path | UPath]:
+    """Yields the path of a shard's file if it has the expected size; errors about it say how to restore it."""
+    path = store / entry["file"]
+    try:
+        if not exists(path):
+            raise DataError(f"{path} is missing")
+        size = file_size(path)
+        if size != entry["bytes"]:
+            raise DataError(f"{path} has {size} bytes instead of {entry['bytes']}")
+        yield path
+    except DataError as error:
+        raise DataError(f"{error}; delete it and its .json and give the same encode-shards command again.") from None
+
+
+def _checked_bytes(path: Path | UPath, entry: dict[str, Any]) -> bytes:
+    content = read_whole(path)
+    _refuse_changed(path, hashlib.sha256(content).hexdigest(), entry["sha256"])
+    return content
+
+
+def _read_tar_shard(path: Path | UPath, entry: dict[str, Any], every_byte: bool) -> ShardRows:
+    height, width = entry["grid"]
+    with on_this_disk(path) as local:
+        if every_byte or is_remote(path):
+            _refuse_changed(path, sha256_file(local), entry["sha256"])
+        rows = read_tar(local, entry["view"]["views"], (height, width))
+    _refuse_changed(path, rows_sha256(rows), entry["rows_sha256"])
+    return rows
+
+
+def _refuse_changed(path: Path | UPath, digest: str, expected: str) -> None:
+    if digest != expected:
+        raise DataError(f"{path} was changed since it was written (its digest does not match)")
