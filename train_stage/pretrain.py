@@ -25,6 +25,7 @@ from .training.dry_run import RunEstimate, estimate_run, measure_steps
 from .training.parallel import peers_explained
 from .training.plan import make_plan
 from .training.trainer import Trainer
+from .weights.checkpoint import count_parameters
 
 
 def pretrain(
@@ -145,10 +146,16 @@ def run_summary(checkpoint: Path) -> list[tuple[str, str]]:
     out = checkpoint.parents[1]
     lines, record = read_lines(out / "metrics.jsonl"), json.loads((out / "run.json").read_text())
     last = lines[-1]
-    rows = [("images", f"{record['images']:,}, {last['epoch']:g} epochs, {last['step']:,} steps")]
+    rows = [
+        ("images", f"{record['images']:,}, {last['epoch']:g} epochs, {last['step']:,} steps"),
+        ("parameters", f"{count_parameters(checkpoint):,}"),
+    ]
     done = [line for line in lines if line["loss"] is not None]
     if done:
-        rows += [("loss", _change(done, "loss", "{:.3f}")), ("accuracy", _change(done, "accuracy", "{:.2%}"))]
+        rows += [
+            ("loss", _change(done, "loss", "{:.3f}")),
+            ("masked-token accuracy", _change(done, "accuracy", "{:.2%}")),
+        ]
     skipped = sum(line["skipped_steps"] for line in lines)
     rows += [("steps skipped", str(skipped))] if skipped else []
     since = record["starts"][-1]["step"]

@@ -9,11 +9,12 @@ step-NNNNNNN/state.json              everything else, and the size and SHA-256 o
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -106,6 +107,12 @@ def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
         return load_file(path / name)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path / name} is damaged ({str(error).splitlines()[0]}); use another checkpoint.") from None
+
+
+def count_parameters(path: Path) -> int:
+    """The number of parameters in a checkpoint, from the header of its weights alone."""
+    with safe_open(path / MODEL, "pt") as file:
+        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (not a mapping)
 
 
 def read_state(path: Path) -> dict[str, Any]:

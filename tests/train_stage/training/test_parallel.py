@@ -195,5 +195,5 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(chain, tmp_path: Pat
     process = torchrun(2, arguments(chain, tmp_path / "run", "train.batch_size=31"))
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert errors.count("mapet: train.batch_size 31 is no multiple of the 2 processes.") == 1
+    assert errors.count("mapet: train.batch_size 31 is not a multiple of the 2 processes.") == 1
     assert not (tmp_path / "run").exists()
