@@ -11,7 +11,7 @@ from mapet.shared.errors import UsageError
 from mapet.train_stage.model import attention
 from mapet.train_stage.model.mapet import MaPeT, drop_path_rates, drop_path_scales
 from mapet.train_stage.model.shape import Shape
-from mapet.train_stage.objectives.layouts import make_layout
+from mapet.train_stage.objectives.layouts import CACHE, make_layout
 from mapet.train_stage.objectives.token_loss import token_loss
 from mapet.train_stage.settings import OBJECTIVES
 from mapet.train_stage.weights.published import load_published
@@ -66,9 +66,9 @@ def prepared(model: MaPeT, path: str) -> MaPeT:
 def under_one_mask(monkeypatch):
     """Attention as on other devices than the CPU."""
     monkeypatch.setattr(attention, "_BY_WINDOWS", ())
-    make_layout.cache_clear()
+    CACHE.clear()
     yield
-    make_layout.cache_clear()
+    CACHE.clear()
 
 
 PATHS = ["plain", "chunked loss", "one window", "many windows", "checkpointing", "compiled"]

@@ -6,12 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapet.shared.errors import UsageError
+from mapet.train_stage.model import attention
 from mapet.train_stage.model.attention import Window
+from mapet.train_stage.model.layout import Layout
 from mapet.train_stage.model.mapet import MaPeT
 from mapet.train_stage.model.shape import Shape
-from mapet.train_stage.objectives.layouts import make_layout, step_layout
+from mapet.train_stage.objectives.layout_cache import LayoutCache
+from mapet.train_stage.objectives.layouts import CACHE, make_layout, step_layout
 from mapet.train_stage.objectives.token_loss import token_loss
-from mapet.train_stage.settings import ObjectiveSettings
+from mapet.train_stage.settings import OBJECTIVES, ObjectiveSettings
 
 PATCHES, STEPS = 64, 100
 
@@ -28,7 +31,7 @@ def seen(windows: tuple[Window, ...], keys: int) -> torch.Tensor:
 def test_every_row_of_mapet_knows_each_position_exactly_once(visible: int, predicted: int, slices: int):
     layout = make_layout("mapet", visible + predicted, visible, slices=slices)
     keys = 1 + visible + 2 * predicted
-    content, queries = seen(layout.content_windows, keys), seen(layout.read_windows, keys)
+    content, queries = seen(layout.content_windows, keys), seen(layout.predicted_windows, keys)
     given_keys = slice(predicted, predicted + 1 + visible)
     for rows in (content, queries):
         auxiliary, patches = rows[:, :predicted], rows[:, predicted + 1 + visible :]
@@ -44,7 +47,7 @@ def test_every_row_of_mapet_knows_each_position_exactly_once(visible: int, predi
 def test_pim_is_mapet_without_auxiliary_rows(visible: int, predicted: int, slices: int):
     permuted, both = (make_layout(name, visible + predicted, visible, slices=slices) for name in ("pim", "mapet"))
     keys = 1 + visible + predicted
-    for name in ("content_windows", "read_windows"):
+    for name in ("content_windows", "predicted_windows"):
         ours, theirs = seen(getattr(permuted, name), keys), seen(getattr(both, name), keys + predicted)
         assert torch.equal(ours, theirs[-len(ours) :, predicted:])
 
@@ -100,8 +103,72 @@ def test_masked_image_modelling_predicts_its_share_whatever_the_other_settings()
 def test_layouts_of_drawn_ranks_have_one_shape(step: int):
     """So that torch.compile compiles once."""
     objective = ObjectiveSettings(query_rows=5).complete(PATCHES)
-    one, other = (step_layout(objective, PATCHES, 0, s, STEPS, "cpu").read_windows for s in (0, step))
+    one, other = (step_layout(objective, PATCHES, 0, s, STEPS, "cpu").predicted_windows for s in (0, step))
     assert [(w.rows, w.keys, w.mask.shape) for w in one] == [(w.rows, w.keys, w.mask.shape) for w in other]
+
+
+def masks(layout: Layout) -> dict[int, torch.Tensor]:
+    """Every mask that a layout holds, patterns included, by identity."""
+    windows = (*layout.content_windows, *layout.predicted_windows)
+    candidates = [*(window.mask for window in windows), layout.pattern.mask, layout.last_pattern.mask]
+    return {id(mask): mask for mask in candidates if mask is not None}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("ranks", [None, (1, 5, 30)])
+def test_a_layouts_size_is_no_less_than_that_of_its_masks(
+    objective: str, ranks: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+):
+    on_cpu = make_layout(objective, PATCHES, 16, ranks)
+    assert on_cpu.nbytes == on_cpu.ranks.nbytes + sum(mask.nbytes for mask in masks(on_cpu).values())
+    monkeypatch.setattr(attention, "_BY_WINDOWS", ())
+    elsewhere = make_layout(objective, PATCHES, 16, ranks, device="meta")  # a device on which nothing is computed
+    assert elsewhere.ranks.nbytes + sum(mask.nbytes for mask in masks(elsewhere).values()) <= elsewhere.nbytes
+
+
+def test_layouts_are_made_once_and_kept_in_bounded_memory():
+    CACHE.clear()
+    first = make_layout("mapet", 196, 49)
+    assert make_layout("mapet", 196, 49) is first
+    limit, CACHE.limit = CACHE.limit, 20 * first.nbytes
+    try:
+        for rank in range(147):
+            make_layout("mapet", 196, 49, (rank,))
+            assert make_layout("mapet", 196, 49) is first  # in use, so it stays
+            assert CACHE.nbytes <= CACHE.limit
+        assert 2 < len(CACHE) < 147
+    finally:
+        CACHE.limit = limit
+    assert limit == 64 * 2**20
+
+
+def test_the_cache_drops_what_was_used_least_recently_and_keeps_the_newest():
+    one, two, three = (make_layout("pim", PATCHES, visible) for visible in (20, 21, 22))
+    cache = LayoutCache(one.nbytes + two.nbytes)
+    made: list[str] = []
+
+    def get(name: str, layout: Layout) -> Layout:
+        return cache.get(name, lambda: made.append(name) or layout)
+
+    get("one", one), get("two", two), get("one", one), get("three", three)
+    assert get("one", one) is one
+    assert made == ["one", "two", "three"]
+    get("two", two)
+    assert made == ["one", "two", "three", "two"]
+    cache.limit = 1
+    assert get("large", three) is three
+    assert get("large", three) is three
+    assert (len(cache), made[4:]) == (1, ["large"])
+    cache.clear()
+    assert (len(cache), cache.nbytes) == (0, 0)
+
+
+def test_a_layout_that_is_refused_is_not_kept():
+    CACHE.clear()
+    for _ in range(2):
+        with pytest.raises(UsageError):
+            make_layout("mapet", 16, 16)
+    assert len(CACHE) == 0
 
 
 @pytest.mark.parametrize(
