@@ -150,7 +150,7 @@ def test_predictions_are_those_of_the_newest_checkpoint(chain, run: Path, tmp_pa
 
 
 def test_what_cannot_be_reported_is_one_sentence(chain, tower: str, run: Path, tmp_path: Path):
-    with pytest.raises(DataError, match=r"is no run to report on: metrics.jsonl is missing"):
+    with pytest.raises(DataError, match=r"cannot be reported: metrics.jsonl is missing"):
         report(tmp_path)
     with pytest.raises(UsageError, match="--images needs --tokens"):
         report(run, images=str(chain.images))

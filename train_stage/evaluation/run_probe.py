@@ -43,7 +43,7 @@ class RunProbe:
             k: the number of codes that the model predicts.
         """
         data, seed = self._settings.data, self._settings.train.seed
-        model_input = Input(tuple(data.mean), tuple(data.std), data.interpolation)
+        model_input = Input.from_json({"mean": data.mean, "std": data.std, "interpolation": data.interpolation})
         on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         weights = Weights(Path("the run's weights"), self._settings.model.shape(k), on_cpu, model_input, seed)
         results = evaluate(self._evaluations, weights, self._train, self._val, self._execution)

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -180,7 +181,7 @@ def test_the_size_that_it_has_changes_nothing(run: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("write", [export, import_weights])
 def test_a_size_that_the_patches_do_not_fill_is_refused(write, run: Path, tmp_path: Path):
-    with pytest.raises(UsageError, match="100 is no multiple of the patch size 8"):
+    with pytest.raises(UsageError, match="100 is not a multiple of the patch size 8"):
         write(run, tmp_path / "out", image_size=100)
     assert not list(tmp_path.iterdir())
 
@@ -273,9 +274,9 @@ def test_a_checkpoint_with_changed_bytes_never_ends_in_a_traceback(tmp_path: Pat
 
 
 def test_weights_without_a_decoder_are_not_taken_for_a_pre_training_checkpoint(tmp_path: Path):
-    with pytest.raises(DataError, match=r"no pre-training checkpoint: .* classifier"):
+    with pytest.raises(DataError, match=r"not a pre-training checkpoint: .* classifier"):
         load_published(FINETUNE)
-    with pytest.raises(DataError, match=r"no pre-training checkpoint: .* encoder"):
+    with pytest.raises(DataError, match=r"not a pre-training checkpoint: .* encoder"):
         load_weights(export(PRETRAIN, tmp_path / "timm")).mapet()
 
 
@@ -286,12 +287,12 @@ def test_weights_without_a_decoder_are_not_taken_for_a_pre_training_checkpoint(t
         ({"drop": "blocks.1.attn.kv.weight"}, "does not hold the weights"),
         ({"put": {"blocks.0.attn.rotary": torch.zeros(3)}}, "does not hold the weights"),
         ({"put": {"blocks.0.ls1.gamma": torch.zeros(49)}}, "does not hold the weights"),
-        ({"put": {"pos_embed": torch.zeros(1, 1 + 15, 48)}}, "no square grid"),
-        ({"drop": "pos_embed"}, "no checkpoint that holds the weights of a MaPeT model"),
+        ({"put": {"pos_embed": torch.zeros(1, 1 + 15, 48)}}, "not form a square grid"),
+        ({"drop": "pos_embed"}, "not a checkpoint with the weights of a MaPeT model"),
         ({"arch": "resnet50"}, "names architecture 'resnet50'"),
-        ({"state_dict": {"epoch": 3}}, "no published checkpoint"),
-        ({"state_dict": [1, 2]}, "no published checkpoint"),
-        ({"state_dict": {}}, "no checkpoint that holds the weights of a MaPeT model"),
+        ({"state_dict": {"epoch": 3}}, "not a published checkpoint"),
+        ({"state_dict": [1, 2]}, "not a published checkpoint"),
+        ({"state_dict": {}}, "not a checkpoint with the weights of a MaPeT model"),
     ],
 )
 @pytest.mark.parametrize("source", [PRETRAIN, FINETUNE], ids=["pretrain", "finetune"])
@@ -316,14 +317,14 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path):
     other = timm.create_model("test_vit", num_classes=3)
     folder = tmp_path / "other"
     timm.models.save_for_hf(other, folder, safe_serialization=True)
-    with pytest.raises(DataError, match=r"config\.json is no description of a ViT that mapet exported"):
+    with pytest.raises(DataError, match=r"config\.json is not a description of a ViT that mapet exported"):
         load_weights(folder)
     export(PRETRAIN, tmp_path / "timm")
     about = json.loads((tmp_path / "timm" / "config.json").read_text())
     for name, value in {"num_heads": 5, "patch_size": 7, "depth": 3, "embed_dim": "wide", "img_size": [64, 32]}.items():
         changed = {**about, "model_args": {**about["model_args"], name: value}}
         (tmp_path / "timm" / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(DataError, match=r"no description of a ViT|does not hold the weights"):
+        with pytest.raises(DataError, match=r"not a description of a ViT|does not hold the weights"):
             load_weights(tmp_path / "timm")
 
 
@@ -341,6 +342,14 @@ def test_damaged_folders_are_refused(run: Path, tmp_path: Path):
     (checkpoint / "state.json").write_text('{"model": {}}')
     with pytest.raises(DataError, match="is not a mapet-checkpoint"):
         load_weights(checkpoint)
+
+
+def test_weights_that_do_not_fit_their_shape_cannot_be_made(run: Path):
+    weights = load_weights(run)
+    with pytest.raises(DataError, match="does not hold the weights"):
+        replace(weights, tensors={name: t for name, t in weights.tensors.items() if name != "norm.bias"})
+    with pytest.raises(DataError, match="does not hold the weights"):
+        replace(weights, shape=replace(weights.shape, depth=3))
 
 
 def test_half_precision_tensors_become_float32(tmp_path: Path):
