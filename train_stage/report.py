@@ -83,7 +83,7 @@ def report(
     """
     folders = [Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
     if not folders:
-        raise UsageError("No run was given; name the folder of one or several.")
+        raise UsageError("No run is named; give the folders of one or several runs.")
     if images and not tokens:
         raise UsageError("--images needs --tokens, the token store of these images.")
     path = Path(html) if html is not None else folders[0] / "report.html"

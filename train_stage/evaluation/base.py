@@ -1,4 +1,4 @@
-"""The seam between weights and everything that is measured on them: an evaluation and its result."""
+"""The interface of all evaluations: weights and labelled images in, a named result with its protocol out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from .labelled import LabelledImages
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What an evaluation measured, and how."""
+    """The measurements of one evaluation, with its protocol."""
 
     name: str
-    """Of the evaluation, such as "knn"."""
+    """The evaluation's name, such as "knn"."""
     protocol: dict[str, Any]
-    """All that somebody needs to measure the same again, as plain JSON values: hyper-parameters and how they were
+    """Everything that is needed to repeat the measurement, as plain JSON values: hyper-parameters and how they were
     chosen, feature, preprocessing, numbers of images."""
     numbers: dict[str, float]
     """The measurements, such as {"top1": 0.71}; accuracies lie in [0, 1]."""
@@ -28,9 +28,9 @@ class EvaluationResult:
 
 
 class EvaluationInputs:
-    """What an evaluation is given: weights, labelled images to learn from, and labelled images to measure on.
+    """The input of an evaluation: weights, labelled images to learn from, and labelled images to measure on.
 
-    Several evaluations share one such object and so its frozen features, which are extracted when first read.
+    Several evaluations share one such object, and so its frozen features, which are extracted when first read.
     """
 
     def __init__(
@@ -55,27 +55,33 @@ class EvaluationInputs:
 
 
 class Evaluation(ABC):
-    """A way to measure what weights are worth. Its hyper-parameters are given to its constructor."""
+    """One way to evaluate weights. Hyper-parameters are arguments of the constructor."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Short and unique: the key under which logs and tables list the result."""
+        """A short, unique name: the key of the result in logs and tables."""
 
     @abstractmethod
     def evaluate(self, inputs: EvaluationInputs) -> EvaluationResult:
-        """Measures the weights. Learns from `inputs.train` alone; `inputs.val` is measured once."""
+        """Evaluates `inputs.weights`.
+
+        Everything, hyper-parameters included, is learned or chosen on `inputs.train`; `inputs.val` is measured once.
+
+        Raises:
+            DataError for an image that cannot be read.
+        """
 
 
 class FrozenEvaluation(Evaluation):
-    """An evaluation that reads nothing but the pooled features of the images."""
+    """An evaluation that needs only the pooled features of the images."""
 
     def evaluate(self, inputs: EvaluationInputs) -> EvaluationResult:
         return self.measure(inputs.features)
 
     @abstractmethod
     def measure(self, features: FrozenFeatures) -> EvaluationResult:
-        """Measures features of any encoder, which need not have weights."""
+        """Evaluates the features of any encoder, with weights or without."""
 
 
 def evaluate(
@@ -87,15 +93,18 @@ def evaluate(
     *,
     features: FrozenFeatures | None = None,
 ) -> list[EvaluationResult]:
-    """The results of several evaluations of one set of weights, in their order.
+    """Runs several evaluations on one set of weights.
 
     Args:
-        evaluations: what to measure; those that read frozen features share one pass over the images.
+        evaluations: the evaluations to run; those that read frozen features share one pass over the images.
         weights: the weights to evaluate.
         train: labelled images to learn from, such as the neighbours of k-NN.
         val: labelled images to measure on.
         execution: batch size, loader processes and device; default 128 images, this process, the CPU.
         features: the weights' frozen features of these images, if they were extracted before.
+
+    Returns:
+        One result per evaluation, in their order.
 
     Raises:
         DataError for an image that cannot be read.

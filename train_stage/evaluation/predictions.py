@@ -1,4 +1,4 @@
-"""Predictions of runs for images that they may never have seen, beside the true tokens."""
+"""Predicts the tokens of images with the newest checkpoints of runs, for comparison with the true tokens."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -75,7 +75,7 @@ class _Batch:
 
 @dataclass
 class _Collected:
-    """What is kept of all batches."""
+    """The results of all batches."""
 
     tokens: list[NDArray[np.uint16]] = field(default_factory=list)
     """The true tokens of each batch, (B, N)."""
@@ -204,11 +204,11 @@ def _outcome(
     tokens: NDArray[np.uint16], predicted: NDArray[np.int64], numbers: list[int], grid: tuple[int, int]
 ) -> dict[str, Any]:
     """One run's accuracy over tokens and predictions (n, N), and its predictions for the images `numbers`."""
-    correct, asked = (tokens == predicted).sum(0), (predicted != NOT_PREDICTED).sum(0)
-    accuracies = [hits / all_ if all_ else None for hits, all_ in zip(correct.tolist(), asked.tolist(), strict=True)]
+    correct, count = (tokens == predicted).sum(0), (predicted != NOT_PREDICTED).sum(0)
+    accuracies = [hits / of if of else None for hits, of in zip(correct.tolist(), count.tolist(), strict=True)]
     return {
-        "accuracy": float(correct.sum() / max(asked.sum(), 1)),
-        "patches": int(asked.sum()),
+        "accuracy": float(correct.sum() / max(count.sum(), 1)),
+        "patches": int(count.sum()),
         "by_position": [accuracies[start : start + grid[1]] for start in range(0, len(accuracies), grid[1])],
         "images": predicted[numbers].tolist(),
     }

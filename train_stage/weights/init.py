@@ -33,7 +33,7 @@ def start_from(model: MaPeT, path: str | Path) -> dict[str, str]:
     }
     model.load_state_dict(shared, strict=False)
     fresh = ", ".join(name for name in initial if name not in shared)
-    say(f"Starting from {weights.file}{f'; fresh are {fresh}' if fresh else ''}.")
+    say(f"Starting from {weights.file}{f'; not in it, so newly initialised: {fresh}' if fresh else ''}.")
     return {"file": str(weights.file), "sha256": weights.sha256()}
 
 

@@ -1,4 +1,4 @@
-"""Layouts say the tables of the paper, and what a step draws depends on (seed, step) alone."""
+"""Layouts are the tables of the paper, and what a step draws depends on (seed, step) alone."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from mapet.train_stage.settings import OBJECTIVES, ObjectiveSettings
 PATCHES, STEPS = 64, 100
 
 
-def seen(windows: tuple[Window, ...], keys: int) -> torch.Tensor:
+def dense_mask(windows: tuple[Window, ...], keys: int) -> torch.Tensor:
     """The windows as one dense mask (rows, keys)."""
     mask = torch.zeros(windows[-1].rows.stop, keys, dtype=torch.bool)
     for window in windows:
@@ -28,10 +28,10 @@ def seen(windows: tuple[Window, ...], keys: int) -> torch.Tensor:
 
 
 @given(visible=st.integers(0, 8), predicted=st.integers(1, 9), slices=st.integers(1, 12))
-def test_every_row_of_mapet_knows_each_position_exactly_once(visible: int, predicted: int, slices: int):
+def test_every_row_of_mapet_attends_to_each_position_exactly_once(visible: int, predicted: int, slices: int):
     layout = make_layout("mapet", visible + predicted, visible, slices=slices)
     keys = 1 + visible + 2 * predicted
-    content, queries = seen(layout.content_windows, keys), seen(layout.predicted_windows, keys)
+    content, queries = dense_mask(layout.content_windows, keys), dense_mask(layout.predicted_windows, keys)
     given_keys = slice(predicted, predicted + 1 + visible)
     for rows in (content, queries):
         auxiliary, patches = rows[:, :predicted], rows[:, predicted + 1 + visible :]
@@ -48,8 +48,8 @@ def test_pim_is_mapet_without_auxiliary_rows(visible: int, predicted: int, slice
     permuted, both = (make_layout(name, visible + predicted, visible, slices=slices) for name in ("pim", "mapet"))
     keys = 1 + visible + predicted
     for name in ("content_windows", "predicted_windows"):
-        ours, theirs = seen(getattr(permuted, name), keys), seen(getattr(both, name), keys + predicted)
-        assert torch.equal(ours, theirs[-len(ours) :, predicted:])
+        one, other = dense_mask(getattr(permuted, name), keys), dense_mask(getattr(both, name), keys + predicted)
+        assert torch.equal(one, other[-len(one) :, predicted:])
 
 
 def drawn(step: int, seed: int = 0, **objective) -> tuple[int, list[int]]:
@@ -72,10 +72,10 @@ def test_query_rows_are_all_the_last_or_drawn():
     assert drawn(0)[1] == list(range(48))
     assert drawn(0, query_rows=5, query_choice="last")[1] == [43, 44, 45, 46, 47]
     assert drawn(0, query_rows=50)[1] == list(range(48))
-    some = [drawn(step, query_rows=5)[1] for step in range(STEPS)]
-    assert some == [drawn(step, query_rows=5)[1] for step in range(STEPS)]
-    assert all(len(set(ranks)) == 5 and ranks == sorted(ranks) for ranks in some)
-    assert {rank for ranks in some for rank in ranks} == set(range(48))
+    drawings = [drawn(step, query_rows=5)[1] for step in range(STEPS)]
+    assert drawings == [drawn(step, query_rows=5)[1] for step in range(STEPS)]
+    assert all(len(set(ranks)) == 5 and ranks == sorted(ranks) for ranks in drawings)
+    assert {rank for ranks in drawings for rank in ranks} == set(range(48))
 
 
 def test_the_loss_over_drawn_ranks_is_an_unbiased_estimate_of_the_whole():
@@ -182,6 +182,6 @@ def test_a_layout_that_is_refused_is_not_kept():
         (("mapet", 16, 4, (3, 3)), "ascending"),
     ],
 )
-def test_layouts_that_cannot_be_are_refused(arguments: tuple, words: str):
+def test_impossible_layouts_are_refused(arguments: tuple, words: str):
     with pytest.raises(UsageError, match=words):
         make_layout(*arguments)
