@@ -49,9 +49,7 @@ class _Run:
         patches, objective = self.weights.shape.patches, self.objective
         if objective.name == "mim":
             return patches - objective.masked(patches)
-        visible = objective.visible if objective.visible_to is None else objective.visible_to
-        assert visible is not None, "resolved settings are complete"
-        return visible
+        return objective.visible if objective.visible_to is None else objective.visible_to
 
 
 @dataclass(frozen=True)

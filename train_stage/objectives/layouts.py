@@ -40,7 +40,6 @@ def step_layout(
 def _visible(settings: ObjectiveSettings, seed: int, step: int, steps: int) -> int:
     """How many patches are visible in a step."""
     start, end = settings.visible, settings.visible_to
-    assert start is not None, "resolved settings are complete"
     if end is None:
         return start
     if settings.visible_change == "random":

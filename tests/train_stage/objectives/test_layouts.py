@@ -1,5 +1,7 @@
 """Layouts are the tables of the paper, and what a step draws depends on (seed, step) alone."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from mapet.train_stage.model.shape import Shape
 from mapet.train_stage.objectives.layout_cache import LayoutCache
 from mapet.train_stage.objectives.layouts import CACHE, make_layout, step_layout
 from mapet.train_stage.objectives.token_loss import token_loss
-from mapet.train_stage.settings import OBJECTIVES, ObjectiveSettings
+from mapet.train_stage.settings import OBJECTIVES, ObjectiveSettings, resolve
 
 PATCHES, STEPS = 64, 100
 
@@ -52,8 +54,14 @@ def test_pim_is_mapet_without_auxiliary_rows(visible: int, predicted: int, slice
         assert torch.equal(one, other[-len(one) :, predicted:])
 
 
+@cache
+def resolved(**objective: object) -> ObjectiveSettings:
+    overrides = [f"objective.{name}={value}" for name, value in objective.items()]
+    return resolve(None, ["model.image_size=64", "model.patch_size=8", *overrides]).objective
+
+
 def drawn(step: int, seed: int = 0, **objective) -> tuple[int, list[int]]:
-    layout = step_layout(ObjectiveSettings(**objective).complete(PATCHES), PATCHES, seed, step, STEPS, "cpu")
+    layout = step_layout(resolved(**objective), PATCHES, seed, step, STEPS, "cpu")
     return layout.visible, layout.ranks.tolist()
 
 
@@ -102,7 +110,7 @@ def test_masked_image_modelling_predicts_its_share_whatever_the_other_settings()
 @given(step=st.integers(0, STEPS - 1))
 def test_layouts_of_drawn_ranks_have_one_shape(step: int):
     """So that torch.compile compiles once."""
-    objective = ObjectiveSettings(query_rows=5).complete(PATCHES)
+    objective = resolved(query_rows=5)
     one, other = (step_layout(objective, PATCHES, 0, s, STEPS, "cpu").predicted_windows for s in (0, step))
     assert [(w.rows, w.keys, w.mask.shape) for w in one] == [(w.rows, w.keys, w.mask.shape) for w in other]
 
