@@ -176,7 +176,7 @@ def _ours(heads: int, device: str):
 
 def _by_windows(slices: int, heads: int, device: str):
     layout = make_layout("mapet", PATCHES, VISIBLE, slices=slices, device=device)
-    windows = [layout.content_windows, layout.read_windows]
+    windows = [layout.content_windows, layout.predicted_windows]
 
     def run(streams: list[Tensor], keys_values: Tensor) -> list[Tensor]:
         keys, values = (split_heads(part, heads) for part in keys_values.chunk(2, dim=-1))

@@ -183,8 +183,8 @@ def broken(chain, tower: str, folder: Path) -> dict[str, tuple[list, int, str]]:
         "truncated token shard, verified": (["tokenize", "verify", folder / "truncated"], 1, "bytes instead of"),
         "unknown setting": ([*train, chain.tokens, *settings("optimizer.learning_rate=1")], 2, "optimizer.lr"),
         "no weights": (["train", "export", folder / "nothing", *out], 1, "does not exist"),
-        "no checkpoint": (["train", "import", text, *out], 1, "no published checkpoint"),
-        "patches do not fill the image": (["train", "export", PUBLISHED, *out, "--image-size", 50], 2, "no multiple"),
+        "no checkpoint": (["train", "import", text, *out], 1, "not a published checkpoint"),
+        "patches do not fill the image": (["train", "export", PUBLISHED, *out, "--image-size", 50], 2, "a multiple"),
         "taken": (["train", "import", PUBLISHED, "--out", folder / "more"], 2, "already exists"),
         "no image of that key": (["tokenize", "inspect", chain.tokens, "--key", "nobody"], 1, "no image with key"),
         "a store against a codebook": (

@@ -1,33 +1,42 @@
-"""export: weights -> a folder that timm opens."""
+"""export: writes weights as a folder that timm opens."""
 
 import json
 from pathlib import Path
 
+from ..shared.runtime.console import table
 from ..shared.storage.files import refuse_existing
 from .weights.read import load_weights
-from .weights.write import weights_folder, weights_summary
+from .weights.weights import Weights
+from .weights.write import describe_weights, weights_folder
 
 
 def export(weights: str | Path, out: str | Path, *, image_size: int | None = None) -> Path:
-    """Writes a folder that `timm.create_model("local-dir:OUT", pretrained=True)` opens, and returns it.
+    """Writes a folder that `timm.create_model("local-dir:OUT", pretrained=True)` opens.
 
-    It holds `model.safetensors` and `config.json`: the encoder, and the head of a fine-tuned model. Decoder and mask
-    embedding stay behind (`import_weights` keeps them). timm's `forward_features` are the final norm's output in all
-    rows and its pooled output is `MaPeT.features`; a fine-tuned model gives its logits.
+    The folder holds `model.safetensors` and `config.json`: the encoder, and the head of a fine-tuned model. Decoder and
+    mask embedding are left out (`import_weights` keeps them). In timm, `forward_features` gives the final norm's output
+    of all rows, and the pooled output equals `MaPeT.features`; a fine-tuned model gives its logits.
 
     Args:
-        weights: a run, a checkpoint folder, an imported or exported folder, or a published `.pth.tar`.
-        out: the folder to write; it must not exist, or be empty.
-        image_size: pixels; position embeddings are resampled to another grid (bicubic, antialiased).
+        weights: A run, a checkpoint, an imported or exported folder, or a published .pth.tar.
+        out: Folder to write: model.safetensors and config.json. It must not exist, or be empty.
+        image_size: Pixels; resamples the position embeddings to another grid (default: as it was).
+
+    Returns:
+        The folder.
 
     Raises:
-        DataError if `weights` cannot be read; UsageError if `out` is taken or `image_size` does not fit the patches.
+        DataError if the weights cannot be read; UsageError if `out` is taken or `image_size` does not fit the patches.
     """
-    refuse_existing(out := Path(out))
-    found = load_weights(weights).resized(image_size)
-    with weights_folder(out, found.timm_tensors()) as partial:
-        (partial / "config.json").write_text(json.dumps(found.timm_config(), indent=1) + "\n")
-    weights_summary(
-        "Exported weights", found, out, ("open with", f'timm.create_model("local-dir:{out}", pretrained=True)')
-    )
-    return out
+    refuse_existing(folder := Path(out))
+    loaded = load_weights(weights).resized(image_size)
+    with weights_folder(folder, loaded.timm_tensors()) as partial:
+        (partial / "config.json").write_text(json.dumps(loaded.timm_config(), indent=1) + "\n")
+    show_export(loaded, folder)
+    return folder
+
+
+def show_export(weights: Weights, out: Path) -> None:
+    """Prints what was exported, and how to open it."""
+    opening = f'timm.create_model("local-dir:{out}", pretrained=True)'
+    table("Exported weights", [*describe_weights(weights, out), ("open with", opening)])

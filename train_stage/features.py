@@ -1,8 +1,8 @@
-"""features: images through frozen weights, one vector an image and one a patch, in one Zarr group."""
+"""features: writes the frozen features of images, one vector per image and one per patch, as a Zarr group."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -19,8 +19,8 @@ from .weights.read import load_weights
 from .weights.weights import Weights
 
 FORMAT, VERSION = "mapet-features", 1
-# At ViT-B's 14x14 patches of 768 numbers, chunks of about 10 MB and 0.4 MB.
 _IMAGES_PER_CHUNK = {"patches": 16, "pooled": 128, "keys": 8192, "labels": 8192}
+"""With ViT-B (14x14 patches, 768 channels), chunks are about 10 MB and 0.4 MB."""
 _AXES = ("image", "row", "column", "feature")
 
 
@@ -33,97 +33,107 @@ def features(
     image_size: int | None = None,
     batch_size: int = 128,
     workers: int | None = None,
-    device: str = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> Path:
-    """Writes the frozen features of images as one Zarr v3 group, and returns its path.
+    """Writes the frozen features of images as one Zarr v3 group.
 
     For n images in the source's order and a model with an H x W grid of patches, the group holds:
 
     - `keys` (n,) str: WebDataset keys;
     - `pooled` (n, dim) float32: the mean over patches of the final norm's output, which is what `probe` measures;
-      of a fine-tuned model, what its head reads;
-    - `patches` (n, H, W, dim) float32, raster order: the final norm's output; of a fine-tuned model, which has no such
-      norm, the last block's;
-    - `labels` (n,) int64, if any image has one, -1 where an image has none;
+      for a fine-tuned model, the input of its head;
+    - `patches` (n, H, W, dim) float32, raster order: the final norm's output; for a fine-tuned model, which has no such
+      norm, the last block's output;
+    - `labels` (n,) int64, if any image has one; -1 for an image without;
     - attributes: format and version, path and SHA-256 of the weights, their kind and shape, preprocessing, grid.
 
-    Every chunk carries a CRC32C. The whole image is resized (shorter side), then its centre is cropped.
+    Every chunk carries a CRC32C. The shorter side of an image is resized to the model's size, then its centre is
+    cropped.
 
     Args:
-        images: a tar, a folder, a brace pattern of tars, or a list of tars; images of any size.
-        weights: a run, a checkpoint folder, an imported or exported folder, or a published `.pth.tar`.
-        out: the group's folder, such as `features.zarr`; it must not exist, or be empty. It appears when it is whole.
-        patches: False leaves `patches` out, which is H * W times as large as `pooled`.
-        image_size: pixels; position embeddings are resampled to another grid (bicubic, antialiased).
-        batch_size, workers, device: how to run.
+        images: A tar, a folder of class folders, or a pattern or list of tars; images of any size.
+        weights: A run, a checkpoint, an imported or exported folder, or a published .pth.tar.
+        out: Zarr group to write, such as features.zarr. It must not exist, or be empty; it appears when it is complete.
+        patches: Write the features of each patch too, H x W times as much.
+        image_size: Pixels; resamples the position embeddings to another grid (default: as it was).
+        batch_size: Images per forward pass.
+        workers: Processes that decode images (default: none on the CPU, up to 16 on CUDA).
+        device: Where the model runs; auto takes CUDA if it is there.
+
+    Returns:
+        The group's folder.
 
     Raises:
-        DataError if weights or images cannot be read; UsageError if `out` is taken, or `image_size` does not fit.
+        DataError if weights or images cannot be read; UsageError if `out` is taken or `image_size` does not fit the
+        patches.
     """
-    refuse_existing(out := Path(out))
-    device = choose_device(device)
-    found = load_weights(weights).resized(image_size)
+    refuse_existing(folder := Path(out))
+    device_name = choose_device(device)
+    loaded = load_weights(weights).resized(image_size)
     records = read_records(images)
-    model = found.vit().to(device)
-    shown = normalised_views(records, found.preprocess, batch_size, choose_workers(workers, device), device)
-    with written_whole(out) as partial, progress("extracting features", len(records)) as advance:
-        group = _create(partial, found, records, patches)
+    model = loaded.vit().to(device_name)
+    worker_count = choose_workers(workers, device_name)
+    batches = normalised_views(records, loaded.preprocess, batch_size, worker_count, device_name)
+    with written_whole(folder) as partial, progress("extracting features", len(records)) as advance:
+        arrays = _create(partial, loaded, records, patches)
         start = 0
-        for batch in shown:
+        for batch in batches:
             end = start + len(batch)
             pooled, rows = embed(model, batch)
-            group["pooled"][start:end] = pooled.cpu().numpy()
+            arrays["pooled"][start:end] = pooled.cpu().numpy()
             if patches:
-                group["patches"][start:end] = rows.unflatten(1, (found.grid, found.grid)).cpu().numpy()
+                grid = rows.view(len(rows), loaded.grid, loaded.grid, -1)
+                arrays["patches"][start:end] = grid.cpu().numpy()
             advance(end - start)
             start = end
-    _summary(found, out)
-    return out
+    show_features(loaded, folder)
+    return folder
 
 
-def _create(path: Path, found: Weights, records: list[ImageRecord], patches: bool) -> zarr.Group:
-    """The group with its keys and labels written and its features still to come."""
-    count, dim, grid = len(records), found.shape.dim, found.grid
-    group = zarr.create_group(path, attributes=_about(found))
-    labels = [NO_LABEL if record.label is None else record.label for record in records]
-    columns = {"keys": np.array([record.key for record in records], dtype=object)}
+def _create(path: Path, weights: Weights, records: list[ImageRecord], patches: bool) -> dict[str, zarr.Array[Any]]:
+    """The arrays of a new group by name; keys and labels are filled, features are not."""
+    count, dim, grid = len(records), weights.shape.dim, weights.grid
+    group = zarr.create_group(path, attributes=_attributes(weights))
+    arrays = {"keys": _array(group, "keys", (count,), str)}
+    arrays["keys"][:] = np.array([record.key for record in records], dtype=object)
     if any(record.label is not None for record in records):
-        columns["labels"] = np.array(labels, dtype=np.int64)
-    for name, data in columns.items():
-        _array(group, name, (count,), str if name == "keys" else np.int64)[:] = data
-    _array(group, "pooled", (count, dim), np.float32)
+        labels = [NO_LABEL if record.label is None else record.label for record in records]
+        arrays["labels"] = _array(group, "labels", (count,), np.int64)
+        arrays["labels"][:] = np.array(labels, dtype=np.int64)
+    arrays["pooled"] = _array(group, "pooled", (count, dim), np.float32)
     if patches:
-        _array(group, "patches", (count, grid, grid, dim), np.float32)
-    return group
+        arrays["patches"] = _array(group, "patches", (count, grid, grid, dim), np.float32)
+    return arrays
 
 
-def _array(group: zarr.Group, name: str, shape: tuple[int, ...], kind: type) -> zarr.Array:
+def _array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: type) -> zarr.Array[Any]:
     return group.create_array(
         name,
         shape=shape,
-        dtype=kind,
+        dtype=dtype,
         chunks=(min(shape[0], _IMAGES_PER_CHUNK[name]), *shape[1:]),
         # Mantissas of features hardly compress; Zarr leaves chunks unchecked unless told otherwise.
         compressors=[Crc32cCodec()],
         # A chunk that is lost must not read as features of zero.
-        fill_value=np.nan if kind is np.float32 else None,
+        fill_value=np.nan if dtype is np.float32 else None,
         dimension_names=("image", "feature") if len(shape) == 2 else _AXES[: len(shape)],
     )
 
 
-def _about(found: Weights) -> dict[str, Any]:
+def _attributes(weights: Weights) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "weights": {"path": str(found.file), "sha256": found.sha256(), "kind": found.kind},
-        "shape": found.shape.to_json(),
-        "preprocess": found.preprocess.to_json(),
-        "grid": [found.grid, found.grid],
+        "weights": {"path": str(weights.file), "sha256": weights.sha256(), "kind": weights.kind},
+        "shape": weights.shape.to_json(),
+        "preprocess": weights.preprocess.to_json(),
+        "grid": [weights.grid, weights.grid],
     }
 
 
-def _summary(found: Weights, out: Path) -> None:
+def show_features(weights: Weights, out: Path) -> None:
+    """Prints the arrays of a group of features."""
     arrays = sorted(zarr.open_group(out, mode="r").arrays())
     types = {name: "str" if name == "keys" else array.dtype for name, array in arrays}
     rows = [(name, f"{' x '.join(map(str, array.shape))}, {types[name]}") for name, array in arrays]
-    table("Features", [("weights", f"{found.file} ({found.kind})"), *rows, ("to", str(out))])
+    table("Features", [("weights", f"{weights.file} ({weights.kind})"), *rows, ("to", str(out))])

@@ -1,40 +1,51 @@
-"""import: weights from elsewhere -> one plain folder that every command takes."""
+"""import: writes weights from elsewhere as one plain folder that every command takes."""
 
 from pathlib import Path
 
+from ..shared.runtime.console import table
 from ..shared.storage.files import refuse_existing, sha256_file, write_sealed_json
 from .weights.read import load_weights
-from .weights.write import FORMAT, TENSORS, VERSION, weights_folder, weights_summary
+from .weights.weights import Weights
+from .weights.write import FORMAT, TENSORS, VERSION, describe_weights, weights_folder
 
 
 def import_weights(file: str | Path, out: str | Path, *, image_size: int | None = None) -> Path:
-    """Writes weights as one plain folder that every WEIGHTS argument takes, and returns it.
+    """Writes weights as one plain folder that every WEIGHTS argument takes.
 
-    It holds `model.safetensors`, under the published names and with everything that was there (a decoder included),
-    and `weights.json`: kind, shape, input mean, std and interpolation, seed, and where it came from.
+    The folder holds `model.safetensors`, with every tensor under its published name (a decoder included), and
+    `weights.json`: kind, shape, input mean, std and interpolation, seed, and the source. No code in the source is
+    executed.
 
     Args:
-        file: a published `.pth.tar` (pre-training or fine-tuned), a run, a checkpoint, or a folder like `out`.
-        out: the folder to write; it must not exist, or be empty.
-        image_size: pixels; position embeddings are resampled to another grid (bicubic, antialiased).
+        file: A published .pth.tar (pre-training or fine-tuned), a run, a checkpoint, or an exported folder.
+        out: Folder to write: model.safetensors and weights.json. It must not exist, or be empty.
+        image_size: Pixels; resamples the position embeddings to another grid (default: as it was).
+
+    Returns:
+        The folder.
 
     Raises:
         DataError if `file` cannot be read; UsageError if `out` is taken or `image_size` does not fit the patches.
     """
-    refuse_existing(out := Path(out))
-    found = load_weights(file).resized(image_size)
-    with weights_folder(out, found.tensors) as partial:
-        about = {
+    refuse_existing(folder := Path(out))
+    loaded = load_weights(file).resized(image_size)
+    with weights_folder(folder, loaded.tensors) as partial:
+        metadata = {
             "format": FORMAT,
             "version": VERSION,
-            "kind": found.kind,
-            "classes": found.classes,
-            "shape": found.shape.to_json(),
-            "input": found.input.to_json(),
-            "seed": found.seed,
+            "kind": loaded.kind,
+            "classes": loaded.classes,
+            "shape": loaded.shape.to_json(),
+            "input": loaded.input.to_json(),
+            "seed": loaded.seed,
             "sha256": sha256_file(partial / TENSORS),
-            "source": {"name": found.file.name, "sha256": found.sha256()},
+            "source": {"name": loaded.file.name, "sha256": loaded.sha256()},
         }
-        write_sealed_json(partial / "weights.json", about)
-    weights_summary("Imported weights", found, out, ("use as", f"mapet train export {out} --out ..."))
-    return out
+        write_sealed_json(partial / "weights.json", metadata)
+    show_import(loaded, folder)
+    return folder
+
+
+def show_import(weights: Weights, out: Path) -> None:
+    """Prints what was imported, and how to use it."""
+    table("Imported weights", [*describe_weights(weights, out), ("use as", f"mapet train export {out} --out ...")])

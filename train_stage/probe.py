@@ -1,23 +1,23 @@
-"""probe: are frozen features any good? A linear classifier and k nearest neighbours on them."""
+"""probe: measures frozen features by a linear classifier and by k nearest neighbours."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import torch
 from rich.table import Table
-from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
 from ..shared.runtime.console import progress, results
 from ..shared.runtime.devices import choose_device, choose_workers
-from .evaluation.embed import extract_features, fresh_weights, pooled_features
-from .evaluation.knn import knn
-from .evaluation.labelled import labelled_images
-from .evaluation.linear_probe import linear_probe
+from .evaluation.base import EvaluationResult, evaluate
+from .evaluation.embed import Execution, extract_features, fresh_weights, pixel_encoder, pooled_encoder
+from .evaluation.knn import KNearestNeighbours
+from .evaluation.labelled import LabelledImages, labelled_images
+from .evaluation.linear_probe import LinearProbe
 from .weights.read import load_weights
 
 PIXELS = 32
+"""Side of the images whose raw pixels are probed for comparison."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,11 @@ class ProbeResult:
     """Top-1 accuracies in [0, 1] on the validation images."""
 
     features: str
+    """Whose features: "pre-trained", "random init" or "pixels 32x32"."""
     linear: float
     knn: float
+    evaluations: tuple[EvaluationResult, ...] = ()
+    """The same with the protocol of each evaluation."""
 
 
 def probe(
@@ -38,49 +41,61 @@ def probe(
     pixels: bool = False,
     batch_size: int = 128,
     workers: int | None = None,
-    device: str = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> list[ProbeResult]:
-    """Linear probe and k-NN on frozen features (mean over patches of the final norm's output).
+    """Measures frozen features with a linear probe and k-NN.
 
-    The linear probe is multinomial logistic regression on standardised features (L-BFGS), its weight decay chosen on
-    a tenth of the training images. k-NN votes by cosine of features centred by the training mean (SimpleShot, arXiv
-    1911.04623), with k = 20 and temperature 0.07 (DINO, arXiv 2104.14294).
+    The features are the model's pooled output: the mean over patches of the final norm's output. The linear probe is
+    multinomial logistic regression on standardised features (L-BFGS); its weight decay is chosen on a tenth of the
+    training images. k-NN votes by cosine of features centred by the training mean (SimpleShot, arXiv 1911.04623), with
+    k = 20 and temperature 0.07 (DINO, arXiv 2104.14294).
 
     Args:
-        weights: a run, a checkpoint folder, an imported or exported folder, or a published `.pth.tar`.
-        images, val: labelled training and validation images.
-        random_init: also probe the same model with fresh weights of the run's seed.
-        pixels: also probe the raw pixels, averaged to 32x32.
-        batch_size, workers, device: how to run.
+        weights: A run, a checkpoint, an imported or exported folder, or a published .pth.tar.
+        images: Labelled training images: a tar, a folder of class folders, or a pattern or list of tars.
+        val: Labelled validation images.
+        random_init: Also probe the same model with the initial weights of the run's seed.
+        pixels: Also probe the raw pixels, averaged to 32x32.
+        batch_size: Images per forward pass.
+        workers: Processes that decode images (default: none on the CPU, up to 16 on CUDA).
+        device: Where the model runs; auto takes CUDA if it is there.
+
+    Returns:
+        One row for the weights, then one for each of the comparisons asked for.
 
     Raises:
-        DataError if the weights cannot be read or images have no labels.
+        DataError if the weights or images cannot be read or images have no labels; UsageError if CUDA is asked for and
+        is not there.
     """
-    device = choose_device(device)
-    found = load_weights(weights)
-    sources = [labelled_images(source) for source in (images, val)]
-    labels = [torch.tensor([record.label for record in records]) for records in sources]
-    rows = [("pre-trained", pooled_features(found, device))]
+    device_name = choose_device(device)
+    loaded = load_weights(weights)
+    train_images, val_images = labelled_images(images), labelled_images(val)
+    encoders = [pooled_encoder(loaded, device_name)]
     if random_init:
-        rows.append(("random init", pooled_features(fresh_weights(found), device)))
+        encoders.append(pooled_encoder(fresh_weights(loaded), device_name, "random init"))
     if pixels:
-        rows.append((f"pixels {PIXELS}x{PIXELS}", lambda shown: adaptive_avg_pool2d(shown, PIXELS).flatten(1)))
-    functions = [function for _, function in rows]
-    workers = choose_workers(workers, device)
-    with progress("extracting features", sum(map(len, sources))) as advance:
-        passes = extract_features(sources, found.preprocess, functions, batch_size, workers, device, advance)
-    outcome = [
-        ProbeResult(name, linear_probe(train, labels[0], test, labels[1]), knn(train, labels[0], test, labels[1]))
-        for (name, _), (train, test) in zip(rows, passes, strict=True)
-    ]
-    _show(outcome, labels)
-    return outcome
+        encoders.append(pixel_encoder(PIXELS))
+    with progress("extracting features", len(train_images) + len(val_images)) as advance:
+        execution = Execution(batch_size, choose_workers(workers, device_name), device_name, advance)
+        features, *baselines = extract_features(encoders, loaded.preprocess, train_images, val_images, execution)
+    evaluations = (LinearProbe(), KNearestNeighbours())
+    measured = [evaluate(evaluations, loaded, train_images, val_images, execution, features=features)]
+    measured += [[evaluation.measure(baseline) for evaluation in evaluations] for baseline in baselines]
+    rows = [_row(encoder.name, *of_encoder) for encoder, of_encoder in zip(encoders, measured, strict=True)]
+    show_probe(rows, val_images)
+    return rows
 
 
-def _show(outcome: list[ProbeResult], labels: list[Tensor]) -> None:
-    grid = Table(title=f"Frozen features: top-1 on {len(labels[1]):,} images of {len(labels[1].unique())} classes")
+def _row(name: str, linear: EvaluationResult, knn: EvaluationResult) -> ProbeResult:
+    return ProbeResult(name, linear.numbers["top1"], knn.numbers["top1"], (linear, knn))
+
+
+def show_probe(rows: Sequence[ProbeResult], val: LabelledImages) -> None:
+    """Prints the accuracies as a table."""
+    classes = len(set(val.labels.tolist()))
+    grid = Table(title=f"Frozen features: top-1 on {len(val):,} images of {classes} classes")
     for heading in ("features", "linear probe", "k-NN"):
         grid.add_column(heading, justify="left" if heading == "features" else "right")
-    for result in outcome:
-        grid.add_row(result.features, f"{result.linear:.1%}", f"{result.knn:.1%}")
+    for row in rows:
+        grid.add_row(row.features, f"{row.linear:.1%}", f"{row.knn:.1%}")
     results.print(grid)

@@ -1,11 +1,12 @@
-"""train report: one or several runs as a page to look at."""
+"""report: writes one or several runs as an HTML page."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -18,17 +19,37 @@ from .runs.jsonl import read_lines
 
 CURVES = {
     "loss": "Loss (mean cross-entropy, nats)",
-    "accuracy": "Accuracy: share of hidden tokens that were guessed",
+    "accuracy": "Accuracy: share of the predicted tokens that are correct",
     "lr": "Learning rate",
     "gradient_norm": "Gradient norm, before clipping",
-    "images_per_second": "Throughput (images a second)",
+    "images_per_second": "Throughput (images per second)",
     "data_wait": "Data wait: share of the time spent waiting for images",
     "mfu": "Model FLOPs utilisation",
     "memory_mb": "Peak memory (MiB)",
     "skipped_steps": "Steps that were skipped",
 }
-"""What is drawn over the steps of a run, as far as metrics.jsonl has it."""
+"""Title of each metric that is drawn over the steps of a run, if metrics.jsonl has it."""
 _MOST_LINES = 2000
+"""About how many lines of a run are drawn."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run's folder holds, as plain JSON values."""
+
+    name: str
+    path: str
+    lines: list[dict[str, Any]]
+    """metrics.jsonl"""
+    probes: list[dict[str, Any]]
+    """probe.jsonl"""
+    settings: dict[str, str]
+    """settings.yaml, flat: "optimizer.lr" -> "0.0015"."""
+
+    @property
+    def figures(self) -> list[tuple[str, float, str]]:
+        """(name, number, number as text) of the run's outcome, as far as it is known."""
+        return _figures(self.lines, self.probes)
 
 
 def report(
@@ -38,37 +59,48 @@ def report(
     images: str | None = None,
     tokens: str | None = None,
     seed: int = 0,
-    device: str = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> Path:
-    """Writes one or several runs side by side as one self-contained HTML file, and returns its path.
+    """Writes one or several runs side by side as one self-contained HTML file.
+
+    The page shows curves, probes and settings and, if `tokens` are given, what the newest checkpoint of each run
+    predicts for held-out images.
 
     Args:
-        runs: folders of runs, finished or not.
-        html: the file to write; default report.html in the first run's folder.
-        images: held-out images: the page shows what the newest checkpoint of each run predicts for some of them, and
-            how accuracy lies over the grid. Not needed for `tokens` that hold their images.
-        tokens: the token store of these images, made with the runs' codebook.
-        seed: of the images and patches that are predicted.
-        device: "auto", "cpu" or "cuda".
+        runs: Folders of runs, finished or not; several are shown side by side.
+        html: The page to write (default: report.html in the first run's folder).
+        images: The held-out images; not needed if `tokens` holds them.
+        tokens: Token store of held-out images, made with the runs' codebook.
+        seed: Seed of the images and patches that are predicted.
+        device: Where the model runs; auto takes CUDA if it is there.
+
+    Returns:
+        The page.
 
     Raises:
-        DataError for a folder that is no run, or images or tokens that do not fit; UsageError for options that do not.
+        DataError for a folder that is not a run, or images or tokens that do not fit; UsageError for options that do
+        not.
     """
     folders = [Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
     if not folders:
-        raise UsageError("No run was given; name the folder of one or several.")
+        raise UsageError("No run is named; give the folders of one or several runs.")
     if images and not tokens:
         raise UsageError("--images needs --tokens, the token store of these images.")
     path = Path(html) if html is not None else folders[0] / "report.html"
     if path.is_dir():
         raise UsageError(f"--html {path} is a folder; give a file, such as {path / 'report.html'}.")
-    read = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-    predicted = predict(folders, tokens, images, seed, device) if tokens else None
-    _write(path, read, predicted)
-    for run in read:
-        table(f"Run {run['name']}", [("in", run["path"]), *((name, shown) for name, _, shown in run["figures"])])
-    say(f"The page is {path} ({path.stat().st_size / 1e6:.1f} MB); it opens in any browser, without a network.")
+    summaries = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    predictions = predict(folders, tokens, images, seed, device) if tokens else None
+    _write(path, summaries, predictions)
+    show_report(summaries, path)
     return path
+
+
+def show_report(runs: Sequence[RunSummary], page: Path) -> None:
+    """Prints the outcome of each run, and where the page is."""
+    for run in runs:
+        table(f"Run {run.name}", [("in", run.path), *((name, text) for name, _, text in run.figures)])
+    say(f"The page is {page} ({page.stat().st_size / 1e6:.1f} MB); it opens in any browser, without a network.")
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -77,40 +109,32 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    """All that a run's folder says, as plain JSON values."""
+def _read(folder: Path, name: str) -> RunSummary:
     lines = _lines(folder / "metrics.jsonl")
     if not lines:
-        what = "has no line yet" if (folder / "metrics.jsonl").exists() else "is missing"
-        raise DataError(f"{folder} is no run to report on: metrics.jsonl {what}; give what pretrain wrote to --out.")
-    probes = _lines(folder / "probe.jsonl")
-    return {
-        "name": name,
-        "path": str(folder),
-        "lines": lines,
-        "probes": probes,
-        "settings": _settings(folder),
-        "figures": _figures(lines, probes),
-    }
+        problem = "has no line yet" if (folder / "metrics.jsonl").exists() else "is missing"
+        raise DataError(f"{folder} cannot be reported: metrics.jsonl {problem}; give the folder of pretrain's --out.")
+    return RunSummary(name, str(folder), lines, _lines(folder / "probe.jsonl"), _settings(folder))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file; numbers that are not finite become None."""
+    """The lines of a .jsonl file that have a step; numbers that are not finite become None."""
     try:
-        lines = [line for line in read_lines(path) if isinstance(line, dict) and isinstance(line.get("step"), int)]
+        contents: list[Any] = list(read_lines(path))
     except (OSError, UnicodeError) as error:
         raise DataError(f"{path} cannot be read ({error}).") from None
+    lines = [line for line in contents if isinstance(line, dict) and isinstance(line.get("step"), int)]
     return [{key: _finite(value) for key, value in line.items()} for line in lines]
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, list):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _settings(folder: Path) -> dict[str, str]:
-    """settings.yaml, flat: "optimizer.lr" -> "0.0015". Settings that this mapet does not know are shown as well."""
+    """settings.yaml, flat, with settings that this version does not know; {} without the file."""
     try:
         content = yaml.safe_load((folder / "settings.yaml").read_text())
     except FileNotFoundError:
@@ -127,40 +151,38 @@ def _flat(content: Any, prefix: str) -> list[tuple[str, str]]:
 
 
 def _figures(lines: list[dict[str, Any]], probes: list[dict[str, Any]]) -> list[tuple[str, float, str]]:
-    """(name, number, how it is shown) of what a run came to, as far as it is known."""
-
     def all_of(key: str) -> list[float]:
         return [line[key] for line in lines if line.get(key) is not None]
 
-    def last(found: list[dict[str, Any]], key: str) -> list[float]:
-        return [line[key] for line in found if line.get(key) is not None][-1:]
+    def last(records: list[dict[str, Any]], key: str) -> list[float]:
+        return [record[key] for record in records if record.get(key) is not None][-1:]
 
-    known = [
+    figures = [
         ("steps", last(lines, "step"), "{:,}"),
         ("epochs", last(lines, "epoch"), "{:g}"),
         ("loss", last(lines, "loss"), "{:.3f}"),
         ("accuracy", last(lines, "accuracy"), "{:.1%}"),
         ("k-NN", last(probes, "knn"), "{:.1%}"),
         ("linear probe", last(probes, "linear"), "{:.1%}"),
-        ("images a second", all_of("images_per_second") and [median(all_of("images_per_second"))], "{:,.0f}"),
+        ("images per second", all_of("images_per_second") and [median(all_of("images_per_second"))], "{:,.0f}"),
         ("data wait", all_of("data_wait") and [fmean(all_of("data_wait"))], "{:.1%}"),
         ("MFU", all_of("mfu") and [median(all_of("mfu"))], "{:.1%}"),
-        ("MiB at most", all_of("memory_mb") and [max(all_of("memory_mb"))], "{:,.0f}"),
+        ("peak MiB", all_of("memory_mb") and [max(all_of("memory_mb"))], "{:,.0f}"),
         ("skipped steps", all_of("skipped_steps") and [sum(all_of("skipped_steps"))], "{:,}"),
     ]
     return [
-        (name, numbers[0], shown.format(numbers[0]).replace("%", " %")) for name, numbers, shown in known if numbers
+        (name, numbers[0], form.format(numbers[0]).replace("%", " %")) for name, numbers, form in figures if numbers
     ]
 
 
-def _write(path: Path, runs: list[dict[str, Any]], predicted: dict[str, Any] | None) -> None:
+def _write(path: Path, runs: list[RunSummary], predictions: dict[str, Any] | None) -> None:
     curves = {key: title for key, title in CURVES.items() if _is_drawn(runs, key)}
     data = {
-        "runs": [{"name": run["name"], "lines": _thinned(run["lines"]), "probes": run["probes"]} for run in runs],
+        "runs": [{"name": run.name, "lines": _thinned(run.lines), "probes": run.probes} for run in runs],
         "curves": curves,
-        "predicted": predicted and {**predicted, "colours": hex_colours(golden_colours(predicted["k"]))},
+        "predicted": predictions and {**predictions, "colours": hex_colours(golden_colours(predictions["k"]))},
     }
-    names = ", ".join(run["name"] for run in runs)
+    names = ", ".join(run.name for run in runs)
     write_page(
         path,
         "run",
@@ -174,24 +196,24 @@ def _write(path: Path, runs: list[dict[str, Any]], predicted: dict[str, Any] | N
 
 
 def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most about 2,000 lines, the last one among them."""
+    """At most about 2,000 lines at equal distances, with the last one."""
     step = -(-len(lines) // _MOST_LINES)
     return lines[::-1][::step][::-1]
 
 
-def _is_drawn(runs: list[dict[str, Any]], key: str) -> bool:
-    values = [line.get(key) for run in runs for line in run["lines"]]
+def _is_drawn(runs: list[RunSummary], key: str) -> bool:
+    values = [line.get(key) for run in runs for line in run.lines]
     return any(values) if key == "skipped_steps" else any(value is not None for value in values)
 
 
-def _is_ranked(runs: list[dict[str, Any]]) -> bool:
-    return any(line.get("accuracy_by_rank") for run in runs for line in run["lines"])
+def _is_ranked(runs: list[RunSummary]) -> bool:
+    return any(line.get("accuracy_by_rank") for run in runs for line in run.lines)
 
 
-def _compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Settings as (name, value of each run): those in which the runs differ, and those that they share."""
-    names = dict.fromkeys(name for run in runs for name in run["settings"])
-    rows = [(name, [run["settings"].get(name, "") for run in runs]) for name in names]
+def _compared(runs: list[RunSummary]) -> dict[str, Any]:
+    """The settings in which the runs differ, (name, value of each run), and those that they share, (name, value)."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    rows = [(name, [run.settings.get(name, "") for run in runs]) for name in names]
     return {
         "different": [row for row in rows if len(set(row[1])) > 1],
         "shared": [(name, values[0]) for name, values in rows if len(set(values)) == 1],

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
+from torch import Generator
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from ..errors import MapetError, UsageError
@@ -128,6 +129,8 @@ def batches(
     loader = DataLoader(
         _Guarded(load),
         batch_sampler=indices,
+        # Its own, so that loading does not draw from the caller's random state.
+        generator=Generator(),
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,

@@ -1,4 +1,4 @@
-"""Features on disk are those of the model, joined to their keys, and nothing half-written is ever seen."""
+"""Features on disk are those of the model, stand beside their keys, and appear only when complete."""
 
 from pathlib import Path
 
@@ -19,17 +19,17 @@ from PIL import Image
 ORACLE = Path(__file__).parent / "oracle"
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
     return {name: array[:] for name, array in zarr.open_group(path, mode="r").arrays()}
 
 
-def largest_error(found: np.ndarray, expected: torch.Tensor) -> float:
-    return ((torch.tensor(found) - expected).abs().max() / expected.abs().max()).item()
+def largest_error(actual: np.ndarray, expected: torch.Tensor) -> float:
+    return ((torch.tensor(actual) - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of many sizes, none of them a model's own, in two class folders."""
+    """Pictures of many sizes, none of them the input size of a model, in two class folders."""
     root = tmp_path_factory.mktemp("pictures")
     random = np.random.default_rng(0)
     for number, (width, height) in enumerate([(70, 200), (300, 81), (64, 64), (33, 40), (500, 499)]):
@@ -58,22 +58,22 @@ def test_features_are_what_timm_makes_of_the_same_pictures(
 ):
     weights = run if kind == "run" else ORACLE / "finetune.pth.tar"
     pooled, patches = by_timm(export(weights, tmp_path / "timm", image_size=image_size), pictures)
-    found = read(features(pictures, weights, tmp_path / "features.zarr", image_size=image_size, batch_size=2))
-    assert list(found["keys"]) == ["even/0", "even/2", "even/4", "odd/1", "odd/3"]
-    assert found["labels"].tolist() == [0, 0, 0, 1, 1]
-    assert found["pooled"].dtype == found["patches"].dtype == np.float32
-    assert found["patches"].shape == patches.shape
-    assert largest_error(found["pooled"], pooled) < 1e-5
-    assert largest_error(found["patches"], patches) < 1e-5
+    arrays = read_arrays(features(pictures, weights, tmp_path / "features.zarr", image_size=image_size, batch_size=2))
+    assert list(arrays["keys"]) == ["even/0", "even/2", "even/4", "odd/1", "odd/3"]
+    assert arrays["labels"].tolist() == [0, 0, 0, 1, 1]
+    assert arrays["pooled"].dtype == arrays["patches"].dtype == np.float32
+    assert arrays["patches"].shape == patches.shape
+    assert largest_error(arrays["pooled"], pooled) < 1e-5
+    assert largest_error(arrays["patches"], patches) < 1e-5
 
 
 def test_the_group_says_what_made_it(run: Path, pictures: Path, tmp_path: Path):
-    about = zarr.open_group(features(pictures, run, tmp_path / "a.zarr"), mode="r").attrs
+    attributes = zarr.open_group(features(pictures, run, tmp_path / "a.zarr"), mode="r").attrs
     tensors = newest_checkpoint(run) / "model.safetensors"
-    assert about["weights"] == {"path": str(tensors), "sha256": sha256_file(tensors), "kind": "pretraining"}
-    assert (about["format"], about["version"], about["grid"]) == ("mapet-features", 1, [8, 8])
-    assert (about["shape"]["dim"], about["shape"]["image_size"]) == (32, 64)
-    assert about["preprocess"] == {
+    assert attributes["weights"] == {"path": str(tensors), "sha256": sha256_file(tensors), "kind": "pretraining"}
+    assert (attributes["format"], attributes["version"], attributes["grid"]) == ("mapet-features", 1, [8, 8])
+    assert (attributes["shape"]["dim"], attributes["shape"]["image_size"]) == (32, 64)
+    assert attributes["preprocess"] == {
         "image_size": 64,
         "resize": "shortest",
         "resize_size": 64,
@@ -85,8 +85,8 @@ def test_the_group_says_what_made_it(run: Path, pictures: Path, tmp_path: Path):
 
 def test_rows_are_in_the_sources_order_whatever_the_batches(chain, run: Path, tmp_path: Path):
     records = read_records(chain.images)
-    odd = read(features(chain.images, run, tmp_path / "odd.zarr", batch_size=7))
-    whole = read(features(chain.images, run, tmp_path / "whole.zarr", batch_size=96, workers=2))
+    odd = read_arrays(features(chain.images, run, tmp_path / "odd.zarr", batch_size=7))
+    whole = read_arrays(features(chain.images, run, tmp_path / "whole.zarr", batch_size=96, workers=2))
     assert list(odd["keys"]) == list(whole["keys"]) == [record.key for record in records]
     assert odd["labels"].tolist() == [record.label for record in records]
     for name in ("pooled", "patches"):
@@ -96,17 +96,17 @@ def test_rows_are_in_the_sources_order_whatever_the_batches(chain, run: Path, tm
 
 def test_every_form_of_the_same_weights_gives_the_same_features(run: Path, pictures: Path, tmp_path: Path):
     forms = {"run": run, "ours": import_weights(run, tmp_path / "ours"), "timm": export(run, tmp_path / "timm")}
-    found = {name: read(features(pictures, form, tmp_path / f"{name}.zarr")) for name, form in forms.items()}
+    arrays = {name: read_arrays(features(pictures, form, tmp_path / f"{name}.zarr")) for name, form in forms.items()}
     for name in ("ours", "timm"):
-        assert np.array_equal(found[name]["pooled"], found["run"]["pooled"])
-        assert np.array_equal(found[name]["patches"], found["run"]["patches"])
+        assert np.array_equal(arrays[name]["pooled"], arrays["run"]["pooled"])
+        assert np.array_equal(arrays[name]["patches"], arrays["run"]["patches"])
 
 
 def test_patches_can_be_left_out_and_labels_stand_only_where_there_are_any(run: Path, tmp_path: Path):
     Image.new("RGB", (50, 80), "red").save(tmp_path / "red.png")
-    found = read(features(tmp_path, run, tmp_path / "out" / "a.zarr", patches=False))
-    assert set(found) == {"keys", "pooled"}
-    assert found["pooled"].shape == (1, 32)
+    arrays = read_arrays(features(tmp_path, run, tmp_path / "out" / "a.zarr", patches=False))
+    assert set(arrays) == {"keys", "pooled"}
+    assert arrays["pooled"].shape == (1, 32)
 
 
 def test_a_damaged_chunk_is_an_error_and_a_lost_one_is_no_feature(run: Path, pictures: Path, tmp_path: Path):
@@ -116,9 +116,9 @@ def test_a_damaged_chunk_is_an_error_and_a_lost_one_is_no_feature(run: Path, pic
     data[10] ^= 1
     chunk.write_bytes(data)
     with pytest.raises(ValueError, match="checksum"):
-        read(path)
+        read_arrays(path)
     chunk.unlink()
-    assert np.isnan(read(path)["pooled"]).all()
+    assert np.isnan(read_arrays(path)["pooled"]).all()
 
 
 def test_the_summary_names_every_array(run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -1,4 +1,4 @@
-"""The probe measures what features carry: everything, nothing, or what it says."""
+"""The probe measures the frozen features of a run and of what it is compared with."""
 
 from pathlib import Path
 
@@ -6,43 +6,25 @@ import pytest
 import torch
 from mapet.quickstart.drawings import write_drawings
 from mapet.shared.errors import DataError
-from mapet.train_stage.evaluation.knn import knn
-from mapet.train_stage.evaluation.linear_probe import linear_probe
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.probe import probe
 
 ORACLE = Path(__file__).parent / "oracle"
 
 
-def clusters(count: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
-    labels = torch.randint(5, (count,), generator=generator)
-    return centres[labels] + spread * torch.randn(count, 8, generator=generator), labels
-
-
-def test_separable_features_are_told_apart_and_noise_is_not():
-    near, noise = clusters(400, 0.1, 1), clusters(400, 100.0, 3)
-    assert linear_probe(*near, *clusters(400, 0.1, 2)) > 0.99
-    assert knn(*near, *clusters(400, 0.1, 2)) > 0.99
-    assert linear_probe(*noise, *clusters(400, 100.0, 4)) < 0.35
-    assert knn(*noise, *clusters(400, 100.0, 4)) < 0.35
-
-
-def test_the_linear_probe_does_as_well_as_the_best_possible_classifier():
-    train, test = clusters(2000, 0.7, 1), clusters(2000, 0.7, 2)
-    centres = torch.stack([train[0][train[1] == label].mean(0) for label in range(5)])
-    best = (torch.cdist(test[0], centres).argmin(1) == test[1]).float().mean().item()
-    assert linear_probe(*train, *test) == pytest.approx(best, abs=0.02)
-
-
-def test_a_run_is_probed_beside_random_init_and_pixels(chain, tmp_path: Path):
+def test_a_run_is_probed_beside_random_init_and_pixels(chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     overrides = ["model.name=null", "model.dim=32", "model.depth=2", "model.heads=2", "model.image_size=64"]
     overrides += ["optimizer.warmup_epochs=0", "model.patch_size=8", "train.epochs=1", "train.batch_size=32"]
     pretrain(chain.images, chain.tokens, tmp_path / "run", overrides=overrides)
     write_drawings(tmp_path / "val", 32, seed=8)
     rows = probe(tmp_path / "run", chain.images, tmp_path / "val", random_init=True, pixels=True)
     assert [row.features for row in rows] == ["pre-trained", "random init", "pixels 32x32"]
+    table = capsys.readouterr().out
+    for row in rows:
+        assert row.features in table
+        assert (row.linear, row.knn) == tuple(result.numbers["top1"] for result in row.evaluations)
+        assert [result.name for result in row.evaluations] == ["linear", "knn"]
+        assert {result.protocol["features"]["encoder"] for result in row.evaluations} == {row.features}
     assert all(0 <= row.linear <= 1 and 0 <= row.knn <= 1 for row in rows)
     assert probe(tmp_path / "run", chain.images, chain.images)[0].knn > 0.5  # every image's nearest is itself
 
@@ -55,6 +37,14 @@ def test_random_init_is_what_the_run_started_from(chain, tmp_path: Path):
     write_drawings(tmp_path / "val", 64, seed=8)
     trained, fresh = probe(tmp_path / "run", chain.images, tmp_path / "val", random_init=True)
     assert (trained.linear, trained.knn) == (fresh.linear, fresh.knn)
+
+
+def test_a_probe_leaves_the_callers_random_state_alone(chain):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    probe(ORACLE / "pretrain.pth.tar", chain.images, chain.images, random_init=True)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_published_checkpoint_can_be_probed(chain):

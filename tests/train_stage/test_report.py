@@ -38,7 +38,7 @@ def other(run: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def figures(page, run: int = 0) -> dict[str, float]:
+def figures_of(page, run: int = 0) -> dict[str, float]:
     script = "all => all.map((one) => [one.dataset.figure, Number(one.dataset.value)])"
     return dict(page.locator(".run").nth(run).locator("[data-figure]").evaluate_all(script))
 
@@ -57,7 +57,7 @@ def test_the_figures_and_curves_of_a_run_are_those_of_its_metrics(run: Path, ope
     assert path == run / "report.html"
     opened = open_page(path)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    shown = figures(opened.page)
+    shown = figures_of(opened.page)
     for name in ("loss", "accuracy", "epoch"):
         assert shown[{"epoch": "epochs"}.get(name, name)] == lines[-1][name]
     assert shown["steps"] == lines[-1]["step"]
@@ -78,8 +78,8 @@ def test_runs_stand_side_by_side_and_can_be_hidden(run: Path, other: Path, tmp_p
     page = open_page(report([run, other], html=tmp_path / "both.html")).page
     assert page.title() == f"run, {HOSTILE}: mapet runs"
     assert [page.locator(".run h3").nth(at).inner_text() for at in (0, 1)] == ["run", HOSTILE]
-    assert (figures(page, 1)["k-NN"], figures(page, 1)["linear probe"]) == (0.375, 0.5)
-    assert "k-NN" not in figures(page, 0)
+    assert (figures_of(page, 1)["k-NN"], figures_of(page, 1)["linear probe"]) == (0.375, 0.5)
+    assert "k-NN" not in figures_of(page, 0)
     assert {"probes", "curve-loss"} <= set(curves(page))
     assert (lines_in(page, "curve-loss"), lines_in(page, "probes")) == (2, 2)
     page.get_by_label("run", exact=True).uncheck()
@@ -97,7 +97,7 @@ def test_what_a_run_does_not_say_is_not_drawn(run: Path, tmp_path: Path, open_pa
     old.mkdir()
     (old / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo')
     page = open_page(report(old)).page
-    assert figures(page) == {"steps": 2, "loss": 2.5}
+    assert figures_of(page) == {"steps": 2, "loss": 2.5}
     assert curves(page) == ["curve-loss"]
     assert "no settings.yaml" in page.inner_text("#settings + p")
 
@@ -120,26 +120,26 @@ def test_predictions_are_those_of_the_newest_checkpoint(chain, run: Path, tmp_pa
     page = open_page(path).page
     shown = page.evaluate("page.data.predicted")
     store, weights = TokenStore(chain.tokens), load_weights(run)
-    model, seen = weights.mapet().eval(), weights.input
+    model, model_input = weights.mapet().eval(), weights.input
     hits, asked, predictions = np.zeros(64), np.zeros(64), {}
     for record in read_records(chain.images):
         rows, at = store.find(record.key)
         view = replay(read_image(record)[0], CropBox(*rows.crops[at, 0]), bool(rows.flips[at, 0]), 64, "bilinear")
-        pixels = (np.asarray(view, np.float32) / 255 - np.float32(seen.mean)) / np.float32(seen.std)
+        pixels = (np.asarray(view, np.float32) / 255 - np.float32(model_input.mean)) / np.float32(model_input.std)
         order = generator(5, "report", record.key).permutation(64)
         logits = model(
             torch.tensor(pixels).permute(2, 0, 1)[None], torch.tensor(order)[None], make_layout("mapet", 64, 16)
         )
-        found = np.full(64, -1)
-        found[order[16:]] = logits[0].argmax(-1)
+        predicted = np.full(64, -1)
+        predicted[order[16:]] = logits[0].argmax(-1)
         tokens = rows.tokens[at, 0].reshape(-1)
-        predictions[record.key] = (found, tokens)
-        hits, asked = hits + (found == tokens), asked + (found >= 0)
+        predictions[record.key] = (predicted, tokens)
+        hits, asked = hits + (predicted == tokens), asked + (predicted >= 0)
     assert len(shown["images"]) == 24
     assert shown["all_images"] == 96
     for image, predicted in zip(shown["images"], shown["runs"][0]["images"], strict=True):
-        found, tokens = predictions[image["key"]]
-        assert predicted == found.tolist()
+        expected, tokens = predictions[image["key"]]
+        assert predicted == expected.tolist()
         assert image["tokens"] == tokens.tolist()
     assert shown["runs"][0]["accuracy"] == hits.sum() / asked.sum()
     assert shown["runs"][0]["patches"] == 96 * 48
@@ -150,7 +150,7 @@ def test_predictions_are_those_of_the_newest_checkpoint(chain, run: Path, tmp_pa
 
 
 def test_what_cannot_be_reported_is_one_sentence(chain, tower: str, run: Path, tmp_path: Path):
-    with pytest.raises(DataError, match=r"is no run to report on: metrics.jsonl is missing"):
+    with pytest.raises(DataError, match=r"cannot be reported: metrics.jsonl is missing"):
         report(tmp_path)
     with pytest.raises(UsageError, match="--images needs --tokens"):
         report(run, images=str(chain.images))

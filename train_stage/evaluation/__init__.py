@@ -1,1 +1,1 @@
-"""What weights are worth: frozen features and what is measured on them."""
+"""Evaluations: what pre-trained weights achieve on labelled images, and what runs predict for held-out ones."""

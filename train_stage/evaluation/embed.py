@@ -1,4 +1,4 @@
-"""Images through frozen weights, in memory."""
+"""Frozen features of images, in memory: of a model's weights, or of a baseline such as raw pixels."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from ...shared.images.decode import read_image
 from ...shared.images.normalise import Normalise
@@ -15,6 +16,10 @@ from ...shared.images.views import Preprocess, center_view, to_array
 from ...shared.runtime.loader import OneByOne, batches
 from ..model.mapet import MaPeT
 from ..weights.weights import Weights
+from .labelled import LabelledImages
+
+PRETRAINED = "pre-trained"
+"""The name of the encoder made of the weights themselves."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,10 @@ class _CenterViews:
 def normalised_views(
     records: Sequence[ImageRecord], preprocess: Preprocess, batch_size: int, workers: int, device: str
 ) -> Iterator[Tensor]:
-    """Yields what a model sees of `records`, in order: float32 (B, 3, S, S) on `device`, normalised.
+    """Yields the images as a model takes them, in order: float32 (B, 3, S, S) on `device`, normalised.
 
-    Raises DataError for an image that cannot be read.
+    Raises:
+        DataError for an image that cannot be read.
     """
     normalise = Normalise(preprocess.mean, preprocess.std, device)
     count = len(records)
@@ -42,41 +48,119 @@ def normalised_views(
 
 @torch.no_grad()
 def embed(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, S, S) -> pooled features (B, dim) and those of the patches (B, N, dim), in full float32."""
+    """Pooled features (B, dim) and patch features (B, N, dim) of images (B, 3, S, S), in full float32 precision."""
     # cuDNN would otherwise round float32 to TF32.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         rows = model.forward_features(images)
     return model.forward_head(rows, pre_logits=True), rows[:, 1:]
 
 
-def pooled_features(weights: Weights, device: str) -> Callable[[Tensor], Tensor]:
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen function from normalised images to one feature vector per image."""
+
+    name: str
+    """The name of its row in a table, such as "pre-trained"."""
+    feature: str
+    """What the vector is, in words."""
+    encode: Callable[[Tensor], Tensor]
+    """Images (B, 3, S, S) float32 to features (B, dim) float32, on the same device."""
+
+
+def pooled_encoder(weights: Weights, device: str, name: str = PRETRAINED) -> Encoder:
+    """The encoder whose feature is the model's pooled output (see `embed`)."""
     model = weights.vit().to(device)
-    return lambda shown: embed(model, shown)[0]
+    feature = "mean over patches of the final norm's output"
+    if weights.kind == "classifier":
+        feature = "norm of the mean over patches of the last block's output, the input of the head"
+    return Encoder(name, feature, lambda images: embed(model, images)[0])
+
+
+def pixel_encoder(side: int) -> Encoder:
+    """The baseline whose feature is the image itself, averaged to `side` x `side` normalised pixels."""
+    name = f"pixels {side}x{side}"
+    return Encoder(name, f"normalised {name}", lambda images: adaptive_avg_pool2d(images, side).flatten(1))
 
 
 def fresh_weights(weights: Weights) -> Weights:
-    """The same model as its seed starts it."""
-    torch.manual_seed(weights.seed)
+    """The same model with the initial weights that its seed gives. The caller's random state stays as it is."""
     shape = replace(weights.shape, k=max(weights.shape.k, 1))
-    return replace(weights, shape=shape, tensors=MaPeT(shape).state_dict())
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(weights.seed)  # torch.manual_seed would seed the GPUs as well
+        tensors = MaPeT(shape).state_dict()
+    return replace(weights, shape=shape, tensors=tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenFeatures:
+    """The features that one encoder gives for labelled training and validation images."""
+
+    encoder: str
+    """Name of the encoder."""
+    feature: str
+    """What a vector is, in words."""
+    preprocess: Preprocess
+    train: Tensor
+    """(n, dim) float32."""
+    train_labels: Tensor
+    """(n,) int64, on the same device."""
+    val: Tensor
+    """(m, dim) float32."""
+    val_labels: Tensor
+    """(m,) int64, on the same device."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Where the features come from; part of the protocol of every evaluation that reads them."""
+        return {
+            "encoder": self.encoder,
+            "feature": self.feature,
+            "dim": self.train.shape[1],
+            "preprocess": self.preprocess.to_json(),
+            "train_images": len(self.train),
+            "val_images": len(self.val),
+        }
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How an evaluation is computed; results do not depend on it beyond rounding."""
+
+    batch_size: int = 128
+    workers: int = 0
+    """Processes that decode images; 0 decodes in this process."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    advance: Callable[[int], None] = lambda count: None
+    """Called with the number of images of every batch that was encoded."""
 
 
 @torch.no_grad()
 def extract_features(
-    sources: list[list[ImageRecord]],
+    encoders: Sequence[Encoder],
     preprocess: Preprocess,
-    functions: list[Callable[[Tensor], Tensor]],
-    batch_size: int,
-    workers: int,
-    device: str,
-    advance: Callable[[int], None] = lambda count: None,
-) -> list[list[Tensor]]:
-    """For each function, its features (n, dim) float32 on `device` of the training and of the validation images."""
-    passes = []
-    for records in sources:
-        parts = []
-        for shown in normalised_views(records, preprocess, batch_size, workers, device):
-            parts.append([function(shown) for function in functions])
-            advance(len(shown))
-        passes.append([torch.cat(column) for column in zip(*parts, strict=True)])
-    return [list(pair) for pair in zip(*passes, strict=True)]
+    train: LabelledImages,
+    val: LabelledImages,
+    execution: Execution,
+) -> list[FrozenFeatures]:
+    """The features of all images by each of the encoders, in one pass over the images.
+
+    Raises:
+        DataError for an image that cannot be read.
+    """
+    passes = [_encode_all(encoders, preprocess, images.records, execution) for images in (train, val)]
+    labels = [images.labels.to(execution.device) for images in (train, val)]
+    return [
+        FrozenFeatures(encoder.name, encoder.feature, preprocess, of_train, labels[0], of_val, labels[1])
+        for encoder, of_train, of_val in zip(encoders, *passes, strict=True)
+    ]
+
+
+def _encode_all(
+    encoders: Sequence[Encoder], preprocess: Preprocess, records: Sequence[ImageRecord], execution: Execution
+) -> list[Tensor]:
+    """For each encoder, the features (n, dim) of all records."""
+    parts = []
+    for images in normalised_views(records, preprocess, execution.batch_size, execution.workers, execution.device):
+        parts.append([encoder.encode(images) for encoder in encoders])
+        execution.advance(len(images))
+    return [torch.cat(column) for column in zip(*parts, strict=True)]

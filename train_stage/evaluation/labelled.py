@@ -1,7 +1,11 @@
 """Labelled images for an evaluation."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from ...shared.errors import DataError
 from ...shared.images.records import ImageRecord
@@ -9,13 +13,32 @@ from ...shared.images.sources import read_records
 from ...shared.randomness import generator
 
 
-def seeded_subset(records: list[ImageRecord], size: int) -> list[ImageRecord]:
-    """At most `size` of the records, drawn by key, in their order."""
-    drawn = sorted(range(len(records)), key=lambda at: generator("probe", records[at].key).random())[:size]
-    return [records[at] for at in sorted(drawn)]
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images in the order of their source, each with a class label."""
+
+    records: Sequence[ImageRecord]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def labels(self) -> Tensor:
+        """(n,) int64, on the CPU."""
+        return torch.tensor([record.label for record in self.records])
+
+    def subset(self, size: int) -> "LabelledImages":
+        """At most `size` of the images, drawn by key and kept in their order."""
+        drawn = sorted(range(len(self)), key=lambda index: generator("probe", self.records[index].key).random())[:size]
+        return LabelledImages([self.records[index] for index in sorted(drawn)])
 
 
-def labelled_images(source: str | Path | Sequence[str | Path]) -> list[ImageRecord]:
+def labelled_images(source: str | Path | Sequence[str | Path]) -> LabelledImages:
+    """The images of a tar, a folder of class folders, a brace pattern of tars, or a list of tars.
+
+    Raises:
+        DataError if the source cannot be read or any of its images has no label.
+    """
     records = read_records(source)
     unlabelled = sum(record.label is None for record in records)
     if unlabelled:
@@ -23,4 +46,4 @@ def labelled_images(source: str | Path | Sequence[str | Path]) -> list[ImageReco
             f"{unlabelled} of the {len(records)} images in {source} have no label; a probe needs .cls members in tars, "
             "or class folders."
         )
-    return records
+    return LabelledImages(records)

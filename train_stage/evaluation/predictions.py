@@ -1,13 +1,14 @@
-"""What runs predict for images that they may never have seen, beside the true tokens."""
+"""Predicts the tokens of images with the newest checkpoints of runs, for comparison with the true tokens."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ...shared.errors import DataError, FingerprintMismatch, UsageError
 from ...shared.images.normalise import Normalise
@@ -26,17 +27,17 @@ from ..settings import ObjectiveSettings, resolve
 from ..weights.read import load_weights
 from ..weights.weights import Weights
 
-IMAGES, SHOWN = 256, 24
-"""How many images are predicted at most, and how many of them are shown."""
+MOST_IMAGES, MOST_PICTURES = 256, 24
+"""How many images are predicted at most, and how many of them come with a picture."""
+NOT_PREDICTED = -1
+"""Stands in an image's predictions for a patch that was visible."""
 _BATCH = 32
-_SIDE = 224
-GIVEN = -1
-"""Stands for the prediction of a patch that was given."""
+_PICTURE_SIDE = 224
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A run whose newest checkpoint is asked."""
+    """A run, with the weights of its newest checkpoint."""
 
     weights: Weights
     model: MaPeT
@@ -44,71 +45,120 @@ class _Run:
 
     @property
     def visible(self) -> int:
-        """How many patches are given: as at the end of training."""
-        patches, asked = self.weights.shape.patches, self.objective
-        if asked.name == "mim":
-            return patches - asked.masked(patches)
-        return asked.visible if asked.visible_to is None else asked.visible_to
+        """How many patches are visible at the end of training."""
+        patches, objective = self.weights.shape.patches, self.objective
+        if objective.name == "mim":
+            return patches - objective.masked(patches)
+        return objective.visible if objective.visible_to is None else objective.visible_to
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Some views of one shard of the store."""
+
+    shard: str
+    rows: ShardRows
+    places: Sequence[tuple[int, int]]
+    """(row, view) of each."""
+
+    @property
+    def keys(self) -> list[str]:
+        return [str(self.rows.keys[row]) for row, _ in self.places]
+
+    @property
+    def tokens(self) -> NDArray[np.uint16]:
+        """(B, N), in raster order."""
+        return np.stack([self.rows.tokens[place].reshape(-1) for place in self.places])
+
+
+@dataclass
+class _Collected:
+    """The results of all batches."""
+
+    tokens: list[NDArray[np.uint16]] = field(default_factory=list)
+    """The true tokens of each batch, (B, N)."""
+    predictions: list[list[NDArray[np.int64]]] = field(default_factory=list)
+    """The predictions of each batch by each run, (B, N)."""
+    pictures: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """The images that come with a picture, by their number."""
 
 
 def predict(folders: Sequence[Path], tokens: str, images: str | None, seed: int, device: str) -> dict[str, Any]:
-    """What the newest checkpoint of each run predicts for at most 256 images of the store `tokens`, drawn by `seed`.
+    """Predicts the tokens of at most 256 images of a store with the newest checkpoint of each run.
 
-    Each image is predicted once, with a permutation drawn by (seed, key), all hidden patches at once. Returns plain
-    JSON values: k, grid, `images` (24 of them with key, picture and tokens in raster order), and for each run
-    `accuracy`, `patches` (how many were predicted), `by_position` (H lists of W shares, None where nothing was
-    predicted) and `images` (predicted tokens in raster order, -1 where the patch was given).
+    Each image is predicted once, with a permutation drawn by (seed, key), all hidden patches at once.
 
-    Raises FingerprintMismatch if the tokens were made with another codebook than a run's, UsageError if their grid is
-    not the model's or no images are at hand, DataError for a run without a checkpoint.
+    Args:
+        folders: the runs.
+        tokens: the token store; images are drawn from it by `seed`.
+        images: the source of the store's images; None if the store holds them.
+        seed: of the images and the permutations.
+        device: "auto", "cpu" or "cuda".
+
+    Returns:
+        Plain JSON values: `k`, `grid`, `all_images` (how many were predicted), `images` (at most 24 of them with key,
+        picture and tokens in raster order), and `runs`. A run has `accuracy`, `patches` (how many were predicted),
+        `by_position` (H lists of W accuracies, None where nothing was predicted) and `images` (predicted tokens in
+        raster order, -1 where the patch was visible).
+
+    Raises:
+        FingerprintMismatch if the tokens were made with another codebook than a run's; UsageError if their grid is not
+        the model's or the images are not at hand; DataError for a run without a checkpoint.
     """
-    device, store = choose_device(device), TokenStore(tokens)
-    runs = [_open(folder, store, device) for folder in folders]
+    device_name, store = choose_device(device), TokenStore(tokens)
+    runs = [_open(folder, store, device_name) for folder in folders]
     views = StoredViews(store, images)
     if not views.shards:
         raise UsageError(f"{store.path} holds no images, only their tokens; give --images, too.")
-    places = choose_images(store, views.shards, IMAGES, seed)
-    view_of = {(place.shard, place.row): place.view for place in places}
-    shown_at = {(place.shard, place.row) for place in places[:: -(-len(places) // SHOWN)]}
-    tokens, predicted, shown = [], [[] for _ in runs], {}
+    places = choose_images(store, views.shards, MOST_IMAGES, seed)
+    with_picture = {(place.shard, place.row) for place in places[:: -(-len(places) // MOST_PICTURES)]}
+    collected, count = _Collected(), 0
     with progress("predicting", len(places)) as advance:
-        for shard, rows, chosen in by_shard(store, view_of):
-            for start in range(0, len(chosen), _BATCH):
-                batch = [(row, view_of[shard, row]) for row in chosen[start : start + _BATCH]]
-                for place in ((row, view) for row, view in batch if (shard, row) in shown_at):
-                    shown[len(tokens) + batch.index(place)] = _shown(views, shard, rows, *place)
-                tokens += [rows.tokens[place].reshape(-1) for place in batch]
-                for run, found in zip(runs, predicted, strict=True):
-                    found += [*_predicted(run, views, shard, rows, batch, seed, device)]
-                advance(len(batch))
-    at = list(shown)
+        for batch in _batches(store, {(place.shard, place.row): place.view for place in places}):
+            for number, place in enumerate(batch.places, start=count):
+                if (batch.shard, place[0]) in with_picture:
+                    collected.pictures[number] = _picture(views, batch.shard, batch.rows, *place)
+            collected.tokens.append(batch.tokens)
+            collected.predictions.append([_predict_batch(run, views, batch, seed, device_name) for run in runs])
+            count += len(batch.places)
+            advance(len(batch.places))
     return {
         "k": store.k,
         "grid": list(store.grid),
         "all_images": len(places),
-        "images": list(shown.values()),
-        "runs": [_outcome(np.stack(tokens), np.stack(found), at, store.grid) for found in predicted],
+        "images": list(collected.pictures.values()),
+        "runs": _outcomes(collected, store.grid),
     }
+
+
+def _batches(store: TokenStore, view_of: dict[tuple[str, int], int]) -> Iterator[_Batch]:
+    """The views in batches of one shard each; every shard is read once."""
+    for shard, rows, numbers in by_shard(store, view_of):
+        for start in range(0, len(numbers), _BATCH):
+            places = [(row, view_of[shard, row]) for row in numbers[start : start + _BATCH]]
+            yield _Batch(shard, rows, places)
 
 
 def _open(folder: Path, store: TokenStore, device: str) -> _Run:
     weights = load_weights(folder)
     objective = resolve(folder / "settings.yaml").objective
-    made_with = _codebook_of(folder)
-    if made_with != store.fingerprint:
+    fingerprint = _codebook_of(folder)
+    if fingerprint != store.fingerprint:
         raise FingerprintMismatch(
-            f"{store.path} was made with codebook {store.fingerprint[:12]}, and {folder} trained on {made_with[:12]}; "
-            "give tokens of the same codebook."
+            f"{store.path} was made with codebook {store.fingerprint[:12]}, and {folder} trained on "
+            f"{fingerprint[:12]}; give tokens of the same codebook."
         )
     if store.grid != (weights.grid, weights.grid):
         rows, columns = store.grid
         raise UsageError(
-            f"{store.path} has {rows}x{columns} tokens an image, and {folder} predicts {weights.grid}x{weights.grid}."
+            f"{store.path} has {rows}x{columns} tokens per image, and {folder} predicts {weights.grid}x{weights.grid}; "
+            "give tokens of the model's grid."
         )
     return _Run(weights, weights.mapet().to(device).eval(), objective)
 
 
 def _codebook_of(folder: Path) -> str:
+    """The fingerprint of the codebook whose tokens a run was trained on."""
     try:
         return str(json.loads((folder / "run.json").read_text())["codebook_fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -116,47 +166,47 @@ def _codebook_of(folder: Path) -> str:
 
 
 @torch.no_grad()
-def _predicted(
-    run: _Run,
-    views: StoredViews,
-    shard: str,
-    rows: ShardRows,
-    batch: Sequence[tuple[int, int]],
-    seed: int,
-    device: str,
-) -> np.ndarray:
-    """What is predicted for the images `batch` (row, view), (B, N) int64 in raster order, `GIVEN` where it was."""
-    shape, seen = run.weights.shape, run.weights.input
-    pixels = [to_array(views.view(shard, rows, *place, shape.image_size, seen.interpolation)) for place in batch]
-    order = np.stack(
-        [
-            draw_permutation(run.objective, run.weights.grid, generator(seed, "report", rows.keys[row]))
-            for row, _ in batch
-        ]
-    )
-    shown = Normalise(seen.mean, seen.std, device)(torch.from_numpy(np.stack(pixels)))
+def _predict_batch(run: _Run, views: StoredViews, batch: _Batch, seed: int, device: str) -> NDArray[np.int64]:
+    """Predicted tokens (B, N) in raster order, `NOT_PREDICTED` where the patch is visible."""
+    shape, model_input, grid = run.weights.shape, run.weights.input, run.weights.grid
+    pixels = [
+        to_array(views.view(batch.shard, batch.rows, row, view, shape.image_size, model_input.interpolation))
+        for row, view in batch.places
+    ]
+    order = np.stack([draw_permutation(run.objective, grid, generator(seed, "report", key)) for key in batch.keys])
+    normalise = Normalise(model_input.mean, model_input.std, device)
     layout = make_layout(run.objective.name, shape.patches, run.visible, device=device)
-    codes = run.model(shown, torch.from_numpy(order).to(device), layout).argmax(-1).cpu().numpy()
-    predicted = np.full(order.shape, GIVEN)
-    np.put_along_axis(predicted, order[:, run.visible :][:, layout.ranks.cpu().numpy()], codes, axis=1)
+    logits = run.model(normalise(torch.from_numpy(np.stack(pixels))), torch.from_numpy(order).to(device), layout)
+    patches = order[:, run.visible :][:, layout.ranks.cpu().numpy()]
+    predicted = np.full(order.shape, NOT_PREDICTED)
+    np.put_along_axis(predicted, patches, logits.argmax(-1).cpu().numpy(), axis=1)
     return predicted
 
 
-def _outcome(tokens: np.ndarray, predicted: np.ndarray, shown: list[int], grid: tuple[int, int]) -> dict[str, Any]:
-    """What one run got right, of tokens and predictions (n, N), and what it predicts for the images `shown`."""
-    right, asked = (tokens == predicted).sum(0), (predicted != GIVEN).sum(0)
-    shares = [hit / all_ if all_ else None for hit, all_ in zip(right.tolist(), asked.tolist(), strict=True)]
+def _picture(views: StoredViews, shard: str, rows: ShardRows, row: int, view: int) -> dict[str, Any]:
     return {
-        "accuracy": float(right.sum() / max(asked.sum(), 1)),
-        "patches": int(asked.sum()),
-        "by_position": [shares[start : start + grid[1]] for start in range(0, len(shares), grid[1])],
-        "images": predicted[shown].tolist(),
+        "key": str(rows.keys[row]),
+        "picture": data_uri(views.view(shard, rows, row, view, _PICTURE_SIDE)),
+        "tokens": rows.tokens[row, view].reshape(-1).tolist(),
     }
 
 
-def _shown(views: StoredViews, shard: str, rows: ShardRows, row: int, view: int) -> dict[str, Any]:
+def _outcomes(collected: _Collected, grid: tuple[int, int]) -> list[dict[str, Any]]:
+    """For each run, its accuracy and its predictions for the images with a picture."""
+    tokens, numbers = np.concatenate(collected.tokens), list(collected.pictures)
+    by_run = zip(*collected.predictions, strict=True)
+    return [_outcome(tokens, np.concatenate(batches), numbers, grid) for batches in by_run]
+
+
+def _outcome(
+    tokens: NDArray[np.uint16], predicted: NDArray[np.int64], numbers: list[int], grid: tuple[int, int]
+) -> dict[str, Any]:
+    """One run's accuracy over tokens and predictions (n, N), and its predictions for the images `numbers`."""
+    correct, count = (tokens == predicted).sum(0), (predicted != NOT_PREDICTED).sum(0)
+    accuracies = [hits / of if of else None for hits, of in zip(correct.tolist(), count.tolist(), strict=True)]
     return {
-        "key": str(rows.keys[row]),
-        "picture": data_uri(views.view(shard, rows, row, view, _SIDE)),
-        "tokens": rows.tokens[row, view].reshape(-1).tolist(),
+        "accuracy": float(correct.sum() / max(count.sum(), 1)),
+        "patches": int(count.sum()),
+        "by_position": [accuracies[start : start + grid[1]] for start in range(0, len(accuracies), grid[1])],
+        "images": predicted[numbers].tolist(),
     }

@@ -1,41 +1,50 @@
-"""The probe that is made while a run goes on."""
+"""The probe of a run's weights while it trains."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from ...shared.errors import UsageError
 from ...shared.runtime.devices import choose_workers
 from ..settings import Settings
 from ..weights.weights import Input, Weights
-from .embed import extract_features, pooled_features
-from .knn import knn
-from .labelled import labelled_images, seeded_subset
-from .linear_probe import linear_probe
+from .base import Evaluation, evaluate
+from .embed import Execution
+from .knn import KNearestNeighbours
+from .labelled import labelled_images
+from .linear_probe import LinearProbe
 
 
 class RunProbe:
-    """Probes a run as it goes on: k-NN, and the linear probe if wanted, on seeded subsets of two labelled sets."""
+    """Evaluates a run's weights by k-NN, and by the linear probe if the settings ask for it.
+
+    Both sets of images are seeded subsets: `probe.max_images` training images, a quarter as many validation images.
+    """
 
     def __init__(self, settings: Settings, device: str):
-        """Raises DataError if the sets cannot be read or have no labels."""
-        self._settings, self._device = settings, device
-        chosen = settings.probe
-        sizes = (chosen.max_images, max(chosen.max_images // 4, 1))
-        pairs = zip((chosen.images, chosen.val), sizes, strict=True)
-        self._sources = [seeded_subset(labelled_images(source), size) for source, size in pairs]
+        """Raises UsageError if the settings name no images, DataError if they cannot be read or have no labels."""
+        probe = settings.probe
+        if probe.images is None or probe.val is None:
+            raise UsageError("probe.images and probe.val must be set to probe a run.")
+        self._settings = settings
+        self._train = labelled_images(probe.images).subset(probe.max_images)
+        self._val = labelled_images(probe.val).subset(max(probe.max_images // 4, 1))
+        self._execution = Execution(workers=choose_workers(settings.data.workers, device), device=device)
+        self._evaluations: list[Evaluation] = [KNearestNeighbours()]
+        if probe.linear:
+            self._evaluations.append(LinearProbe())
 
-    def measure(self, tensors: dict[str, Tensor], k: int) -> dict[str, float]:
-        """Top-1 accuracies in [0, 1] of features of these weights (published names), as "knn" and "linear"."""
-        settings, data = self._settings, self._settings.data
-        shape, seen = settings.model.shape(k), Input(tuple(data.mean), tuple(data.std), data.interpolation)
-        cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        weights = Weights(Path("the run's weights"), shape, cpu, seen, settings.train.seed)
-        labels = [torch.tensor([record.label for record in records]) for records in self._sources]
-        workers = choose_workers(data.workers, self._device)
-        functions = [pooled_features(weights, self._device)]
-        ((train, test),) = extract_features(self._sources, weights.preprocess, functions, 128, workers, self._device)
-        found = {"knn": knn(train, labels[0], test, labels[1])}
-        if settings.probe.linear:
-            found["linear"] = linear_probe(train, labels[0], test, labels[1])
-        return found
+    def measure(self, tensors: Mapping[str, Tensor], k: int) -> dict[str, float]:
+        """Top-1 accuracies in [0, 1] by name of the evaluation ("knn", "linear").
+
+        Args:
+            tensors: the model's weights on any device, under the published names.
+            k: the number of codes that the model predicts.
+        """
+        data, seed = self._settings.data, self._settings.train.seed
+        model_input = Input.from_json({"mean": data.mean, "std": data.std, "interpolation": data.interpolation})
+        on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        weights = Weights(Path("the run's weights"), self._settings.model.shape(k), on_cpu, model_input, seed)
+        results = evaluate(self._evaluations, weights, self._train, self._val, self._execution)
+        return {result.name: result.numbers["top1"] for result in results}

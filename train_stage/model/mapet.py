@@ -1,7 +1,7 @@
 """MaPeT: a Vision Transformer with a content stream and a query stream that share every weight (arXiv 2306.07346).
 
-Rows are kept in permutation order, so that what may attend to what is one constant `Layout` for all images, heads and
-blocks; objectives.py makes it. Parameters carry the names of the published checkpoints.
+Rows are kept in permutation order, so that one constant `Layout` says for all images, heads and blocks which rows
+attend to which; `objectives.layouts` makes it. Parameters carry the names of the published checkpoints.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _NORM_EPS = 1e-6
 
 
 class PatchEmbed(nn.Module):
-    """Pixels (B, 3, S, S) -> patch embeddings (B, N, dim), in raster order or in the `order` (B, N) given."""
+    """Images (B, 3, S, S) -> patch embeddings (B, N, dim), in raster order or in the `order` (B, N) of each image."""
 
     def __init__(self, patch_size: int, dim: int):
         super().__init__()
@@ -35,7 +35,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """The weights of multi-head attention, q apart from kv as in the published ones."""
+    """The weights of multi-head attention; q is apart from kv, as in the published checkpoints."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -46,16 +46,20 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
+    """A learned factor per channel of a branch."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), _LAYER_SCALE))
 
     def folded(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Weight and bias of gamma * layer(rows); for scaled rows, backward would have to keep the rows as well."""
+        """Weight and bias of gamma * layer(rows). Scaling the rows instead would keep them for the backward pass."""
         return layer.weight * self.gamma[:, None], layer.bias * self.gamma
 
 
 class Mlp(nn.Module):
+    """The layers of a block's MLP; `Block` applies them."""
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
@@ -64,7 +68,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm ViT block with LayerScale, for both streams."""
+    """A pre-norm ViT block with LayerScale, shared by both streams."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -78,42 +82,47 @@ class Block(nn.Module):
     def forward(
         self,
         content: Tensor,
-        queries: Sequence[Tensor],
+        streams: Sequence[Tensor],
         pattern: Pattern,
         drop_path_scale: Tensor | None = None,
     ) -> list[Tensor]:
-        """The rows of each stream of `queries` (B, rows, dim) after the block; keys and values come from `content`.
+        """Updates the rows of each stream; keys and values come from the content rows.
 
         Args:
-            content: (B, rows, dim); may be one of the streams, then as the first.
-            pattern: what the rows of the streams attend to.
+            content: (B, rows, dim) float; if it is one of the streams, the first.
+            streams: (B, rows, dim) float each, the rows to update.
+            pattern: the content rows that the rows of the streams attend to.
             drop_path_scale: (B, 2) float, the factors of each image's attention and MLP branch (0 where dropped).
+
+        Returns:
+            The streams' rows after the block, (B, rows, dim) each.
         """
         attn, mlp = self.attn, self.mlp
         normed = _lowered(self.norm1(content))
-        projected = [attn.q(normed if rows is content else _lowered(self.norm1(rows))) for rows in queries]
-        attended = attend(projected, attn.kv(normed), attn.heads, pattern)
+        queries = [attn.q(normed if rows is content else _lowered(self.norm1(rows))) for rows in streams]
+        attended = attend(queries, attn.kv(normed), attn.heads, pattern)
         project, shrink = self.ls1.folded(attn.proj), self.ls2.folded(mlp.fc2)
-        after = []
-        for rows, taken in zip(queries, attended, strict=True):
-            rows = _add(rows, linear(taken, *project), drop_path_scale, 0)
+        updated = []
+        for rows, values in zip(streams, attended, strict=True):
+            rows = _add(rows, linear(values, *project), drop_path_scale, 0)
             hidden = mlp.act(mlp.fc1(_lowered(self.norm2(rows))))
-            after.append(_add(rows, linear(hidden, *shrink), drop_path_scale, 1))
-        return after
+            updated.append(_add(rows, linear(hidden, *shrink), drop_path_scale, 1))
+        return updated
 
 
 def _lowered(rows: Tensor) -> Tensor:
-    """Casts once what autocast would cast, and keep, again for every layer that reads it."""
+    """The rows in autocast's dtype. Autocast would cast them, and keep the copy, for every layer that reads them."""
     device = rows.device.type
     return rows.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else rows
 
 
-def _add(rows: Tensor, branch: Tensor, drop_path_scale: Tensor | None, which: int) -> Tensor:
-    return rows + (branch if drop_path_scale is None else branch * drop_path_scale[:, which, None, None])
+def _add(rows: Tensor, branch: Tensor, drop_path_scale: Tensor | None, column: int) -> Tensor:
+    """Rows + branch, the branch scaled by the `column` of `drop_path_scale`."""
+    return rows + (branch if drop_path_scale is None else branch * drop_path_scale[:, column, None, None])
 
 
 class MaPeT(nn.Module):
-    """The model. `forward` pre-trains, `encode` is the plain ViT that remains afterwards."""
+    """The model. `forward` predicts tokens; `encode` is the plain ViT that is used after pre-training."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -126,7 +135,7 @@ class MaPeT(nn.Module):
         self.norm = nn.LayerNorm(shape.dim, eps=_NORM_EPS)
         self.decoder = nn.Linear(shape.dim, shape.k)
         self.grad_checkpointing = False
-        """Keeps only the rows between blocks for backward and computes the rest again."""
+        """Whether the backward pass computes each block again instead of keeping its activations."""
         self._initialise()
 
     def _initialise(self) -> None:
@@ -139,78 +148,89 @@ class MaPeT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor, order: Tensor, layout: Layout, drop_path_scale: Tensor | None = None) -> Tensor:
-        """Predicts tokens: logits (B, P, K) of the patches whose ranks are `layout.ranks`; see `predict_rows`."""
-        return self.decoder(self.predict_rows(images, order, layout, drop_path_scale))
+        """Logits (B, P, K) of the tokens of the patches at `layout.ranks`. Arguments and errors: see `predict_rows`."""
+        logits: Tensor = self.decoder(self.predict_rows(images, order, layout, drop_path_scale))
+        return logits
 
     def predict_rows(
         self, images: Tensor, order: Tensor, layout: Layout, drop_path_scale: Tensor | None = None
     ) -> Tensor:
-        """What the head reads: the predicted rows after the last block and the final norm, (B, P, dim).
+        """The rows that the head reads: the predicted rows after the last block and the final norm.
 
         Args:
             images: (B, 3, S, S) float, normalised.
-            order: (B, N) int64, a permutation of the patches in raster order for each image, visible ones first.
-            layout: rows and attention, from `objectives.make_layout`.
-            drop_path_scale: (B, depth, 2) float, drop path as in `Block`; None keeps everything.
+            order: (B, N) int64, for each image a permutation of its patches in raster order, visible ones first.
+            layout: rows and attention, from `objectives.layouts.make_layout`.
+            drop_path_scale: (B, depth, 2) float, drop path as in `Block`; None drops nothing.
+
+        Returns:
+            (B, P, dim) float, in the order of `layout.ranks`.
 
         Raises:
             UsageError if `images` or `order` do not fit the model.
         """
         self._check(images, order)
-        content, queries = self._embed(images, order, layout)
-        streams = [content] if queries is None else [content, queries]
+        streams = self._embed(images, order, layout)
         for index, block in enumerate(self.blocks):
+            content, pattern = streams[0], layout.pattern
             if index == len(self.blocks) - 1:  # the head reads these rows only
-                content, *queries = streams
-                streams = queries or [content[:, 1 + layout.visible :]]
+                streams = streams[1:] if layout.queries else [content[:, 1 + layout.visible :]]
                 pattern = layout.last_pattern
-            else:
-                content, pattern = streams[0], layout.pattern
             arguments = (content, streams, pattern, None if drop_path_scale is None else drop_path_scale[:, index])
             streams = (
                 checkpoint(block, *arguments, use_reentrant=False) if self.grad_checkpointing else block(*arguments)
             )
-        return self.norm(streams[0])
+        rows: Tensor = self.norm(streams[0])
+        return rows
 
     def _check(self, images: Tensor, order: Tensor) -> None:
         size, patches = self.shape.image_size, self.shape.patches
         if images.shape[1:] != (3, size, size):
-            raise UsageError(f"images are {tuple(images.shape)}; this model takes (B, 3, {size}, {size}).")
+            raise UsageError(f"images have shape {tuple(images.shape)}; this model takes (B, 3, {size}, {size}).")
         if order.shape != (len(images), patches):
-            raise UsageError(f"order is {tuple(order.shape)}; this model takes ({len(images)}, {patches}).")
+            raise UsageError(f"order has shape {tuple(order.shape)}; this model takes ({len(images)}, {patches}).")
 
-    def _embed(self, images: Tensor, order: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        """Content rows and, if there are any, query rows, as `Layout` says: (B, rows, dim) each."""
+    def _embed(self, images: Tensor, order: Tensor, layout: Layout) -> list[Tensor]:
+        """The content rows and, if the layout has them, the query rows at the start: (B, rows, dim) each."""
         visible = layout.visible
         positions = embedding(order, self.pos_embed[0, 1:])
         patches = self.patch_embed(images, order) + positions
         masked = self.mask_positional_token + positions[:, visible:]
         class_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
-        given = [class_token, patches] if layout.patches else [class_token, patches[:, :visible], masked]
-        content = torch.cat([masked, *given] if layout.auxiliary else given, dim=1)
-        return content, masked[:, layout.ranks] if layout.queries else None
+        parts = [class_token, patches] if layout.patches else [class_token, patches[:, :visible], masked]
+        content = torch.cat([masked, *parts] if layout.auxiliary else parts, dim=1)
+        return [content, masked[:, layout.ranks]] if layout.queries else [content]
 
     def encode(self, images: Tensor) -> Tensor:
-        """The plain ViT: images (B, 3, S, S) float -> rows after the last block (B, 1 + N, dim), class token first."""
+        """The plain ViT: images (B, 3, S, S) float -> rows after the last block (B, 1 + N, dim), class token first.
+
+        The final norm is not applied.
+        """
         rows = torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)], dim=1) + self.pos_embed
-        everything = slice(0, rows.shape[1])
-        pattern = Pattern([[Window(everything, everything)]])
+        every = slice(0, rows.shape[1])
+        pattern = Pattern([[Window(every, every)]])
         for block in self.blocks:
             (rows,) = block(rows, [rows], pattern)
         return rows
 
     def features(self, images: Tensor) -> Tensor:
-        """One vector an image: the mean over patches of the final norm's output, (B, dim)."""
-        return self.norm(self.encode(images)[:, 1:]).mean(dim=1)
+        """One vector per image: the mean over patches of the final norm's output, (B, dim)."""
+        patches: Tensor = self.norm(self.encode(images)[:, 1:])
+        return patches.mean(dim=1)
 
 
 def drop_path_rates(depth: int, rate: float) -> Tensor:
-    """(depth,) float: from 0 in the first block linearly to `rate` in the last (as timm does)."""
+    """(depth,) float: the drop rate of each block, from 0 linearly to `rate` (as timm does)."""
     return torch.linspace(0, rate, depth)
 
 
 def drop_path_scales(uniform_draws: Tensor, rate: float) -> Tensor | None:
-    """The `drop_path_scale` of `MaPeT.forward` from uniform draws in [0, 1), (B, depth, 2); None if `rate` is 0."""
+    """The `drop_path_scale` of `MaPeT.forward`, (B, depth, 2) float; None if `rate` is 0.
+
+    Args:
+        uniform_draws: (B, depth, 2) float in [0, 1).
+        rate: the drop rate of the last block.
+    """
     if rate == 0:
         return None
     survive = 1 - drop_path_rates(uniform_draws.shape[1], rate).to(uniform_draws)[None, :, None]

@@ -1,1 +1,1 @@
-"""MaPeT, PIM and MIM: layouts, permutations, loss."""
+"""The objectives MaPeT, PIM and MIM: layouts, permutations and the loss."""

@@ -1,12 +1,12 @@
-"""What is predicted from what: MaPeT (masked and permuted), PIM (permuted), MIM (masked, BEiT), on one model.
+"""Which patches predict which: MaPeT (masked and permuted), PIM (permuted) and MIM (masked, BEiT), on one model.
 
-The table of each objective is a `Layout`. In MaPeT every row sees one unbroken window of N + 1 keys when the keys are
-auxiliary rows by rank, class token and visible patches, other patches by rank: patch t sees the auxiliary rows above
-t and the patches up to t. So the attention of slices of rows costs little more than the window.
+The attention table of each objective is a `Layout`. In MaPeT every row attends to one unbroken window of N + 1 keys if
+the keys are ordered as auxiliary rows by rank, class token and visible patches, other patches by rank: patch t attends
+to the auxiliary rows above t and the patches up to t. So the attention of a slice of rows costs little more than its
+window.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -17,15 +17,19 @@ from ...shared.randomness import generator
 from ..model.attention import Window
 from ..model.layout import Layout
 from ..settings import OBJECTIVES, ObjectiveSettings
+from .layout_cache import LayoutCache
 
 SLICES = 2
 """Into how many windows the rows of a band are split; measured on the CPU, changes speed only."""
+CACHE = LayoutCache(64 << 20)
+"""The layouts that `make_layout` made last: at most 64 MiB of masks, on all devices together. With 196 patches that is
+about 200 layouts on a GPU, more than a schedule of `visible` has."""
 
 
 def step_layout(
     settings: ObjectiveSettings, patches: int, seed: int, step: int, steps: int, device: torch.device | str
 ) -> Layout:
-    """What step `step` of `steps` predicts from what; what is drawn is a pure function of (seed, step)."""
+    """The layout of step `step` of `steps`. Whatever is drawn for it is a pure function of (seed, step)."""
     if settings.name == "mim":
         return make_layout("mim", patches, patches - settings.masked(patches), device=device)
     visible = _visible(settings, seed, step, steps)
@@ -34,6 +38,7 @@ def step_layout(
 
 
 def _visible(settings: ObjectiveSettings, seed: int, step: int, steps: int) -> int:
+    """How many patches are visible in a step."""
     start, end = settings.visible, settings.visible_to
     if end is None:
         return start
@@ -43,6 +48,7 @@ def _visible(settings: ObjectiveSettings, seed: int, step: int, steps: int) -> i
 
 
 def _query_ranks(settings: ObjectiveSettings, predicted: int, seed: int, step: int) -> tuple[int, ...] | None:
+    """The ranks that get a query row in a step; None for all `predicted` ones."""
     rows = settings.query_rows
     if rows is None or rows >= predicted:
         return None
@@ -51,7 +57,6 @@ def _query_ranks(settings: ObjectiveSettings, predicted: int, seed: int, step: i
     return tuple(sorted(generator(seed, "query rows", step).choice(predicted, rows, replace=False).tolist()))
 
 
-@lru_cache(maxsize=512)
 def make_layout(
     objective: str,
     patches: int,
@@ -61,61 +66,88 @@ def make_layout(
     slices: int = SLICES,
     device: torch.device | str = "cpu",
 ) -> Layout:
-    """The rows and the attention of an objective, for images of `patches` patches of which `visible` are given.
+    """The rows and the attention of an objective. Layouts that were made before come from `CACHE`.
 
     Args:
         objective: "mapet", "pim" or "mim".
+        patches: N, the number of patches of an image.
+        visible: how many of them are visible; the others are predicted.
         ranks: which of the ranks 0 .. patches - visible - 1 are predicted, ascending; default all. "mim" predicts all.
         slices: into how many windows the rows of a band are split.
+        device: where the masks are.
 
-    Raises UsageError for an unknown objective, a rank out of range, or if `visible` leaves nothing to predict.
+    Raises:
+        UsageError for an unknown objective, a rank out of range, or if `visible` leaves nothing to predict.
     """
+    device = torch.device(device)
+    key = (objective, patches, visible, ranks, slices, device)
+    return CACHE.get(key, lambda: _build_layout(objective, patches, visible, ranks, slices, device))
+
+
+def _build_layout(
+    objective: str, patches: int, visible: int, ranks: tuple[int, ...] | None, slices: int, device: torch.device
+) -> Layout:
     if objective not in OBJECTIVES:
         raise UsageError(f"objective {objective!r} is unknown; choose from {', '.join(OBJECTIVES)}.")
     if not 0 <= visible < patches:
         raise UsageError(f"visible {visible} must be at least 0 and less than the {patches} patches of an image.")
-    given, predicted = 1 + visible, patches - visible
-    chosen = _checked(range(predicted) if ranks is None else ranks, predicted)
+    predicted = patches - visible
+    rank_tensor = _checked(range(predicted) if ranks is None else ranks, predicted)
     if objective == "mim":
-        rows = given + predicted
-        content, read = [_everything(rows, rows)], [_everything(predicted, rows)]
+        rows = 1 + patches
+        content_windows, predicted_windows = [_everything(rows, rows)], [_everything(predicted, rows)]
     else:
-        # Keys: auxiliary rows by rank, V, other patches by rank. PIM is the same without the first of these.
         auxiliary = int(objective == "mapet")
-        free = given + auxiliary * predicted
-        rank = torch.arange(predicted)
-        ordered = _band(auxiliary * (rank + 1), free + rank + 1, slices, device)
-        content = [_everything(free, free), *(_moved(window, free) for window in ordered)]
-        if ranks is None:
-            read = _band(auxiliary * chosen, free + chosen, slices, device)
-        else:  # over all keys, so that ranks drawn anew for every step have one shape, which torch.compile needs
-            every = slice(0, len(chosen))
-            read = [_window(every, auxiliary * chosen, free + chosen, 0, free + predicted, device)]
+        content_windows = _content_windows(auxiliary, visible, predicted, slices, device)
+        # Over all keys, so that ranks drawn anew for every step have one shape, which torch.compile needs.
+        over_all_keys = ranks is not None
+        predicted_windows = _query_windows(auxiliary, visible, predicted, rank_tensor, over_all_keys, slices, device)
     return Layout(
         visible=visible,
         auxiliary=objective == "mapet",
         patches=objective != "mim",
         queries=objective != "mim",
-        ranks=chosen.to(device),
-        rank_numbers=tuple(chosen.tolist()),
-        content_windows=tuple(content),
-        read_windows=tuple(read),
+        ranks=rank_tensor.to(device),
+        rank_numbers=tuple(rank_tensor.tolist()),
+        content_windows=tuple(content_windows),
+        predicted_windows=tuple(predicted_windows),
     )
 
 
 def _checked(ranks: Sequence[int], predicted: int) -> Tensor:
-    found = torch.tensor(ranks)
-    if not len(found) or found[0] < 0 or found[-1] >= predicted or (found.diff() <= 0).any():
+    tensor = torch.tensor(ranks)
+    if not len(tensor) or tensor[0] < 0 or tensor[-1] >= predicted or (tensor.diff() <= 0).any():
         raise UsageError(f"ranks must be one or more of 0 to {predicted - 1}, ascending.")
-    return found
+    return tensor
+
+
+# Keys: auxiliary rows by rank, class token and visible patches, other patches by rank. PIM (`auxiliary` is 0, not 1) is
+# the same without the first of these.
+def _content_windows(auxiliary: int, visible: int, predicted: int, slices: int, device: torch.device) -> list[Window]:
+    """What the content rows attend to: the unordered ones to each other, a patch of rank t also to ranks up to t."""
+    unordered = auxiliary * predicted + 1 + visible
+    rank = torch.arange(predicted)
+    by_rank = _band(auxiliary * (rank + 1), unordered + rank + 1, slices, device)
+    return [_everything(unordered, unordered), *(_moved(window, unordered) for window in by_rank)]
+
+
+def _query_windows(
+    auxiliary: int, visible: int, predicted: int, ranks: Tensor, over_all_keys: bool, slices: int, device: torch.device
+) -> list[Window]:
+    """What the query rows attend to; `over_all_keys` gives one window that does not depend on the ranks."""
+    unordered = auxiliary * predicted + 1 + visible
+    if over_all_keys:
+        rows = slice(0, len(ranks))
+        return [_window(rows, auxiliary * ranks, unordered + ranks, 0, unordered + predicted, device)]
+    return _band(auxiliary * ranks, unordered + ranks, slices, device)
 
 
 def _everything(rows: int, keys: int) -> Window:
     return Window(slice(0, rows), slice(0, keys))
 
 
-def _band(starts: Tensor, stops: Tensor, slices: int, device: torch.device | str) -> list[Window]:
-    """Windows in which row i sees the keys starts[i] to stops[i] - 1; starts and stops never decrease."""
+def _band(starts: Tensor, stops: Tensor, slices: int, device: torch.device) -> list[Window]:
+    """Windows in which row i attends to the keys starts[i] to stops[i] - 1; starts and stops never decrease."""
     edges = torch.linspace(0, len(starts), min(slices, len(starts)) + 1).round().int().tolist()
     return [
         _window(slice(low, high), starts[low:high], stops[low:high], int(starts[low]), int(stops[high - 1]), device)
@@ -123,11 +155,13 @@ def _band(starts: Tensor, stops: Tensor, slices: int, device: torch.device | str
     ]
 
 
-def _window(rows: slice, starts: Tensor, stops: Tensor, first: int, last: int, device: torch.device | str) -> Window:
+def _window(rows: slice, starts: Tensor, stops: Tensor, first: int, last: int, device: torch.device) -> Window:
+    """One window over the keys first to last - 1, in which row i attends to the keys starts[i] to stops[i] - 1."""
     key = torch.arange(first, last)
     mask = (key >= starts[:, None]) & (key < stops[:, None])
     return Window(rows, slice(first, last), None if mask.all() else mask.to(device))
 
 
 def _moved(window: Window, by: int) -> Window:
+    """The window with its rows moved."""
     return Window(slice(window.rows.start + by, window.rows.stop + by), window.keys, window.mask)

@@ -1,8 +1,8 @@
-"""Checkpoints: folders that appear whole, hold no pickles, and are all that a run needs to go on bit-identically.
+"""Checkpoints: folders that appear complete, hold no pickles, and let a run resume bit-identically.
 
 step-NNNNNNN/model.safetensors       weights, under the published names
-step-NNNNNNN/optimizer.safetensors   AdamW's moments and counters, as NAME/SLOT
-step-NNNNNNN/ema.safetensors         the moving average of the weights, where a run keeps one
+step-NNNNNNN/optimizer.safetensors   AdamW's moments and step counters, as NAME/SLOT
+step-NNNNNNN/ema.safetensors         the moving average of the weights, if the run keeps one
 step-NNNNNNN/state.json              everything else, and the size and SHA-256 of each of these files
 """
 
@@ -27,11 +27,18 @@ MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safet
 _STATE = "state.json"
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
-"""What a checkpoint holds: file name -> tensor name -> tensor."""
+"""The tensors of a checkpoint: file name -> tensor name -> tensor."""
 
 
-def save_checkpoint(run: Path, step: int, tensors: Tensors, about: dict[str, Any]) -> Path:
-    """Writes `checkpoints/step-NNNNNNN/` with these tensors and `about` (JSON), and returns it."""
+def save_checkpoint(run: Path, step: int, tensors: Tensors, metadata: dict[str, Any]) -> Path:
+    """Writes a checkpoint folder and returns it.
+
+    Args:
+        run: the run's folder; the checkpoint becomes its `checkpoints/step-NNNNNNN/`.
+        step: the number of steps done.
+        tensors: the tensors of each file.
+        metadata: everything else that resuming needs, as plain JSON values.
+    """
     path = run / "checkpoints" / f"step-{step:07d}"
     with written_whole(path) as partial:
         partial.mkdir()
@@ -40,49 +47,54 @@ def save_checkpoint(run: Path, step: int, tensors: Tensors, about: dict[str, Any
         files = {
             name: {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)} for name in tensors
         }
-        about = {"format": FORMAT, "version": VERSION, "step": step, "files": files, **about}
-        write_sealed_json(partial / _STATE, about)
-        if path.exists():  # a damaged one, before which the run went on again
+        state = {"format": FORMAT, "version": VERSION, "step": step, "files": files, **metadata}
+        write_sealed_json(partial / _STATE, state)
+        if path.exists():  # a damaged one; the run resumed from an earlier checkpoint
             shutil.rmtree(path)
     return path
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run while training goes on, one at a time, and prunes them.
+    """Writes a run's checkpoints in a thread while training continues, one at a time, and prunes old ones.
 
-    The newest `keep_last` stay on disk, and those at multiples of `keep_every` steps.
+    The newest `keep_last` checkpoints stay on disk, and those at multiples of `keep_every` steps.
     """
 
     def __init__(self, run: Path, keep_last: int, keep_every: int | None):
         self.newest = newest_checkpoint(run)
+        """The newest checkpoint that is on disk."""
         self._run, self._keep_last, self._keep_every = run, keep_last, keep_every
         self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: Future | None = None
+        self._writing: Future[Path] | None = None
         self._copies: dict[tuple[str, str], Tensor] = {}
 
-    def save(self, step: int, tensors: Tensors, about: dict[str, Any]) -> None:
-        """Copies the tensors and returns; the copy is written by a thread.
+    def save(self, step: int, tensors: Tensors, metadata: dict[str, Any]) -> None:
+        """Copies the tensors and returns; a thread writes the copy. Arguments: see `save_checkpoint`.
 
-        Waits for the checkpoint before, and raises the DataError that writing it ended with.
+        Waits for the previous checkpoint, and raises the DataError that writing it ended with.
         """
         self.finish()
         copied, ready = self._copy(tensors)
-        self._writing = self._writer.submit(self._write, step, copied, ready, about)
+        self._writing = self._writer.submit(self._write, step, copied, ready, metadata)
 
     @property
     def is_writing(self) -> bool:
-        """Whether a checkpoint is being written now."""
+        """Whether the thread is writing a checkpoint."""
         return self._writing is not None and not self._writing.done()
 
     def finish(self) -> Path | None:
-        """Waits until everything is on disk and returns the newest checkpoint, if there is any."""
+        """Waits until everything is on disk and returns the newest checkpoint, or None.
+
+        Raises:
+            DataError if the last checkpoint could not be written.
+        """
         if self._writing is not None:
             writing, self._writing = self._writing, None
             self.newest = writing.result()
         return self.newest
 
     def _copy(self, tensors: Tensors) -> tuple[Tensors, torch.cuda.Event | None]:
-        """The tensors in memory of our own, which every checkpoint uses again, and when it is filled."""
+        """Copies the tensors into host memory that every checkpoint reuses; the event ends when a GPU has filled it."""
         copied: dict[str, dict[str, Tensor]] = {}
         on_gpu = any(tensor.is_cuda for content in tensors.values() for tensor in content.values())
         for name, content in tensors.items():
@@ -93,16 +105,20 @@ class Checkpoints:
                 copied[name][key] = self._copies[name, key].copy_(tensor, non_blocking=True)
         return copied, torch.cuda.current_stream().record_event() if on_gpu else None
 
-    def _write(self, step: int, copied: Tensors, ready: torch.cuda.Event | None, about: dict[str, Any]) -> Path:
+    def _write(self, step: int, copied: Tensors, ready: torch.cuda.Event | None, metadata: dict[str, Any]) -> Path:
         if ready is not None:
             ready.synchronize()
-        path = save_checkpoint(self._run, step, copied, about)
+        path = save_checkpoint(self._run, step, copied, metadata)
         prune(self._run, self._keep_last, self._keep_every)
         return path
 
 
 def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one file of a checkpoint, on the CPU. Raises DataError if it cannot be read."""
+    """The tensors of one file of a checkpoint, on the CPU.
+
+    Raises:
+        DataError if the file cannot be read.
+    """
     try:
         return load_file(path / name)
     except (OSError, SafetensorError) as error:
@@ -116,17 +132,25 @@ def count_parameters(path: Path) -> int:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was told, and "step" and "files". Raises DataError if it was changed or is missing."""
+    """A checkpoint's metadata, with its "step" and "files".
+
+    Raises:
+        DataError if state.json is missing or was changed.
+    """
     return read_sealed_json(path / _STATE, format=FORMAT, version=VERSION)
 
 
 def check_whole(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint; DataError unless every byte of its files is as it was written."""
+    """Checks every byte of a checkpoint's files and returns its state.
+
+    Raises:
+        DataError if a file is missing or was changed.
+    """
     state = read_state(path)
     for name, written in state["files"].items():
         file = path / name
         if not file.is_file() or file.stat().st_size != written["bytes"] or sha256_file(file) != written["sha256"]:
-            raise DataError(f"{file} is damaged: it is not what was written (its digest does not match).")
+            raise DataError(f"{file} is damaged: it was changed after it was written (its digest does not match).")
     return state
 
 
@@ -136,18 +160,23 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def newest_whole_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run of which no byte has changed, and its state; None if the run has none yet.
+    """The newest undamaged checkpoint of a run and its state; None if the run has no checkpoint yet.
 
-    Says which ones it passes over. Raises DataError if there are checkpoints and all are damaged.
+    A line on stderr names each damaged checkpoint that is skipped.
+
+    Raises:
+        DataError if there are checkpoints and all of them are damaged.
     """
-    found = sorted((run / "checkpoints").glob("step-*"), reverse=True)
-    for path in found:
+    checkpoints = sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    for path in checkpoints:
         try:
             return path, check_whole(path)
         except DataError as error:
-            say(f"{error} It is passed over.")
-    if found:
-        raise DataError(f"All checkpoints in {run / 'checkpoints'} are damaged; delete them to begin anew.")
+            say(f"{error} It is skipped.")
+    if checkpoints:
+        raise DataError(
+            f"All checkpoints in {run / 'checkpoints'} are damaged; delete them to start again from step 0."
+        )
     return None
 
 

@@ -1,4 +1,4 @@
-"""A new run that starts from weights."""
+"""Starts a new run from existing weights."""
 
 from pathlib import Path
 
@@ -6,23 +6,39 @@ from ...shared.errors import UsageError
 from ...shared.runtime.console import say
 from ..model.mapet import MaPeT
 from .read import load_weights
+from .weights import Weights
 
 
 def start_from(model: MaPeT, path: str | Path) -> dict[str, str]:
-    """Copies weights into a fresh model, in place, as far as both have them, and says what stays fresh.
+    """Copies weights into a fresh model, in place: every tensor that both have in the same size.
 
-    Positions are resampled to the model's grid. Returns the "file" that the weights were read from and its "sha256".
-    Raises DataError as `load_weights` does, UsageError if the encoders differ in anything but the image size.
+    Positions are resampled to the model's grid. A line on stderr names the tensors that keep their initial values.
+
+    Args:
+        model: the model of the new run, on any device.
+        path: whatever `load_weights` takes.
+
+    Returns:
+        The "file" that the weights were read from and its "sha256".
+
+    Raises:
+        DataError as `load_weights` does; UsageError if the encoders differ in anything but the image size.
     """
-    found, shape = load_weights(path), model.shape
+    weights = load_weights(path)
+    _refuse_other_shape(weights, model, path)
+    tensors = weights.resized(model.shape.image_size).tensors
+    initial = model.state_dict()
+    shared = {
+        name: tensor for name, tensor in tensors.items() if name in initial and initial[name].shape == tensor.shape
+    }
+    model.load_state_dict(shared, strict=False)
+    fresh = ", ".join(name for name in initial if name not in shared)
+    say(f"Starting from {weights.file}{f'; not in it, so newly initialised: {fresh}' if fresh else ''}.")
+    return {"file": str(weights.file), "sha256": weights.sha256()}
+
+
+def _refuse_other_shape(weights: Weights, model: MaPeT, path: str | Path) -> None:
     for name in ("dim", "depth", "heads", "patch_size", "mlp_ratio"):
-        theirs, ours = getattr(found.shape, name), getattr(shape, name)
-        if theirs != ours:
-            raise UsageError(f"--init {path} has {name} {theirs} and the run's model {ours}; set the model to fit.")
-    known = model.state_dict()
-    tensors = found.resized(shape.image_size).tensors.items()
-    taken = {name: tensor for name, tensor in tensors if name in known and known[name].shape == tensor.shape}
-    model.load_state_dict(taken, strict=False)
-    fresh = ", ".join(name for name in known if name not in taken)
-    say(f"Starting from {found.file}{f'; fresh are {fresh}' if fresh else ''}.")
-    return {"file": str(found.file), "sha256": found.sha256()}
+        stored, wanted = getattr(weights.shape, name), getattr(model.shape, name)
+        if stored != wanted:
+            raise UsageError(f"--init {path} has {name} {stored} and the run's model {wanted}; set the model to fit.")

@@ -1,4 +1,4 @@
-"""Checkpoints as the authors of MaPeT publish them."""
+"""Reads checkpoints in the format that the authors of MaPeT publish."""
 
 import argparse
 import pickle
@@ -19,32 +19,45 @@ from .weights import Weights
 
 
 def load_published(path: str | Path) -> MaPeT:
-    """The pre-training model in a published `.pth.tar`, float32 on the CPU.
+    """Reads the pre-training model from a published checkpoint.
 
-    Only tensors, plain containers and `argparse.Namespace` are read; nothing in the file is run.
-    Raises DataError if the file is missing, holds anything else, or is no pre-training checkpoint.
+    Only tensors, plain containers and `argparse.Namespace` are read; no code in the file is executed.
+
+    Args:
+        path: The published `.pth.tar`.
+
+    Returns:
+        The model, float32 on the CPU.
+
+    Raises:
+        DataError if the file is missing, holds anything else, or is not a pre-training checkpoint.
     """
     return read_published(Path(path)).mapet()
 
 
 @contextmanager
-def damage_explained(path: Path, as_what: str) -> Iterator[None]:
-    """DataError if what `path` says is incomplete or cannot be."""
+def damage_explained(path: Path, verdict: str) -> Iterator[None]:
+    """Turns the errors of reading incomplete or impossible content into a DataError: "`path` is `verdict` (...)"."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise DataError(f"{path} is {as_what} ({reason}).") from None
+        raise DataError(f"{path} is {verdict} ({reason}).") from None
     except UsageError as error:
-        raise DataError(f"{path} is {as_what} ({error})") from None
+        raise DataError(f"{path} is {verdict} ({error})") from None
 
 
 def read_published(path: Path) -> Weights:
+    """The weights in a published checkpoint, pre-trained or fine-tuned.
+
+    Raises:
+        DataError as `load_published` does.
+    """
     checkpoint = _unpickled(path)
-    with damage_explained(path, "no published checkpoint"):
+    with damage_explained(path, "not a published checkpoint"):
         tensors = {name.removeprefix("module."): tensor.float() for name, tensor in checkpoint["state_dict"].items()}
         architecture = str(checkpoint.get("arch", ""))
-    with damage_explained(path, "no checkpoint that holds the weights of a MaPeT model"):
+    with damage_explained(path, "not a checkpoint with the weights of a MaPeT model"):
         return Weights(path, _published_shape(tensors, architecture, path), tensors)
 
 
@@ -53,30 +66,31 @@ def _unpickled(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} does not exist; give a published .pth.tar.")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise DataError(
             f"{path} holds something other than tensors, containers and argparse.Namespace; "
-            "it was not loaded and nothing in it was run."
+            "it was not loaded, and nothing in it was run."
         ) from None
-    except Exception as error:  # bytes that are no checkpoint end the unpickler in every way there is
-        raise DataError(f"{path} is no published checkpoint ({type(error).__name__}).") from None
+    except Exception as error:  # other bytes make the unpickler fail in any way
+        raise DataError(f"{path} is not a published checkpoint ({type(error).__name__}).") from None
+    return checkpoint
 
 
 def _published_shape(tensors: dict[str, Tensor], architecture: str, path: Path) -> Shape:
-    # The number of heads leaves no trace in the weights; the architecture's name is the only witness.
-    named = re.search("|".join(SIZES), architecture)
-    if not named:
-        raise DataError(f"{path} names architecture {architecture!r}; expected one of {', '.join(SIZES)} in it.")
+    # Nothing in the weights tells the number of heads; only the architecture's name does.
+    size = re.search("|".join(SIZES), architecture)
+    if not size:
+        raise DataError(f"{path} names architecture {architecture!r}; expected a name with one of {', '.join(SIZES)}.")
     dim, _, patch_size, _ = tensors["patch_embed.proj.weight"].shape
     positions = tensors["pos_embed"].shape[1] - 1
     grid = round(positions**0.5)
     if grid**2 != positions:
-        raise DataError(f"{path} has positions of {positions} patches, which are no square grid.")
+        raise DataError(f"{path} has positions of {positions} patches, which do not form a square grid.")
     return Shape(
         dim=dim,
         depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
-        heads=SIZES[named[0]][2],
+        heads=SIZES[size[0]][2],
         patch_size=patch_size,
         image_size=grid * patch_size,
         k=len(tensors.get("decoder.weight", ())),

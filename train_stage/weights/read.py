@@ -1,4 +1,4 @@
-"""Weights from a run, a checkpoint, an import, an export or a published file."""
+"""Reads weights from a run, a checkpoint, an import, an export or a published file."""
 
 import json
 from collections.abc import Callable
@@ -17,24 +17,32 @@ from .write import FORMAT, TENSORS, VERSION
 
 
 def load_weights(path: str | Path) -> Weights:
-    """Weights from a run, a checkpoint folder, what `import_weights` or `export` wrote, or a published `.pth.tar`.
+    """Reads weights; no code in the file is executed.
 
-    Of a run that keeps a moving average of its weights it is the average. Nothing in them is run. Raises DataError if
-    `path` is none of these, was changed, or its tensors are not those of its shape.
+    A run gives its newest checkpoint. A run that keeps a moving average of its weights gives the average.
+
+    Args:
+        path: A run, a checkpoint folder, a folder that `import_weights` or `export` wrote, or a published `.pth.tar`.
+
+    Returns:
+        The weights, float32 on the CPU.
+
+    Raises:
+        DataError if `path` is none of these, was changed, or its tensors are not those of its shape.
     """
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path} does not exist; give a run, a checkpoint, an import or export, or a .pth.tar.")
     if path.is_file():
-        return read_published(path).check()
+        return read_published(path)
     folder = newest_checkpoint(path) or path
-    described = [name for name in _READERS if (folder / name).is_file() and (folder / TENSORS).is_file()]
-    if not described:
+    descriptions = [name for name in _READERS if (folder / name).is_file() and (folder / TENSORS).is_file()]
+    if not descriptions:
         raise DataError(
             f"{path} is neither a run with a checkpoint, nor a checkpoint, nor an import or export, nor a published "
             ".pth.tar."
         )
-    return _READERS[described[0]](folder).check()
+    return _READERS[descriptions[0]](folder)
 
 
 def _read_tensors(folder: Path, name: str = TENSORS) -> dict[str, Tensor]:
@@ -43,28 +51,28 @@ def _read_tensors(folder: Path, name: str = TENSORS) -> dict[str, Tensor]:
 
 
 def _read_checkpoint(folder: Path) -> Weights:
-    about = read_state(folder)
+    state = read_state(folder)
     with damage_explained(folder, "damaged"):
-        name = EMA if EMA in about["files"] else TENSORS
-        shape, seen = Shape(**about["model"]), Input.from_json(about["input"])
-        if sha256_file(folder / name) != about["files"][name]["sha256"]:
+        name = EMA if EMA in state["files"] else TENSORS
+        shape, model_input = Shape(**state["model"]), Input.from_json(state["input"])
+        if sha256_file(folder / name) != state["files"][name]["sha256"]:
             raise ValueError(f"the digest of {name} does not match")
-        return Weights(folder / name, shape, _read_tensors(folder, name), seen, about["seed"])
+        return Weights(folder / name, shape, _read_tensors(folder, name), model_input, state["seed"])
 
 
 def _read_imported(folder: Path) -> Weights:
-    about = read_sealed_json(folder / "weights.json", format=FORMAT, version=VERSION)
-    if sha256_file(folder / TENSORS) != about["sha256"]:
+    metadata = read_sealed_json(folder / "weights.json", format=FORMAT, version=VERSION)
+    if sha256_file(folder / TENSORS) != metadata["sha256"]:
         raise DataError(f"{folder / TENSORS} was changed since it was written (its digest does not match).")
-    shape, seen = Shape(**about["shape"]), Input.from_json(about["input"])
-    return Weights(folder / TENSORS, shape, _read_tensors(folder), seen, about["seed"])
+    shape, model_input = Shape(**metadata["shape"]), Input.from_json(metadata["input"])
+    return Weights(folder / TENSORS, shape, _read_tensors(folder), model_input, metadata["seed"])
 
 
 def _read_exported(folder: Path) -> Weights:
     tensors, config = published_names(_read_tensors(folder)), folder / "config.json"
-    with damage_explained(config, "no description of a ViT that mapet exported"):
-        about = json.loads(config.read_text())
-        arguments = about["model_args"]
+    with damage_explained(config, "not a description of a ViT that mapet exported"):
+        metadata = json.loads(config.read_text())
+        arguments = metadata["model_args"]
         shape = Shape(
             dim=arguments["embed_dim"],
             depth=arguments["depth"],
@@ -74,10 +82,10 @@ def _read_exported(folder: Path) -> Weights:
             k=0,
             mlp_ratio=arguments["mlp_ratio"],
         )
-        return Weights(folder / TENSORS, shape, tensors, Input.from_json(about["pretrained_cfg"]))
+        return Weights(folder / TENSORS, shape, tensors, Input.from_json(metadata["pretrained_cfg"]))
 
 
-# Which description lies beside the tensors says who wrote the folder.
+# The description beside the tensors tells what wrote the folder.
 _READERS: dict[str, Callable[[Path], Weights]] = {
     "state.json": _read_checkpoint,
     "weights.json": _read_imported,

@@ -1,13 +1,13 @@
-"""Weights between places: a ViT's tensors under the published names, and all that is needed to use them."""
+"""A ViT's tensors under the published names, with everything that is needed to use them."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -18,23 +18,30 @@ from ..model.mapet import MaPeT
 from ..model.shape import SIZES, Shape
 
 _PRETRAINING_ONLY = ("mask_positional_token", "decoder.weight", "decoder.bias")
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Input:
-    """What a model was shown: (pixel / 255 - mean) / std of images resized by `interpolation`."""
+    """The preprocessing of a model's training images: (pixel / 255 - mean) / std after resizing by `interpolation`."""
 
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    """Red, green, blue."""
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
     interpolation: str = "bicubic"
+    """bicubic or bilinear."""
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Input":
-        """Raises KeyError, TypeError or ValueError if `fields` lack something or hold something else."""
-        mean, std = (tuple(map(float, fields[name])) for name in ("mean", "std"))
-        if len(mean) != 3 or len(std) != 3 or fields["interpolation"] not in ("bicubic", "bilinear"):
+        """Reads `mean`, `std` and `interpolation`; ignores other fields.
+
+        Raises:
+            KeyError, TypeError or ValueError if one of them is missing or not valid.
+        """
+        (red, green, blue), (red_std, green_std, blue_std) = (map(float, fields[name]) for name in ("mean", "std"))
+        if fields["interpolation"] not in ("bicubic", "bilinear"):
             raise ValueError(f"input {fields}")
-        return cls(mean, std, fields["interpolation"])
+        return cls((red, green, blue), (red_std, green_std, blue_std), fields["interpolation"])
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,81 +51,93 @@ class Input:
 class Weights:
     """The weights of a Vision Transformer, of one of three kinds.
 
-    "pretraining": everything that MaPeT trains. "encoder": the same without decoder and mask embedding, which is what
-    an export keeps. "classifier": a fine-tuned ViT, whose `fc_norm` and `head` follow the average over patches.
+    - "pretraining": everything that MaPeT trains.
+    - "encoder": the same without decoder and mask embedding, which is what an export keeps.
+    - "classifier": a fine-tuned ViT, whose `fc_norm` and `head` follow the average over patches.
+
+    Raises DataError unless names and sizes of the tensors are exactly those of the kind and shape.
     """
 
     file: Path
-    """Where the tensors were read from."""
+    """The file that the tensors were read from."""
     shape: Shape
     """`k` is 0 unless the kind is "pretraining"."""
     tensors: dict[str, Tensor]
     """float32 on the CPU, under the names of the published checkpoints."""
     input: Input = field(default_factory=Input)
     seed: int = 0
-    """Of the run, if there was one."""
+    """The seed of the run that trained the weights; 0 if it is not known."""
+
+    def __post_init__(self) -> None:
+        _ = self.mapet() if self.kind == "pretraining" else self.vit()
 
     @property
     def kind(self) -> str:
+        """ "pretraining", "encoder" or "classifier"."""
         if "head.weight" in self.tensors:
             return "classifier"
         return "pretraining" if "decoder.weight" in self.tensors else "encoder"
 
     @property
     def classes(self) -> int:
-        """How many classes the head tells apart; 0 if there is none."""
+        """The number of classes of the head; 0 without a head."""
         return len(self.tensors["head.weight"]) if self.kind == "classifier" else 0
 
     @property
     def grid(self) -> int:
-        """Patches along one side of an image."""
+        """The number of patches along one side of an image."""
         return self.shape.image_size // self.shape.patch_size
 
     @property
     def preprocess(self) -> Preprocess:
-        """The whole image resized to the model's size, then its centre."""
+        """Resizes the shorter side to the model's size, then crops the centre."""
         size = self.shape.image_size
         return Preprocess(size, "shortest", size, self.input.interpolation, self.input.mean, self.input.std)
 
     def sha256(self) -> str:
-        """Of the file that the tensors were read from."""
+        """The digest of the file that the tensors were read from."""
         return sha256_file(self.file)
 
     def resized(self, image_size: int | None) -> "Weights":
-        """The same for images of `image_size` pixels: positions resampled as timm does (bicubic, antialiased).
+        """The same weights for images of another size: positions are resampled as timm does (bicubic, antialiased).
 
-        None, or the size that it has, changes nothing. Raises UsageError if the patches do not fill such an image.
+        Args:
+            image_size: pixels; None, or the present size, changes nothing.
+
+        Raises:
+            UsageError if `image_size` is not a multiple of the patch size.
         """
         if image_size is None:
             return self
         if image_size <= 0 or image_size % self.shape.patch_size:
-            raise UsageError(f"--image-size {image_size} is no multiple of the patch size {self.shape.patch_size}.")
+            raise UsageError(f"--image-size {image_size} is not a multiple of the patch size {self.shape.patch_size}.")
         grid = image_size // self.shape.patch_size
         positions = resample_abs_pos_embed(self.tensors["pos_embed"], [grid, grid], num_prefix_tokens=1)
         shape = replace(self.shape, image_size=image_size)
         return replace(self, shape=shape, tensors={**self.tensors, "pos_embed": positions})
 
-    def check(self) -> "Weights":
-        """Itself; DataError unless names and sizes of the tensors are exactly those of its kind and shape."""
-        _ = self.mapet() if self.kind == "pretraining" else self.vit()
-        return self
-
     def mapet(self) -> MaPeT:
-        """The pre-training model; it shares the tensors' memory. DataError if the kind is another."""
+        """The pre-training model, which shares the tensors' memory.
+
+        Raises:
+            DataError if the weights are of another kind.
+        """
         if self.kind != "pretraining":
             raise DataError(
-                f"{self.file} is no pre-training checkpoint: it has no decoder.weight (its kind is {self.kind})."
+                f"{self.file} is not a pre-training checkpoint: it has no decoder.weight (its kind is {self.kind})."
             )
-        return self._filled(lambda: MaPeT(self.shape), self.tensors)
+        return self._with_tensors(lambda: MaPeT(self.shape), self.tensors)
 
     def vit(self) -> VisionTransformer:
-        """timm's ViT with these weights, in eval mode; it has no decoder, and `num_classes` 0 unless a classifier."""
+        """timm's ViT with these weights, in eval mode, without a decoder; a classifier's has its head."""
         arguments = self.timm_arguments()
-        return self._filled(
+        model = self._with_tensors(
             lambda: VisionTransformer(**arguments, num_classes=self.classes, weight_init="skip"), self.timm_tensors()
-        ).eval()
+        )
+        return model.eval()
 
-    def _filled(self, build: Callable[[], nn.Module], tensors: dict[str, Tensor]) -> Any:
+    def _with_tensors(self, build: Callable[[], _Model], tensors: dict[str, Tensor]) -> _Model:
+        """The model that `build` makes, with these tensors as its parameters."""
         try:
             with torch.device("meta"):  # initial values would only be thrown away
                 model = build()
@@ -129,9 +148,9 @@ class Weights:
         return model
 
     def timm_arguments(self) -> dict[str, Any]:
-        """What timm's VisionTransformer is built with, besides `num_classes`.
+        """The arguments of timm's VisionTransformer, except `num_classes`.
 
-        MaPeT's features are the mean over patches of normed rows; a classifier norms that mean.
+        A classifier applies its norm to the mean over patches; the other kinds take the mean of normed patches.
         """
         return {
             "img_size": self.shape.image_size,
@@ -147,11 +166,11 @@ class Weights:
         }
 
     def timm_tensors(self) -> dict[str, Tensor]:
-        """The encoder, and the head if there is one, under timm's names: q and kv are one qkv there."""
-        renamed = {}
+        """The encoder, and the head if there is one, under timm's names, which join q and kv as qkv."""
+        renamed: dict[str, Tensor] = {}
         for name, tensor in self.tensors.items():
             if ".attn.q." in name:
-                # Without kv the qkv is too short, and `check` says so.
+                # Without kv the qkv is too short, which `load_state_dict` reports.
                 keys_values = self.tensors.get(name.replace(".q.", ".kv."), tensor[:0])
                 renamed[name.replace(".q.", ".qkv.")] = torch.cat([tensor, keys_values])
             elif ".attn.kv." not in name and name not in _PRETRAINING_ONLY:
@@ -159,12 +178,12 @@ class Weights:
         return renamed
 
     def timm_config(self) -> dict[str, Any]:
-        """The `config.json` that timm opens a folder with (`timm.models._hub.save_config_for_hf` writes the same)."""
+        """The `config.json` from which timm opens a folder (`timm.models._hub.save_config_for_hf` writes the same)."""
         size = (self.shape.dim, self.shape.depth, self.shape.heads)
         name = next((name for name, known in SIZES.items() if known == size), "base")
         side = self.shape.image_size
         return {
-            "architecture": f"vit_{name}_patch16_224",  # model_args state the true shape
+            "architecture": f"vit_{name}_patch16_224",  # model_args override its sizes
             "num_classes": self.classes,
             "num_features": self.shape.dim,
             "global_pool": "avg",
@@ -184,8 +203,8 @@ class Weights:
 
 
 def published_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's names back to the published ones; the inverse of `Weights.timm_tensors`, bit for bit."""
-    renamed = {}
+    """Tensors with timm's names under the published ones: the inverse of `Weights.timm_tensors`, bit for bit."""
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if ".attn.qkv." in name:
             third = len(tensor) // 3

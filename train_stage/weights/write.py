@@ -1,4 +1,4 @@
-"""What `export` and `import` have in common when they write a folder."""
+"""Folders of weights, as `export` and `import_weights` write them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,6 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...shared.runtime.console import table
 from ...shared.storage.files import written_whole
 from .weights import Weights
 
@@ -17,21 +16,21 @@ TENSORS = "model.safetensors"
 
 @contextmanager
 def weights_folder(out: Path, tensors: dict[str, Tensor]) -> Iterator[Path]:
-    """Yields the hidden folder, its tensors written, that becomes `out`."""
+    """Yields a hidden folder that holds the tensors and becomes `out` when the block ends."""
     with written_whole(out) as partial:
         partial.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
         yield partial
 
 
-def weights_summary(title: str, found: Weights, out: Path, next_step: tuple[str, str]) -> None:
-    shape, side = found.shape, found.grid
-    outputs = {"pretraining": f", K = {shape.k}", "encoder": "", "classifier": f", {found.classes} classes"}[found.kind]
-    rows = [
-        ("from", str(found.file)),
-        ("kind", f"{found.kind}{outputs}"),
+def describe_weights(weights: Weights, out: Path) -> list[tuple[str, str]]:
+    """(name, value) of what was written to `out`, for a table."""
+    shape, side = weights.shape, weights.grid
+    outputs = {"pretraining": f", K = {shape.k}", "encoder": "", "classifier": f", {weights.classes} classes"}
+    return [
+        ("from", str(weights.file)),
+        ("kind", f"{weights.kind}{outputs[weights.kind]}"),
         ("shape", f"dim {shape.dim}, depth {shape.depth}, {shape.heads} heads"),
         ("images", f"{shape.image_size} px, patches of {shape.patch_size} px in a {side}x{side} grid"),
         ("to", str(out)),
     ]
-    table(title, [*rows, next_step])

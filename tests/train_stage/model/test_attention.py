@@ -12,16 +12,16 @@ HEADS, DIM = 2, 12
 
 
 def dense(streams: list[Tensor], keys_values: Tensor, windows: list[list[Window]]) -> list[Tensor]:
-    """Softmax attention written out, under one mask of all rows and keys a stream."""
+    """Softmax attention written out, under one mask of all rows and keys per stream."""
     keys, values = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in keys_values.chunk(2, dim=-1))
     outputs = []
-    for rows, some in zip(streams, windows, strict=True):
-        seen = torch.zeros(rows.shape[1], keys.shape[2], dtype=torch.bool)
-        for window in some:
-            seen[window.rows, window.keys] = True if window.mask is None else window.mask
+    for rows, stream_windows in zip(streams, windows, strict=True):
+        mask = torch.zeros(rows.shape[1], keys.shape[2], dtype=torch.bool)
+        for window in stream_windows:
+            mask[window.rows, window.keys] = True if window.mask is None else window.mask
         queries = rows.unflatten(-1, (HEADS, -1)).transpose(1, 2)
         scores = queries @ keys.transpose(-2, -1) / (DIM // HEADS) ** 0.5
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
         outputs.append((weights @ values).transpose(1, 2).flatten(2))
     return outputs
 
@@ -39,7 +39,7 @@ def banded_rows(draw, keys: int) -> tuple[int, list[Window]]:
                 draw(st.lists(st.booleans(), min_size=rows * (last - first), max_size=rows * (last - first)))
             )
             mask = mask.view(rows, last - first)
-            mask[:, 0] = True  # a row that sees nothing has no softmax
+            mask[:, 0] = True  # a row that attends to nothing has no softmax
         windows.append(Window(slice(top, top + rows), slice(first, last), mask))
         top += rows
     return top, windows
@@ -47,7 +47,7 @@ def banded_rows(draw, keys: int) -> tuple[int, list[Window]]:
 
 @pytest.fixture(params=["by windows", "under one mask"])
 def way(request, monkeypatch) -> str:
-    """The way of the CPU, or that of other devices."""
+    """How attention is computed: as on the CPU, or as on other devices."""
     if request.param != "by windows":
         monkeypatch.setattr(attention, "_BY_WINDOWS", ())
     return request.param
@@ -62,21 +62,21 @@ def test_windows_give_the_attention_of_their_dense_mask_and_its_gradients(way, d
     inputs = [torch.randn(2, rows, DIM, requires_grad=True) for rows, _ in drawn]
     keys_values = torch.randn(2, keys, 2 * DIM, requires_grad=True)
     pattern = make_pattern(windows, keys, "cpu")
-    found, expected = attend(inputs, keys_values, HEADS, pattern), dense(inputs, keys_values, windows)
+    actual, expected = attend(inputs, keys_values, HEADS, pattern), dense(inputs, keys_values, windows)
     weights = [torch.randn_like(output) for output in expected]
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-5)
-    for ours, theirs in zip(
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    for one, other in zip(
         *(
             torch.autograd.grad(outputs, [*inputs, keys_values], weights, retain_graph=True)
-            for outputs in (found, expected)
+            for outputs in (actual, expected)
         ),
         strict=True,
     ):
-        assert torch.allclose(ours, theirs, atol=1e-4)
+        assert torch.allclose(one, other, atol=1e-4)
 
 
-def test_every_key_for_every_row_needs_no_mask_anywhere(way):
+def test_no_mask_is_made_if_every_row_attends_to_every_key(way):
     everything = [[Window(slice(0, 3), slice(0, 5)), Window(slice(3, 7), slice(0, 5))]]
     assert make_pattern(everything, 5, "cpu").mask is None
     assert (make_pattern(everything, 6, "cpu").mask is None) == (way == "by windows")

@@ -1,4 +1,4 @@
-"""MaPeT is exact: against the published implementation, a naive reference, and its own definition."""
+"""MaPeT equals the published implementation, a naive reference, and its own definition."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ from mapet.shared.errors import UsageError
 from mapet.train_stage.model import attention
 from mapet.train_stage.model.mapet import MaPeT, drop_path_rates, drop_path_scales
 from mapet.train_stage.model.shape import Shape
-from mapet.train_stage.objectives.layouts import make_layout
+from mapet.train_stage.objectives.layouts import CACHE, make_layout
 from mapet.train_stage.objectives.token_loss import token_loss
 from mapet.train_stage.settings import OBJECTIVES
 from mapet.train_stage.weights.published import load_published
@@ -23,8 +23,8 @@ ORACLE = Path(__file__).parents[1] / "oracle"
 SMALL = Shape(dim=24, depth=3, heads=2, patch_size=4, image_size=16, k=11)
 
 
-def largest_error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def largest_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def orders(batch: int, patches: int, seed: int = 0) -> Tensor:
 
 
 def prepared(model: MaPeT, path: str) -> MaPeT:
-    """The model set up for one way to execute a step."""
+    """The model, set up for one way to execute a step."""
     if path == "compiled" and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler")
     model.grad_checkpointing = path == "checkpointing"
@@ -64,11 +64,11 @@ def prepared(model: MaPeT, path: str) -> MaPeT:
 
 @pytest.fixture
 def under_one_mask(monkeypatch):
-    """Attention as on other devices than the CPU."""
+    """Attention as on devices other than the CPU."""
     monkeypatch.setattr(attention, "_BY_WINDOWS", ())
-    make_layout.cache_clear()
+    CACHE.clear()
     yield
-    make_layout.cache_clear()
+    CACHE.clear()
 
 
 PATHS = ["plain", "chunked loss", "one window", "many windows", "checkpointing", "compiled"]
@@ -80,7 +80,7 @@ def test_logits_loss_and_every_gradient_equal_the_published_implementation(publi
 
 
 @pytest.mark.parametrize("path", ["plain", "checkpointing", "compiled"])
-def test_so_they_do_where_attention_is_computed_under_one_mask(published, expected, under_one_mask, path: str):
+def test_they_are_equal_where_attention_is_computed_under_one_mask(published, expected, under_one_mask, path: str):
     check_against_published(published, expected, path)
 
 
@@ -128,7 +128,7 @@ def test_bfloat16_autocast_stays_near_the_published_values_in_float32(published,
 
 
 def naive_logits(objective: str, model: MaPeT, images: Tensor, order: Tensor, visible: int) -> Tensor:
-    """The tables of the objectives read literally: raster order, a dense mask an image, every row in every block."""
+    """The tables of the objectives read literally: raster order, a dense mask per image, every row in every block."""
     weights, shape = dict(model.named_parameters()), model.shape
     logits = []
     for image, permutation in zip(images, order, strict=True):
@@ -168,13 +168,13 @@ def attends(objective: str, row: tuple, key: tuple, rank: dict[int, int]) -> boo
         return True
     kind, patch = row
     key_kind, key_patch = key
-    given = key_kind == "class" or (key_kind == "patch" and key_patch not in rank)
+    is_visible = key_kind == "class" or (key_kind == "patch" and key_patch not in rank)
     if kind == "class" or kind == "auxiliary" or (kind == "patch" and patch not in rank):
-        return given or key_kind == "auxiliary"
+        return is_visible or key_kind == "auxiliary"
     t = rank[patch]
     if key_kind == "auxiliary":
         return rank[key_patch] > t if kind == "patch" else rank[key_patch] >= t
-    return given or (rank[key_patch] <= t if kind == "patch" else rank[key_patch] < t)
+    return is_visible or (rank[key_patch] <= t if kind == "patch" else rank[key_patch] < t)
 
 
 def naive_block(weights: dict, prefix: str, rows: Tensor, keys: int, mask: Tensor, heads: int) -> Tensor:
@@ -197,16 +197,16 @@ def naive_block(weights: dict, prefix: str, rows: Tensor, keys: int, mask: Tenso
 @pytest.mark.parametrize("visible", [0, 1, 4, 15])
 def test_logits_equal_a_naive_dense_mask_implementation(small, objective: str, visible: int):
     images, order = torch.randn(2, 3, 16, 16), orders(2, 16)
-    found = small(images, order, make_layout(objective, 16, visible))
-    assert largest_error(found, naive_logits(objective, small, images, order, visible)) < 1e-5
+    logits = small(images, order, make_layout(objective, 16, visible))
+    assert largest_error(logits, naive_logits(objective, small, images, order, visible)) < 1e-5
 
 
 @pytest.mark.parametrize("objective", ["mapet", "pim"])
 @pytest.mark.parametrize("ranks", [(11,), (0, 1), (2, 5, 9)])
 def test_fewer_query_rows_give_the_same_logits_at_their_ranks(small, objective: str, ranks: tuple[int, ...]):
     images, order = torch.randn(2, 3, 16, 16), orders(2, 16)
-    some, every = (small(images, order, make_layout(objective, 16, 4, which)) for which in (ranks, None))
-    assert largest_error(some, every[:, list(ranks)]) < 1e-5
+    few, every = (small(images, order, make_layout(objective, 16, 4, rank_choice)) for rank_choice in (ranks, None))
+    assert largest_error(few, every[:, list(ranks)]) < 1e-5
 
 
 @settings(max_examples=15, deadline=None)

@@ -1,4 +1,4 @@
-"""Permutations and masks: always exact in number, drawn as they say."""
+"""Permutations hold every patch once, masks have the exact size, and both are drawn from the right distribution."""
 
 import numpy as np
 import pytest
@@ -32,15 +32,15 @@ def test_blocks_mask_exactly_the_number_asked_for(side: int, ratio: float, seed:
     assert masked_blocks(side, count, random(seed)).sum() == count
 
 
-def neighbours(hidden: np.ndarray) -> float:
+def neighbours(masked: np.ndarray) -> float:
     """Share of the pairs of adjacent patches of which both or neither are masked."""
-    return float(np.mean([(hidden[1:] == hidden[:-1]).mean(), (hidden[:, 1:] == hidden[:, :-1]).mean()]))
+    return float(np.mean([(masked[1:] == masked[:-1]).mean(), (masked[:, 1:] == masked[:, :-1]).mean()]))
 
 
 def mask_of(settings: ObjectiveSettings, seed: int) -> np.ndarray:
-    hidden = np.zeros(196, dtype=bool)
-    hidden[draw_permutation(settings, 14, random(seed))[-settings.masked(196) :]] = True
-    return hidden.reshape(14, 14)
+    masked = np.zeros(196, dtype=bool)
+    masked[draw_permutation(settings, 14, random(seed))[-settings.masked(196) :]] = True
+    return masked.reshape(14, 14)
 
 
 def test_block_masks_are_blocks_and_uniform_masks_are_not():
@@ -53,11 +53,11 @@ def test_block_masks_are_blocks_and_uniform_masks_are_not():
 
 
 def test_rectangles_reach_every_patch_and_mirror_images_equally_often():
-    often = np.mean([mask_of(SETTINGS[2], seed) for seed in range(2000)], axis=0)
-    assert often.mean() == pytest.approx(78 / 196)
-    assert often.min() > 0.02  # BEiT's rectangles favour the middle
-    for mirrored in (often[::-1], often[:, ::-1], often.T):
-        assert np.abs(often - mirrored).max() < 0.08
+    frequency = np.mean([mask_of(SETTINGS[2], seed) for seed in range(2000)], axis=0)
+    assert frequency.mean() == pytest.approx(78 / 196)
+    assert frequency.min() > 0.02  # BEiT's rectangles favour the middle
+    for mirrored in (frequency[::-1], frequency[:, ::-1], frequency.T):
+        assert np.abs(frequency - mirrored).max() < 0.08
 
 
 def test_a_block_permutation_finishes_a_square_before_it_begins_the_next():

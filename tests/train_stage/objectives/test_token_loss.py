@@ -1,4 +1,4 @@
-"""The chunked loss is PyTorch's cross-entropy of a linear head, value and gradients."""
+"""The chunked loss equals PyTorch's cross-entropy of a linear head, in value and gradients."""
 
 import shutil
 
@@ -29,8 +29,8 @@ def test_any_chunk_gives_the_loss_the_hits_and_the_gradients_of_all_logits_at_on
     expected = cross_entropy(logits.flatten(0, 1), targets.flatten())
     assert torch.allclose(loss, expected, atol=1e-6)
     assert torch.equal(hits, logits.argmax(-1) == targets)
-    ours, theirs = (torch.autograd.grad(value * scale, inputs) for value in (loss, expected))
-    for one, other in zip(ours, theirs, strict=True):
+    actual, wanted = (torch.autograd.grad(value * scale, inputs) for value in (loss, expected))
+    for one, other in zip(actual, wanted, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
 
 
@@ -42,11 +42,11 @@ def test_compiled_it_is_the_same(dtype: torch.dtype):
     truth[0] = logits[0].argmax()
     compiled = torch.compile(cross_entropy_and_grads)
     for rows in (13, 5):  # the last chunk is smaller
-        ours, theirs = (one(logits[:rows], truth[:rows], 40) for one in (compiled, cross_entropy_and_grads))
-        for one, other in zip(ours, theirs, strict=True):
+        actual, wanted = (one(logits[:rows], truth[:rows], 40) for one in (compiled, cross_entropy_and_grads))
+        for one, other in zip(actual, wanted, strict=True):
             assert one.dtype == other.dtype
             assert torch.allclose(one.float(), other.float(), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
-    assert theirs[1][0]
+    assert wanted[1][0]
 
 
 def test_no_more_logits_exist_than_a_chunk_has():
@@ -63,9 +63,9 @@ def test_no_more_logits_exist_than_a_chunk_has():
     hidden, head, targets = torch.randn(64, 5, requires_grad=True), nn.Linear(5, 100), torch.randint(100, (64,))
     largest = {}
     for chunk in (8, None):
-        with Largest() as seen:
+        with Largest() as mode:
             token_loss(hidden, head, targets, chunk)[0].backward()
-        largest[chunk] = seen.numbers
+        largest[chunk] = mode.numbers
     assert largest == {8: 8 * 100, None: 64 * 100}
 
 

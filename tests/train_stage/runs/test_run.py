@@ -113,7 +113,7 @@ def test_the_moving_average_is_what_is_used_and_it_is_the_average(chain, tmp_pat
     used = load_weights(tmp_path)
     assert torch.equal(used.tensors["cls_token"], load_file(path / "ema.safetensors")["cls_token"])
     assert not torch.equal(used.tensors["cls_token"], load_file(path / "model.safetensors")["cls_token"])
-    used.check()
+    used.mapet()
 
 
 def test_a_run_is_probed_as_it_goes_on_and_that_changes_nothing_in_it(chain, tmp_path: Path):

@@ -1,10 +1,11 @@
-"""Weights arrive unchanged, from published checkpoints and runs, to timm and back; or refused in one sentence."""
+"""Weights are the same after import, export and back; files that do not hold any are refused in one sentence."""
 
 import argparse
 import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -38,8 +39,8 @@ class Malicious:
         return (os.system, (f"touch {self.path}",))
 
 
-def largest_error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def largest_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 def opened(folder: Path, **options) -> timm.models.VisionTransformer:
@@ -56,9 +57,9 @@ def checkpoint_of(shape: Shape, folder: Path) -> Path:
     model = MaPeT(shape)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    seen = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
-    about = {"model": shape.to_json(), "input": seen, "seed": 0}
-    return save_checkpoint(folder, 1, {"model.safetensors": model.state_dict()}, about)
+    model_input = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
+    metadata = {"model": shape.to_json(), "input": model_input, "seed": 0}
+    return save_checkpoint(folder, 1, {"model.safetensors": model.state_dict()}, metadata)
 
 
 def published(
@@ -73,14 +74,14 @@ def published(
 
 def test_a_run_opens_in_timm_and_gives_the_same_features(run: Path, tmp_path: Path):
     model = load_weights(run).mapet().eval()
-    ours = model.norm(model.encode(noise(64)))
-    theirs = opened(export(run, tmp_path / "timm"))
-    assert largest_error(theirs.forward_features(noise(64)), ours) < 1e-5
-    assert largest_error(theirs(noise(64)), model.features(noise(64))) < 1e-5
-    known = timm.data.resolve_model_data_config(theirs)
+    expected = model.norm(model.encode(noise(64)))
+    timm_model = opened(export(run, tmp_path / "timm"))
+    assert largest_error(timm_model.forward_features(noise(64)), expected) < 1e-5
+    assert largest_error(timm_model(noise(64)), model.features(noise(64))) < 1e-5
+    known = timm.data.resolve_model_data_config(timm_model)
     assert (list(known["input_size"]), known["interpolation"], known["crop_pct"]) == ([3, 64, 64], "bilinear", 1.0)
     assert (list(known["mean"]), list(known["std"])) == ([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
-    assert (theirs.num_classes, theirs.pretrained_cfg["num_classes"]) == (0, 0)
+    assert (timm_model.num_classes, timm_model.pretrained_cfg["num_classes"]) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -94,13 +95,13 @@ def test_a_run_opens_in_timm_and_gives_the_same_features(run: Path, tmp_path: Pa
 def test_any_shape_opens_in_timm_with_every_tensor_in_its_place(shape: Shape, tmp_path: Path):
     checkpoint = checkpoint_of(shape, tmp_path)
     model = load_weights(checkpoint).mapet().eval()
-    theirs = opened(export(checkpoint, tmp_path / "timm"))
+    timm_model = opened(export(checkpoint, tmp_path / "timm"))
     images = noise(shape.image_size, 1)
     with torch.no_grad():
-        assert largest_error(theirs.forward_features(images), model.norm(model.encode(images))) < 1e-5
-        assert largest_error(theirs(images), model.features(images)) < 1e-5
-    assert torch.equal(theirs.blocks[-1].ls2.gamma, model.blocks[-1].ls2.gamma)
-    assert sum(p.numel() for p in theirs.parameters()) == sum(
+        assert largest_error(timm_model.forward_features(images), model.norm(model.encode(images))) < 1e-5
+        assert largest_error(timm_model(images), model.features(images)) < 1e-5
+    assert torch.equal(timm_model.blocks[-1].ls2.gamma, model.blocks[-1].ls2.gamma)
+    assert sum(p.numel() for p in timm_model.parameters()) == sum(
         p.numel() for name, p in model.named_parameters() if "decoder" not in name and "mask" not in name
     )
 
@@ -114,16 +115,16 @@ def test_an_export_takes_a_new_head_in_timm(run: Path, tmp_path: Path):
 
 def test_a_fine_tuned_checkpoint_classifies_in_timm_as_it_was_published(tmp_path: Path):
     expected = load_file(ORACLE / "finetune_expected.safetensors")
-    folder = export(import_weights(FINETUNE, tmp_path / "ours"), tmp_path / "timm")
-    theirs = opened(folder)
-    assert theirs.num_classes == 10
-    assert largest_error(theirs(expected["images"]), expected["logits"]) < 1e-5
-    assert largest_error(theirs.forward_features(expected["images"]), expected["features"]) < 1e-5
+    folder = export(import_weights(FINETUNE, tmp_path / "imported"), tmp_path / "timm")
+    timm_model = opened(folder)
+    assert timm_model.num_classes == 10
+    assert largest_error(timm_model(expected["images"]), expected["logits"]) < 1e-5
+    assert largest_error(timm_model.forward_features(expected["images"]), expected["features"]) < 1e-5
 
 
 def test_an_imported_pre_training_checkpoint_predicts_as_it_was_published(tmp_path: Path):
     expected = load_file(ORACLE / "pretrain_expected.safetensors")
-    model = load_weights(import_weights(PRETRAIN, tmp_path / "ours")).mapet()
+    model = load_weights(import_weights(PRETRAIN, tmp_path / "imported")).mapet()
     order, visible = expected["order"], int(expected["least_number"]) - 1
     logits = model(expected["images"], order, make_layout("mapet", 16, visible))
     raster = order[:, visible:].argsort(1)[:, :, None].expand_as(logits)
@@ -134,7 +135,7 @@ def test_an_imported_pre_training_checkpoint_predicts_as_it_was_published(tmp_pa
 @pytest.mark.parametrize("source", [PRETRAIN, FINETUNE], ids=["pretrain", "finetune"])
 def test_there_and_back_is_exact(source: Path, tmp_path: Path):
     once = export(source, tmp_path / "once")
-    again = export(import_weights(once, tmp_path / "ours"), tmp_path / "again")
+    again = export(import_weights(once, tmp_path / "imported"), tmp_path / "again")
     assert [(once / name).read_bytes() for name in FILES] == [(again / name).read_bytes() for name in FILES]
     before, after = load_weights(source), load_weights(again)
     left_behind = {"mask_positional_token", "decoder.weight", "decoder.bias"}
@@ -144,31 +145,31 @@ def test_there_and_back_is_exact(source: Path, tmp_path: Path):
 
 
 def test_an_import_keeps_everything_and_says_what_it_is(run: Path, tmp_path: Path):
-    before, after = load_weights(run), load_weights(import_weights(run, tmp_path / "ours"))
+    before, after = load_weights(run), load_weights(import_weights(run, tmp_path / "imported"))
     assert set(before.tensors) == set(after.tensors)
     assert all(torch.equal(tensor, after.tensors[name]) for name, tensor in before.tensors.items())
     assert (before.shape, before.input, before.seed) == (after.shape, after.input, after.seed)
     assert after.seed == 3
-    about = json.loads((tmp_path / "ours" / "weights.json").read_text())
-    assert (about["kind"], about["source"]["sha256"]) == ("pretraining", before.sha256())
+    metadata = json.loads((tmp_path / "imported" / "weights.json").read_text())
+    assert (metadata["kind"], metadata["source"]["sha256"]) == ("pretraining", before.sha256())
     assert json.loads((import_weights(FINETUNE, tmp_path / "b") / "weights.json").read_text())["classes"] == 10
 
 
 def test_a_probe_finds_the_same_in_a_run_its_import_and_its_export(chain, run: Path, tmp_path: Path):
-    folders = [run, import_weights(run, tmp_path / "ours"), export(run, tmp_path / "timm")]
+    folders = [run, import_weights(run, tmp_path / "imported"), export(run, tmp_path / "timm")]
     first, *others = [probe(folder, chain.images, chain.images) for folder in folders]
     assert others == [first, first]
 
 
 def test_positions_are_resampled_as_timm_does_on_loading(run: Path, tmp_path: Path):
-    theirs = opened(export(run, tmp_path / "as-it-was"), img_size=96)
-    ours = opened(export(run, tmp_path / "larger", image_size=96))
-    assert ours.patch_embed.grid_size == (12, 12)
-    assert list(ours.pretrained_cfg["input_size"]) == [3, 96, 96]
-    assert torch.equal(ours.pos_embed, theirs.pos_embed)
-    assert torch.equal(ours(noise(96)), theirs(noise(96)))
+    timm_model = opened(export(run, tmp_path / "as-it-was"), img_size=96)
+    larger = opened(export(run, tmp_path / "larger", image_size=96))
+    assert larger.patch_embed.grid_size == (12, 12)
+    assert list(larger.pretrained_cfg["input_size"]) == [3, 96, 96]
+    assert torch.equal(larger.pos_embed, timm_model.pos_embed)
+    assert torch.equal(larger(noise(96)), timm_model(noise(96)))
     imported = load_weights(import_weights(run, tmp_path / "imported", image_size=96))
-    assert torch.equal(imported.tensors["pos_embed"], theirs.pos_embed)
+    assert torch.equal(imported.tensors["pos_embed"], timm_model.pos_embed)
     order = torch.arange(144).expand(2, -1)
     assert imported.mapet()(noise(96), order, make_layout("mapet", 144, 36)).shape == (2, 108, imported.shape.k)
 
@@ -180,7 +181,7 @@ def test_the_size_that_it_has_changes_nothing(run: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("write", [export, import_weights])
 def test_a_size_that_the_patches_do_not_fill_is_refused(write, run: Path, tmp_path: Path):
-    with pytest.raises(UsageError, match="100 is no multiple of the patch size 8"):
+    with pytest.raises(UsageError, match="100 is not a multiple of the patch size 8"):
         write(run, tmp_path / "out", image_size=100)
     assert not list(tmp_path.iterdir())
 
@@ -226,9 +227,9 @@ def test_a_published_checkpoint_gives_its_shape():
 def test_module_prefixes_are_read(source: Path, tmp_path: Path):
     state = torch.load(source, weights_only=False)["state_dict"]
     prefixed = published(tmp_path, source=source, state_dict={f"module.{name}": t for name, t in state.items()})
-    found = load_weights(prefixed).tensors
-    assert set(found) == set(state)
-    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    tensors = load_weights(prefixed).tensors
+    assert set(tensors) == set(state)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in state.items())
 
 
 def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path: Path):
@@ -239,7 +240,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path: Path):
             read(bad)
     assert not witness.exists()
     torch.load(bad, weights_only=False)
-    assert witness.exists()  # it does bite where pickles are run
+    assert witness.exists()  # it does run where pickles are executed
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"PK\x03\x04 broken zip", b"\x80\x02}q\x00."])
@@ -273,9 +274,9 @@ def test_a_checkpoint_with_changed_bytes_never_ends_in_a_traceback(tmp_path: Pat
 
 
 def test_weights_without_a_decoder_are_not_taken_for_a_pre_training_checkpoint(tmp_path: Path):
-    with pytest.raises(DataError, match=r"no pre-training checkpoint: .* classifier"):
+    with pytest.raises(DataError, match=r"not a pre-training checkpoint: .* classifier"):
         load_published(FINETUNE)
-    with pytest.raises(DataError, match=r"no pre-training checkpoint: .* encoder"):
+    with pytest.raises(DataError, match=r"not a pre-training checkpoint: .* encoder"):
         load_weights(export(PRETRAIN, tmp_path / "timm")).mapet()
 
 
@@ -286,12 +287,12 @@ def test_weights_without_a_decoder_are_not_taken_for_a_pre_training_checkpoint(t
         ({"drop": "blocks.1.attn.kv.weight"}, "does not hold the weights"),
         ({"put": {"blocks.0.attn.rotary": torch.zeros(3)}}, "does not hold the weights"),
         ({"put": {"blocks.0.ls1.gamma": torch.zeros(49)}}, "does not hold the weights"),
-        ({"put": {"pos_embed": torch.zeros(1, 1 + 15, 48)}}, "no square grid"),
-        ({"drop": "pos_embed"}, "no checkpoint that holds the weights of a MaPeT model"),
+        ({"put": {"pos_embed": torch.zeros(1, 1 + 15, 48)}}, "not form a square grid"),
+        ({"drop": "pos_embed"}, "not a checkpoint with the weights of a MaPeT model"),
         ({"arch": "resnet50"}, "names architecture 'resnet50'"),
-        ({"state_dict": {"epoch": 3}}, "no published checkpoint"),
-        ({"state_dict": [1, 2]}, "no published checkpoint"),
-        ({"state_dict": {}}, "no checkpoint that holds the weights of a MaPeT model"),
+        ({"state_dict": {"epoch": 3}}, "not a published checkpoint"),
+        ({"state_dict": [1, 2]}, "not a published checkpoint"),
+        ({"state_dict": {}}, "not a checkpoint with the weights of a MaPeT model"),
     ],
 )
 @pytest.mark.parametrize("source", [PRETRAIN, FINETUNE], ids=["pretrain", "finetune"])
@@ -316,21 +317,21 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path):
     other = timm.create_model("test_vit", num_classes=3)
     folder = tmp_path / "other"
     timm.models.save_for_hf(other, folder, safe_serialization=True)
-    with pytest.raises(DataError, match=r"config\.json is no description of a ViT that mapet exported"):
+    with pytest.raises(DataError, match=r"config\.json is not a description of a ViT that mapet exported"):
         load_weights(folder)
     export(PRETRAIN, tmp_path / "timm")
-    about = json.loads((tmp_path / "timm" / "config.json").read_text())
+    metadata = json.loads((tmp_path / "timm" / "config.json").read_text())
     for name, value in {"num_heads": 5, "patch_size": 7, "depth": 3, "embed_dim": "wide", "img_size": [64, 32]}.items():
-        changed = {**about, "model_args": {**about["model_args"], name: value}}
+        changed = {**metadata, "model_args": {**metadata["model_args"], name: value}}
         (tmp_path / "timm" / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(DataError, match=r"no description of a ViT|does not hold the weights"):
+        with pytest.raises(DataError, match=r"not a description of a ViT|does not hold the weights"):
             load_weights(tmp_path / "timm")
 
 
 def test_damaged_folders_are_refused(run: Path, tmp_path: Path):
-    ours, timms = import_weights(run, tmp_path / "ours"), export(run, tmp_path / "timm")
+    imported, exported = import_weights(run, tmp_path / "imported"), export(run, tmp_path / "timm")
     checkpoint = shutil.copytree(newest_checkpoint(run), tmp_path / "checkpoint")
-    for folder, words in ((ours, "was changed"), (timms, "is damaged"), (checkpoint, "is damaged")):
+    for folder, words in ((imported, "was changed"), (exported, "is damaged"), (checkpoint, "is damaged")):
         tensors = folder / "model.safetensors"
         whole = tensors.read_bytes()
         tensors.write_bytes(whole[:-5])
@@ -343,9 +344,17 @@ def test_damaged_folders_are_refused(run: Path, tmp_path: Path):
         load_weights(checkpoint)
 
 
+def test_weights_that_do_not_fit_their_shape_cannot_be_made(run: Path):
+    weights = load_weights(run)
+    with pytest.raises(DataError, match="does not hold the weights"):
+        replace(weights, tensors={name: t for name, t in weights.tensors.items() if name != "norm.bias"})
+    with pytest.raises(DataError, match="does not hold the weights"):
+        replace(weights, shape=replace(weights.shape, depth=3))
+
+
 def test_half_precision_tensors_become_float32(tmp_path: Path):
     state = torch.load(PRETRAIN, weights_only=False)["state_dict"]
     half = published(tmp_path, state_dict={n: t.half() for n, t in state.items()}, args=argparse.Namespace())
-    found = load_weights(half).tensors
-    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
-    assert torch.equal(found["cls_token"], state["cls_token"].half().float())
+    tensors = load_weights(half).tensors
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert torch.equal(tensors["cls_token"], state["cls_token"].half().float())
