@@ -20,7 +20,7 @@ LAYERS = {
     ],
     "train_stage": [
         ["pretrain", "probe", "features", "report", "export", "import_weights"],
-        ["runs"],
+        ["runs", "tasks"],
         ["training"],
         ["data", "evaluation"],
         ["objectives"],

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import zarr
@@ -33,7 +33,7 @@ def features(
     image_size: int | None = None,
     batch_size: int = 128,
     workers: int | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: str = "auto",
 ) -> Path:
     """Writes the frozen features of images as one Zarr v3 group.
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.table import Table
 
@@ -41,7 +40,7 @@ def probe(
     pixels: bool = False,
     batch_size: int = 128,
     workers: int | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: str = "auto",
 ) -> list[ProbeResult]:
     """Measures frozen features with a linear probe and k-NN.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -59,7 +59,7 @@ def report(
     images: str | None = None,
     tokens: str | None = None,
     seed: int = 0,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: str = "auto",
 ) -> Path:
     """Writes one or several runs side by side as one self-contained HTML file.
 
