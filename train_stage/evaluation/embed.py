@@ -55,10 +55,12 @@ def pooled_features(weights: Weights, device: str) -> Callable[[Tensor], Tensor]
 
 
 def fresh_weights(weights: Weights) -> Weights:
-    """The same model as its seed starts it."""
-    torch.manual_seed(weights.seed)
+    """The same model with the initial weights that its seed gives. The caller's random state stays as it is."""
     shape = replace(weights.shape, k=max(weights.shape.k, 1))
-    return replace(weights, shape=shape, tensors=MaPeT(shape).state_dict())
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(weights.seed)  # torch.manual_seed would seed the GPUs as well
+        tensors = MaPeT(shape).state_dict()
+    return replace(weights, shape=shape, tensors=tensors)
 
 
 @torch.no_grad()
