@@ -1,427 +1,344 @@
-"""The command line: each command is a few lines that call one public function. No logic here."""
+"""The command line: a table of commands. Each one's options are the parameters of the public function that it calls.
 
+Defaults and help texts are read from the function's source (`shared.runtime.static_signature`); its module is imported
+when the command runs. To add an option, add a parameter; to add a command, add a line to `COMMANDS`.
+"""
+
+import inspect
+import logging
+import re
 import signal
 import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
+from . import __version__
 from .shared.errors import MapetError
+from .shared.runtime.console import log, running_command
 from .shared.runtime.distributed import is_first_process
+from .shared.runtime.static_signature import REQUIRED, Parameter, StaticSignature, read_signature
+
+_PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, and the function whose parameters are its options. Functions are written "module:function"."""
+
+    summary: str
+    function: str | Mapping[str, str]
+    """With several functions by name, the options are all their parameters and `chosen_by` returns one of the names."""
+    chosen_by: str | None = None
+    arguments: tuple[str, ...] = ()
+    """Parameters that are given by position; a trailing "..." takes one or more values."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Options that are not spelled like their parameter."""
+    at_least: Mapping[str, int] = field(default_factory=dict)
+    """Lower bounds of integers, beside those in `_AT_LEAST`."""
+    shown_by: str | None = None
+    """Adds `--json`; this function prints the result and is told by `as_json` whether as JSON."""
+    dry_run: tuple[str, str] | None = None
+    """Adds `--dry-run`: a function that is called instead with those of the options that it takes, and the function
+    that prints its result."""
+
+    @property
+    def functions(self) -> Mapping[str, str]:
+        return {"": self.function} if isinstance(self.function, str) else self.function
+
+
+COMMANDS: dict[str, dict[str, Command]] = {
+    "tokenize": {
+        "build-codebook": Command(
+            "Train a k-means codebook over the patch features of a frozen CLIP tower.",
+            "tokenize_stage.build_codebook:build_codebook",
+            arguments=("images",),
+            at_least={"image_size": 8},
+        ),
+        "encode-shards": Command(
+            "Write the visual tokens of every image to shards. Run it again to add images or views.",
+            "tokenize_stage.encode_shards:encode_shards",
+            arguments=("images",),
+            dry_run=(
+                "tokenize_stage.encode_shards:encode_shards_dry_run",
+                "tokenize_stage.encode_shards:show_estimate",
+            ),
+        ),
+        "inspect": Command(
+            "Show how a codebook or a token store was made, how its codes are used, and what is suspicious about it.",
+            "tokenize_stage.inspect:inspect",
+            arguments=("path",),
+            shown_by="tokenize_stage.inspect:show",
+        ),
+        "verify": Command(
+            "Check that every shard is present, complete, checksummed and made with the codebook it names.",
+            "tokenize_stage.verify:verify",
+            arguments=("tokens",),
+        ),
+        "import": Command(
+            "Import centroids (--centroids) or tokens (--tokens --csv --images --codebook) computed elsewhere.",
+            "tokenize_stage.import_tokens:import_tokens",
+            at_least={"image_size": 8},
+        ),
+    },
+    "train": {
+        "pretrain": Command(
+            "Pre-train MaPeT on images and their precomputed tokens.",
+            "train_stage.pretrain:pretrain",
+            renamed={"overrides": "--set"},
+            dry_run=("train_stage.pretrain:pretrain_dry_run", "train_stage.training.dry_run:show_estimate"),
+        ),
+        "probe": Command(
+            "Measure frozen features with a linear probe and k-NN.",
+            "train_stage.probe:probe",
+            arguments=("weights",),
+        ),
+        "report": Command(
+            "Write runs as an HTML page: curves, probes, settings and predictions.",
+            "train_stage.report:report",
+            arguments=("runs...",),
+        ),
+        "features": Command(
+            "Write frozen features to a Zarr group: keys, one vector per image, one per patch, labels.",
+            "train_stage.features:features",
+            arguments=("images",),
+        ),
+        "export": Command(
+            'Write a folder that timm.create_model("local-dir:OUT", pretrained=True) opens.',
+            "train_stage.export:export",
+            arguments=("weights",),
+        ),
+        "import": Command(
+            "Read weights of other formats, without running code in them, into a folder that every command takes.",
+            "train_stage.import_weights:import_weights",
+            arguments=("file",),
+        ),
+    },
+    "mapet": {
+        "demo": Command(
+            "Run the whole chain in a few minutes, offline, on images drawn by this package.",
+            "quickstart.demo:demo",
+        ),
+        "doctor": Command(
+            "Print versions, devices, the FAISS build and what is missing, for a bug report.",
+            "shared.doctor:doctor",
+            shown_by="shared.doctor:show",
+        ),
+    },
+}
+_AT_LEAST = {"batch_size": 1, "image_size": 1, "max_images": 1, "patches": 1}
+
+
+class _Group(TyperGroup):
+    """Lists the commands of `COMMANDS` by their summaries, and builds one only to run it, show its help or complete it:
+    reading signatures takes a while."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self._table = COMMANDS[self.name or ""]
+        summaries = {name: TyperCommand(name, help=command.summary) for name, command in self._table.items()}
+        self.commands = {**summaries, **self.commands}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, build(name, self._table[name]) if name in self._table else command, rest
+
 
 app = typer.Typer(
     name="mapet",
+    cls=_Group,
     help="Tokenizer-first pre-training of Vision Transformers: k-CLIP tokens once, then MaPeT.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-tokenize = typer.Typer(help="Stage 1: images -> codebook -> token shards.", no_args_is_help=True)
-train = typer.Typer(help="Stage 2: images and tokens -> a pre-trained ViT.", no_args_is_help=True)
-app.add_typer(tokenize, name="tokenize")
-app.add_typer(train, name="train")
-
-Images = Annotated[
-    str, typer.Argument(help="A tar, a folder of class folders, or tars like train-{000..015}.tar, URLs included.")
-]
-Workers = Annotated[
-    int | None, typer.Option(help="Processes that decode images (default: 0 on the CPU, up to 16 on CUDA).")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-BatchSize = Annotated[int, typer.Option(help="Images per forward pass.", min=1)]
-OnError = Annotated[str, typer.Option(help="At what cannot be read: stop, or skip (it is counted and listed).")]
-Weights = Annotated[
-    Path, typer.Argument(help="A run, a checkpoint, an imported or exported folder, or a published .pth.tar.")
-]
-GridSize = Annotated[
-    int | None, typer.Option("--image-size", help="Pixels; resamples position embeddings (default: as it was).", min=1)
-]
-Tower = Annotated[str, typer.Option(help="open_clip name, local-dir:PATH, hf-hub:ID or timm:NAME.")]
-Pretrained = Annotated[
-    str | None,
-    typer.Option(help="Tag or local file; 'none' for random weights (default: openai, or timm's own)."),
-]
-Layer = Annotated[int, typer.Option(help="Index into forward_intermediates, negative from the end.")]
-FinalNorm = Annotated[bool, typer.Option(help="Take ViT features after the final norm.")]
-TowerSize = Annotated[int | None, typer.Option(help="Pixels (default: the tower's own).", min=8)]
-Precision = Annotated[str, typer.Option(help="Of the tower: float32 or bfloat16.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
+app.add_typer(
+    typer.Typer(cls=_Group, help="Stage 1: images -> codebook -> token shards.", no_args_is_help=True), name="tokenize"
+)
+app.add_typer(
+    typer.Typer(cls=_Group, help="Stage 2: images and tokens -> a pre-trained ViT.", no_args_is_help=True), name="train"
+)
 
 
-@tokenize.command()
-def build_codebook(
-    images: Images,
-    out: Annotated[Path, typer.Option(help="Folder to write the codebook to.")],
-    tower: Tower = "RN50x64",
-    pretrained: Pretrained = None,
-    layer: Layer = -1,
-    final_norm: FinalNorm = False,
-    image_size: TowerSize = None,
-    precision: Precision = "float32",
-    k: Annotated[int, typer.Option("--k", help="Number of centroids.")] = 8192,
-    patches: Annotated[
-        int | None, typer.Option(help="Patch features to sample (default: 512 a centroid, or all).", min=1)
-    ] = None,
-    iterations: Annotated[int, typer.Option(help="Of k-means.")] = 20,
-    restarts: Annotated[int, typer.Option(help="Of k-means; the best one is kept.")] = 5,
-    metric: Annotated[str, typer.Option(help="l2, or cosine (unit features, spherical k-means).")] = "l2",
-    seed: Annotated[int, typer.Option(help="Of the sample and of k-means.")] = 0,
-    init: Annotated[str, typer.Option(help="First centroids: random, or k-means++.")] = "random",
-    max_images: Annotated[int | None, typer.Option(help="Use a seeded subset of this many images.", min=1)] = None,
-    on_error: OnError = "stop",
-    features_cache: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the sampled features, for another K.")
-    ] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="For the sample and k-means, such as 8GB (default: 3/4 of what is free).")
-    ] = None,
-    batch_size: BatchSize = 64,
-    workers: Workers = None,
-    device: Device = "auto",
-) -> None:
-    """Train a k-means codebook over the patch features of a frozen CLIP tower."""
-    from .tokenize_stage.build_codebook import build_codebook
-
-    build_codebook(
-        images,
-        out,
-        tower=tower,
-        pretrained=pretrained,
-        layer=layer,
-        final_norm=final_norm,
-        image_size=image_size,
-        precision=precision,
-        k=k,
-        patches=patches,
-        iterations=iterations,
-        restarts=restarts,
-        metric=metric,
-        seed=seed,
-        init=init,
-        max_images=max_images,
-        on_error=on_error,
-        features_cache=features_cache,
-        memory=memory,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-    )
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"mapet {__version__}")
+        raise typer.Exit
 
 
-@tokenize.command()
-def encode_shards(
-    images: Images,
-    codebook: Annotated[str, typer.Option(help="Folder that build-codebook wrote.")],
-    out: Annotated[str, typer.Option(help="Folder or URL of the token store; whole shards in it are skipped.")],
-    crop: Annotated[str, typer.Option(help="center (the tower's own preprocessing) or random-resized.")] = "center",
-    views: Annotated[int, typer.Option(help="Views stored of each image; more can be added later.")] = 1,
-    scale: Annotated[tuple[float, float], typer.Option(help="Of random-resized: share of the area.")] = (0.2, 1.0),
-    ratio: Annotated[tuple[float, float], typer.Option(help="Of random-resized: width to height.")] = (0.75, 4 / 3),
-    flip: Annotated[float, typer.Option(help="Of random-resized: probability of a mirrored view.")] = 0.5,
-    with_center: Annotated[bool, typer.Option("--with-center", help="View 0 is the centre view.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the views.")] = 0,
-    format: Annotated[
-        str, typer.Option(help="zarr (tokens only), or webdataset (tars of images and their tokens).")
-    ] = "zarr",
-    on_error: OnError = "stop",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say hours, bytes and rows; write nothing.")] = False,
-    tower: Annotated[str | None, typer.Option(help="Where the codebook's tower is now, if it moved.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Views per forward pass.", min=1)] = 64,
-    workers: Workers = None,
-    device: Device = "auto",
-) -> None:
-    """Write every image's visual tokens to shards; again, to add images or views."""
-    from .tokenize_stage.encode_shards import encode_shards
-
-    encode_shards(
-        images,
-        codebook,
-        out,
-        crop=crop,
-        views=views,
-        scale=scale,
-        ratio=ratio,
-        flip=flip,
-        with_center=with_center,
-        seed=seed,
-        format=format,
-        on_error=on_error,
-        dry_run=dry_run,
-        tower=tower,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-    )
-
-
-@tokenize.command()
-def inspect(
-    path: Annotated[str, typer.Argument(help="A codebook or a token store, local or a URL.")],
-    key: Annotated[str | None, typer.Option(help="Show the token grid of this image.")] = None,
-    against: Annotated[str | None, typer.Option(help="Say what changed from this codebook or store to PATH.")] = None,
-    json: AsJson = False,
-    html: Annotated[Path | None, typer.Option(help="Also write a page to look at: one file, no network.")] = None,
-    images: Annotated[
-        str | None, typer.Option(help="Pictures for the page (not needed if the store holds them).")
-    ] = None,
-    codebook: Annotated[
-        str | None, typer.Option(help="Of the page: show the patches nearest each centroid; runs the tower.")
-    ] = None,
-    tower: Annotated[str | None, typer.Option(help="Where the codebook's tower is now, if it moved.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the images and patches that the page shows.")] = 0,
-    device: Device = "auto",
-) -> None:
-    """Show what made a codebook or a token store, how its codes are used, and what is suspicious about it."""
-    from .tokenize_stage.inspect import inspect, show
-
-    about = inspect(
-        path,
-        key=key,
-        against=against,
-        html=html,
-        images=images,
-        codebook=codebook,
-        tower=tower,
-        seed=seed,
-        device=device,
-    )
-    show(about, as_json=json)
-
-
-@tokenize.command()
-def verify(
-    tokens: Annotated[str, typer.Argument(help="A token store or a codebook, local or a URL.")],
-    codebook: Annotated[str | None, typer.Option(help="Also check that it was made with this codebook.")] = None,
-    images: Annotated[str | None, typer.Option(help="Also check the source, every image's bytes included.")] = None,
-    reencode: Annotated[
-        int, typer.Option(help="Also encode this many random images again; needs --images and --codebook.")
-    ] = 0,
-    seed: Annotated[int, typer.Option(help="Of the images that are encoded again.")] = 0,
-    tower: Annotated[str | None, typer.Option(help="Where the codebook's tower is now, if it moved.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Views per forward pass.", min=1)] = 64,
-    workers: Workers = None,
-    device: Device = "auto",
-) -> None:
-    """Check that every shard is present, whole, checksummed and made with the codebook it names."""
-    from .tokenize_stage.verify import verify
-
-    verify(
-        tokens,
-        codebook=codebook,
-        images=images,
-        reencode=reencode,
-        seed=seed,
-        tower=tower,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-    )
-
-
-@tokenize.command("import")
-def import_tokens(
-    out: Annotated[Path, typer.Option(help="Folder to write: a codebook, or a token store.")],
-    centroids: Annotated[Path | None, typer.Option(help=".npy of floats (K, dim): makes a codebook.")] = None,
-    tower: Tower = "RN50x64",
-    pretrained: Pretrained = None,
-    layer: Layer = -1,
-    final_norm: FinalNorm = False,
-    image_size: TowerSize = None,
-    precision: Precision = "float32",
-    metric: Annotated[str, typer.Option(help="Of the centroids: l2, or cosine (of length one).")] = "l2",
-    device: Device = "auto",
-    tokens: Annotated[Path | None, typer.Option(help=".npy of integers (n, H*W) or (n, H, W): makes a store.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Whose row i names the image of row i of --tokens.")] = None,
-    images: Annotated[str | None, typer.Option(help="The images of --tokens: tars or a folder.")] = None,
-    codebook: Annotated[Path | None, typer.Option(help="The codebook of --tokens.")] = None,
-) -> None:
-    """Take centroids (--centroids) or tokens (--tokens --csv --images --codebook) that were computed elsewhere."""
-    from .tokenize_stage.import_tokens import import_tokens
-
-    import_tokens(
-        out,
-        centroids=centroids,
-        tower=tower,
-        pretrained=pretrained,
-        layer=layer,
-        final_norm=final_norm,
-        image_size=image_size,
-        precision=precision,
-        metric=metric,
-        device=device,
-        tokens=tokens,
-        csv=csv,
-        images=images,
-        codebook=codebook,
-    )
-
-
-@train.command()
-def pretrain(
-    tokens: Annotated[str, typer.Option(help="The token store of these images, local or a URL.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    images: Annotated[
-        str | None,
-        typer.Option(help="A tar, a folder of class folders, or a pattern of tars (not needed if TOKENS holds them)."),
-    ] = None,
-    recipe: Annotated[str | None, typer.Option(help="A shipped recipe's name, or a YAML file.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting, such as optimizer.lr=1e-3; repeat for more.")
-    ] = None,
-    objective: Annotated[str | None, typer.Option(help="mapet, pim or mim (default: the recipe's).")] = None,
-    init: Annotated[
-        str | None, typer.Option(help="Start a new run from a run, checkpoint, import, export or .pth.tar.")
-    ] = None,
-    resume: Annotated[str, typer.Option(help="auto: go on with the run in --out, if there is one; never.")] = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say steps, FLOPs, memory and hours; write nothing.")
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-    device: Device = "auto",
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="MAPET_DEBUG", help="Also show the traceback behind an error's sentence.")
+    ] = False,
 ) -> None:
-    """Pre-train MaPeT on images and their precomputed tokens."""
-    from .train_stage.pretrain import pretrain, pretrain_dry_run
-    from .train_stage.training.dry_run import show_estimate
+    if debug:
+        log.setLevel(logging.DEBUG)
 
-    changes = {"recipe": recipe, "overrides": overrides or (), "objective": objective, "device": device}
-    if dry_run:
-        show_estimate(pretrain_dry_run(images, tokens, **changes))
+
+def build(name: str, command: Command) -> Any:
+    """The typer command of an entry in `COMMANDS`."""
+    parameters = _parameters(command)
+
+    def run(**values: Any) -> None:
+        _run(command, values)
+
+    options = [
+        inspect.Parameter(parameter, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for parameter, (annotation, default) in _options_of(command, parameters).items()
+    ]
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what typer reads
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    single = typer.Typer(add_completion=False)
+    single.command(name, help=command.summary)(run)
+    return typer.main.get_command(single)
+
+
+def _signature(function: str) -> StaticSignature:
+    module, _, name = function.partition(":")
+    return read_signature(_PACKAGE.joinpath(*module.split(".")).with_suffix(".py"), name)
+
+
+def _parameters(command: Command) -> dict[str, Parameter]:
+    """The parameters of all functions of a command. One that not every function has may be left out; the first function
+    that has one says its type and default, and each what it does there."""
+    parameters: dict[str, Parameter] = {}
+    signatures = [_signature(function).parameters for function in command.functions.values()]
+    for name in dict.fromkeys(name for signature in signatures for name in signature):
+        declared = [signature[name] for signature in signatures if name in signature]
+        types, default = declared[0].types, declared[0].default
+        if default is REQUIRED and len(declared) < len(signatures):
+            types = (*types, "None")
+        text = " Or: ".join(dict.fromkeys(parameter.help for parameter in declared))
+        parameters[name] = Parameter(name, types, default, text)
+    return parameters
+
+
+def _options_of(command: Command, parameters: Mapping[str, Parameter]) -> dict[str, tuple[Any, Any]]:
+    """Annotation and default of each option and argument, as typer reads them."""
+    by_position = {argument.removesuffix("..."): argument.endswith("...") for argument in command.arguments}
+    spelled = {name: command.renamed.get(name, f"--{name.replace('_', '-')}") for name in parameters}
+    options = {}
+    for name in [*by_position, *(name for name in parameters if name not in by_position)]:
+        parameter = parameters[name]
+        kind = _kind(parameter, several=by_position.get(name, False))
+        text = _help(parameter.help, {name: option for name, option in spelled.items() if name not in by_position})
+        if name in by_position:
+            annotation: Any = Annotated[kind, typer.Argument(help=text)]
+        else:
+            declared = f"{spelled[name]}/--no-{spelled[name][2:]}" if kind is bool else spelled[name]
+            minimum = command.at_least.get(name, _AT_LEAST.get(name)) if "int" in parameter.types else None
+            metavar = "<path>" if "Path" in parameter.types else None
+            annotation = Annotated[kind, typer.Option(declared, help=text, min=minimum, metavar=metavar)]
+        default = None if parameter.default is REQUIRED and "None" in parameter.types else parameter.default
+        options[name] = (annotation, default)
+    if command.shown_by:
+        flag = typer.Option("--json", help="Print JSON for machines instead of a table.")
+        options["json"] = (Annotated[bool, flag], False)
+    if command.dry_run and "dry_run" not in parameters:
+        flag = typer.Option("--dry-run", help=_help(_signature(command.dry_run[0]).summary, spelled))
+        options["dry_run"] = (Annotated[bool, flag], False)
+    return options
+
+
+def _kind(parameter: Parameter, *, several: bool) -> Any:
+    """The type that typer converts to. Paths stay text, because most may also be URLs."""
+    kinds: dict[str, Any] = {
+        "str": str,
+        "bool": bool,
+        "int": int,
+        "float": float,
+        "tuple[float, float]": tuple[float, float],
+        "Sequence[str]": list[str],
+    }
+    kind = next((kinds[member] for member in parameter.types if member in kinds), None)
+    if kind is None:
+        raise TypeError(f"parameter {parameter.name}: no option for type {' | '.join(parameter.types)}")
+    if several:
+        return list[str]
+    return kind | None if "None" in parameter.types else kind
+
+
+def _help(text: str, options: Mapping[str, str]) -> str:
+    """A docstring's text for the command line: options and commands instead of parameters and functions."""
+    commands = {
+        function.partition(":")[2]: name
+        for group in COMMANDS.values()
+        for name, command in group.items()
+        for function in command.functions.values()
+    }
+    text = re.sub(r" \(see `[^`]+`\)", "", text)
+    text = re.sub(r"`([^`]+)`", lambda match: {**commands, **options}.get(match[1], match[1]), text)
+    if "[" in text:
+        from rich.markup import escape
+
+        text = escape(text)
+    return text
+
+
+def _run(command: Command, values: dict[str, Any]) -> None:
+    as_json = values.pop("json", False) if command.shown_by else False
+    if command.dry_run and values.get("dry_run") and "dry_run" not in _parameters(command):
+        estimate, show = command.dry_run
+        _imported(show)(_call(estimate, values))
         return
-    pretrain(images, tokens, out, init=init, resume=resume, **changes)
+    choice = _call(command.chosen_by, values) if command.chosen_by else ""
+    result = _call(command.functions[choice], values)
+    if command.shown_by:
+        _imported(command.shown_by)(result, as_json=as_json)
 
 
-@train.command()
-def probe(
-    weights: Weights,
-    images: Annotated[str, typer.Option(help="Labelled training images.")],
-    val: Annotated[str, typer.Option(help="Labelled validation images.")],
-    random_init: Annotated[bool, typer.Option(help="Also probe the model with fresh weights.")] = False,
-    pixels: Annotated[bool, typer.Option(help="Also probe the raw pixels.")] = False,
-    batch_size: BatchSize = 128,
-    workers: Workers = None,
-    device: Device = "auto",
-) -> None:
-    """Measure frozen features with a linear probe and k-NN."""
-    from .train_stage.probe import probe
-
-    probe(
-        weights,
-        images,
-        val,
-        random_init=random_init,
-        pixels=pixels,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-    )
+def _call(function: str, values: Mapping[str, Any]) -> Any:
+    """Calls a function with those of the values that it takes."""
+    called = _imported(function)
+    return called(**{name: values[name] for name in inspect.signature(called).parameters if name in values})
 
 
-@train.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders that pretrain wrote; several are shown side by side.")],
-    html: Annotated[
-        Path | None, typer.Option(help="The page to write (default: report.html in the first one).")
-    ] = None,
-    tokens: Annotated[
-        str | None, typer.Option(help="Tokens of held-out images, to show what the runs predict for them.")
-    ] = None,
-    images: Annotated[str | None, typer.Option(help="These images (not needed if TOKENS holds them).")] = None,
-    seed: Annotated[int, typer.Option(help="Of the images and patches that are predicted.")] = 0,
-    device: Device = "auto",
-) -> None:
-    """Write runs as a page to look at: curves, probes, settings, and what they predict."""
-    from .train_stage.report import report
-
-    report(runs, html=html, images=images, tokens=tokens, seed=seed, device=device)
-
-
-@train.command()
-def features(
-    images: Annotated[str, typer.Argument(help="A tar, a folder of class folders, or a pattern of tars.")],
-    weights: Annotated[Path, typer.Option(help="What probe takes: a run, an import, an export, a .pth.tar ...")],
-    out: Annotated[Path, typer.Option(help="Zarr group to write, such as features.zarr.")],
-    patches: Annotated[bool, typer.Option(help="Write each patch's features too, H x W times as much.")] = True,
-    image_size: GridSize = None,
-    batch_size: BatchSize = 128,
-    workers: Workers = None,
-    device: Device = "auto",
-) -> None:
-    """Write frozen features: keys, one vector an image, one a patch, labels, and what made them."""
-    from .train_stage.features import features
-
-    features(
-        images,
-        weights,
-        out,
-        patches=patches,
-        image_size=image_size,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-    )
-
-
-@train.command()
-def export(
-    weights: Weights,
-    out: Annotated[Path, typer.Option(help="Folder to write: model.safetensors and config.json.")],
-    image_size: GridSize = None,
-) -> None:
-    """Write a folder that timm.create_model("local-dir:OUT", pretrained=True) opens."""
-    from .train_stage.export import export
-
-    export(weights, out, image_size=image_size)
-
-
-@train.command("import")
-def import_weights(
-    file: Annotated[Path, typer.Argument(help="A published .pth.tar; or a run, a checkpoint, an exported folder.")],
-    out: Annotated[Path, typer.Option(help="Folder to write: model.safetensors and weights.json.")],
-    image_size: GridSize = None,
-) -> None:
-    """Read weights from elsewhere, running nothing in them, into one plain folder that every command takes."""
-    from .train_stage.import_weights import import_weights
-
-    import_weights(file, out, image_size=image_size)
-
-
-@app.command()
-def demo(
-    images: Annotated[str | None, typer.Option(help="Your own pictures instead of the drawn ones.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for everything that the demo writes.")] = Path("mapet-demo"),
-    seed: Annotated[int, typer.Option(help="Of pictures, codebook and training.")] = 0,
-) -> None:
-    """Run the whole chain in a few minutes, offline, on what the package carries."""
-    from .quickstart.demo import demo
-
-    demo(images, out=out, seed=seed)
-
-
-@app.command()
-def doctor(json: AsJson = False) -> None:
-    """Print versions, devices, the FAISS build and what is missing, fit for a bug report."""
-    from .shared.doctor import doctor, show
-
-    show(doctor(), as_json=json)
+def _imported(function: str) -> Callable[..., Any]:
+    module, _, name = function.partition(":")
+    imported: Callable[..., Any] = getattr(import_module(f".{module}", __package__), name)
+    return imported
 
 
 def main() -> None:
-    """The `mapet` command: expected failures end with one sentence and their exit code, never with a traceback."""
+    """The `mapet` command: an expected failure ends with one sentence and its exit code, without a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        app()
-    except MapetError as error:
-        _fail(str(error), error.exit_code)
-    except OSError as error:
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}.", 1)
-    except SystemExit as end:
-        if end.code == 130 and is_first_process():
-            _fail("stopped. What was finished is kept; give the same command to go on.", 130)
-        raise
+    with running_command():
+        try:
+            app()
+        except MapetError as error:
+            _fail(str(error), error.exit_code)
+        except OSError as error:
+            _fail(f"{error.filename or 'a file'}: {error.strerror or error}.", 1)
+        except SystemExit as end:
+            if end.code == 130 and is_first_process():
+                _fail("stopped. What was finished is kept; give the same command to go on.", 130)
+            raise
 
 
 def _fail(sentence: str, code: int) -> None:
     # What remains is Python's own end, in which a second Ctrl-C or torchrun's SIGTERM would print a traceback.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+    error = sys.exception()
+    if error is not None and log.isEnabledFor(logging.DEBUG):
+        _reveal_contexts(error)
+        traceback.print_exception(error)
     print(f"mapet: {sentence}", file=sys.stderr)
     sys.exit(code)
+
+
+def _reveal_contexts(error: BaseException) -> None:
+    """Makes a traceback show the exceptions that `raise ... from None` hides."""
+    seen: BaseException | None = error
+    while seen is not None:
+        seen.__suppress_context__ = seen.__cause__ is not None
+        seen = seen.__cause__ or seen.__context__

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import typer
+from mapet.shared.runtime.console import running_command
 from mapet.shared.runtime.devices import choose_device
 from mapet.shared.runtime.distributed import World
 from mapet.train_stage.data.batch import Batch
@@ -84,4 +85,5 @@ def measure(checkpoints: Checkpoints, trainer: Trainer, step: Callable[[], None]
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with running_command():  # measured as the command runs, with its allocator settings
+        typer.run(main)

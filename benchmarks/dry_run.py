@@ -41,8 +41,10 @@ TRAINED = """
 import json, resource, sys, time
 from pathlib import Path
 import mapet.train_stage.pretrain, faiss, zarr
+from mapet.shared.runtime.console import running_command
 before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-mapet.train_stage.pretrain.pretrain(*sys.argv[1:4], overrides=sys.argv[4:], device="cpu")
+with running_command():
+    mapet.train_stage.pretrain.pretrain(*sys.argv[1:4], overrides=sys.argv[4:], device="cpu")
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"bytes": peak - before}))
 """

@@ -29,6 +29,7 @@ from mapet.quickstart.drawings import write_drawings
 from mapet.shared.images.decode import read_image
 from mapet.shared.images.sources import open_source
 from mapet.shared.images.views import CENTER, center_view, to_array
+from mapet.shared.runtime.console import running_command
 from mapet.shared.runtime.devices import choose_device
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.store import write_shard
@@ -191,4 +192,5 @@ def peak_mb(command: list[str]) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with running_command():  # measured as the command runs, with its allocator settings
+        typer.run(main)

@@ -26,6 +26,7 @@ import typer
 from mapet.quickstart.demo import TOWER
 from mapet.shared.images.records import read_bytes
 from mapet.shared.images.views import CropBox
+from mapet.shared.runtime.console import running_command
 from mapet.shared.runtime.devices import choose_device
 from mapet.shared.runtime.distributed import World
 from mapet.shared.runtime.loader import batches
@@ -223,4 +224,5 @@ def waiting(data: TokenisedImages, model: str, workers: int, batch_size: int, st
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with running_command():  # measured as the command runs, with its allocator settings
+        typer.run(main)

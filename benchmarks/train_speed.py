@@ -16,6 +16,7 @@ from typing import Annotated
 import torch
 import typer
 from mapet.quickstart.drawings import write_drawings
+from mapet.shared.runtime.console import running_command
 from mapet.shared.runtime.distributed import World
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
@@ -102,4 +103,5 @@ def ddp_over_plain(size: str, batch: int, pairs: int, device: str) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with running_command():  # measured as the command runs, with its allocator settings
+        typer.run(main)

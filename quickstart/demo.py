@@ -1,4 +1,4 @@
-"""The whole chain in a few minutes, offline: the only module that knows both stages."""
+"""The whole chain in a few minutes, offline. This is the only module that imports both stages."""
 
 import io
 import time
@@ -61,18 +61,19 @@ Everything is in {out}/; the picture of the tokens is {picture}. To look at, in 
 
 
 def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", seed: int = 0) -> list[ProbeResult]:
-    """Codebook, tokens, pre-training and proof, on drawn pictures (or `images`) with the CLIP tower in the package.
+    """Makes a codebook and tokens, pre-trains and probes, with the CLIP tower in the package and images drawn by it.
 
     Args:
-        images: your own pictures (a folder of class folders, a folder, or tars); None draws a labelled set.
-        out: folder for everything that is written; a second run goes on where the first one was stopped.
-        seed: of the pictures, the codebook and the training.
+        images: Your own images, instead of the drawn ones: a folder of class folders, a folder, or tars.
+        out: Folder for all output; a second run resumes where the first one stopped.
+        seed: Seed of the drawn images, the codebook and the training.
 
     Returns:
-        the probe's rows (pre-trained, random init, pixels); empty if the images have no labels.
+        One result for each of pre-trained, random init and pixels; an empty list if the images have no labels.
 
     Raises:
-        DataError for images that cannot be read or are too few.
+        DataError: The images cannot be read, or are fewer than 20.
+        UsageError: `out` holds a demo of other images or another seed.
     """
     out = Path(out)
     began = time.monotonic()
@@ -91,10 +92,10 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
         settings = {**_SETTINGS, "train.seed": seed}
         overrides = [f"{key}={value}" for key, value in settings.items()]
         pretrain(str(train), out / "tokens", out / "run", overrides=overrides)
-    outcome: list[ProbeResult] = []
+    results: list[ProbeResult] = []
     if labelled:
         with _chapter("5. Proof: are the frozen features any good?"):
-            outcome = probe(out / "run", str(train), str(val), random_init=True, pixels=True)
+            results = probe(out / "run", str(train), str(val), random_init=True, pixels=True)
     else:
         say("Your pictures have no labels (class folders, or .cls members), so there is nothing to probe.")
     with _chapter("What the model predicts for pictures that it was not trained on"):
@@ -104,11 +105,11 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
     picture = draw_token_maps(records[:12], store, codebook, out / "tokens.png")
     say(_ON_IMAGENET.format(out=out, picture=picture, tokens=out / "tokens.html", run=out / "run.html"))
     say(f"Done in {time.monotonic() - began:.0f} s.")
-    return outcome
+    return results
 
 
 def _claim(out: Path, source: str) -> None:
-    """One folder holds the demo of one set of pictures; what another demo left there must not be taken for it."""
+    """Reserves the folder for one set of images and one seed, so that files of another demo are not reused."""
     note = out / "source.txt"
     if note.exists() and note.read_text() != source:
         raise UsageError(f"--out {out} holds a demo of {note.read_text()}; choose another --out or delete it.")
@@ -139,26 +140,25 @@ def _drawn_pictures(out: Path, seed: int) -> tuple[Path, Path, bool]:
 
 
 def _own_pictures(images: str | Path, out: Path, seed: int) -> tuple[Path, Path, bool]:
-    """Copies at most as many pictures as the demo draws into tars, a fifth of them to validate on."""
+    """Copies at most as many images as the demo draws into tars, and keeps a fifth of them for validation."""
     records = read_records(images)
     if len(records) < 20:
         raise DataError(f"{images} holds {len(records)} images; the demo needs at least 20.")
-    chosen = sorted(records, key=lambda record: generator(seed, "demo", record.key).random())[
-        : TRAIN_IMAGES + VAL_IMAGES
-    ]
-    split = int(len(chosen) * _OWN_VAL_SHARE)
+    shuffled = sorted(records, key=lambda record: generator(seed, "demo", record.key).random())
+    subset = shuffled[: TRAIN_IMAGES + VAL_IMAGES]
+    split = int(len(subset) * _OWN_VAL_SHARE)
     train, val = out / "images" / "train", out / "images" / "val"
-    for folder, part in ((train, chosen[split:]), (val, chosen[:split])):
+    for folder, part in ((train, subset[split:]), (val, subset[:split])):
         if not (folder / _OWN_TAR).exists():
             _copy(part, folder / _OWN_TAR)
-    say(f"{len(chosen) - split} of your {len(records)} pictures to train on, {split} to validate on.")
-    return train, val, all(record.label is not None for record in chosen)
+    say(f"{len(subset) - split} of your {len(records)} pictures to train on, {split} to validate on.")
+    return train, val, all(record.label is not None for record in subset)
 
 
 def _copy(records: list[ImageRecord], path: Path) -> None:
     with written_whole(path) as partial, webdataset.TarWriter(str(partial), mtime=0) as tar:
         for record in records:
-            _, data = read_image(record)  # a file that is no image is refused here, by name
+            _, data = read_image(record)  # raises DataError, with its name, for a file that is not an image
             extension = str(Image.open(io.BytesIO(data)).format).lower().replace("jpeg", "jpg")
             sample = {"__key__": record.key, extension: data}
             tar.write(sample if record.label is None else {**sample, "cls": str(record.label).encode()})

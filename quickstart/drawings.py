@@ -1,8 +1,8 @@
-"""Labelled, captioned pictures drawn from nothing but a seed, for demos and tests without a download.
+"""Labelled, captioned images drawn from a seed, for demos and tests without a download.
 
-Every picture is a pure function of (seed, index). One object of `CLASSES` stands on a patterned backdrop with
-a little clutter; colours, surface, position, scale and tilt are drawn independently of the class, so neither
-the mean colour nor a template of raw pixels tells the class well: its outline does.
+Every image is a pure function of (seed, index). One object of `CLASSES` stands on a patterned backdrop with a little
+clutter. Colours, surface, position, scale and tilt are drawn independently of the class, so neither the mean colour nor
+a template of raw pixels predicts the class well: its outline does.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+
+Floats = NDArray[np.floating[Any]]
 
 CLASSES: tuple[str, ...] = (
     "ring", "crescent", "cross", "star", "heart", "arrow", "house", "tree",
@@ -42,7 +46,7 @@ _OVERSAMPLE = 4  # Outlines are drawn this many times larger and then reduced, w
 
 @dataclass(frozen=True)
 class Drawing:
-    """One RGB picture; `label` indexes `CLASSES`, and no other (seed, index) has the same `key`."""
+    """One RGB image; `label` indexes `CLASSES`, and `key` is unique to its (seed, index)."""
 
     image: Image.Image
     label: int
@@ -78,7 +82,7 @@ _OUTLINES: dict[str, str] = {
 }
 
 
-def _polygon(form: str, n: list[float]) -> np.ndarray:
+def _polygon(form: str, n: list[float]) -> Floats:
     """The points, shape (count, 2), of one part of an outline; see `_OUTLINES` for its numbers."""
     if form == "poly":
         return np.array(n).reshape(-1, 2)
@@ -90,13 +94,13 @@ def _polygon(form: str, n: list[float]) -> np.ndarray:
 
 
 @cache
-def _outline(name: str) -> list[tuple[str, np.ndarray]]:
+def _outline(name: str) -> list[tuple[str, Floats]]:
     """The parts of a class in drawing order: "+", "-" or "!" and a polygon of shape (count, 2)."""
     words = [part.split() for part in _OUTLINES[name].split(";")]
     return [(head[0], _polygon(head[1:], [float(n) for n in rest])) for head, *rest in words]
 
 
-def _pattern(name: str, rng: Generator, size: int) -> np.ndarray:
+def _pattern(name: str, rng: Generator, size: int) -> Floats:
     """A pattern in [-1, 1], shape (size, size), float32; periods are fractions of the picture's side."""
     if name == "plain":
         return np.zeros((size, size), np.float32)
@@ -112,21 +116,22 @@ def _pattern(name: str, rng: Generator, size: int) -> np.ndarray:
     wave = 2 * math.pi / rng.uniform(0.11, 0.2)
     first = np.sin(along * wave + rng.uniform(0, 2 * math.pi))
     if name == "striped":
-        return np.clip(3 * first, -1, 1)
-    second = np.sin(across * wave + rng.uniform(0, 2 * math.pi))
-    if name == "checked":
-        return np.clip(4 * first * second, -1, 1)
-    return np.clip(4 * (first + second) - 3, -1, 1)
+        pattern = 3 * first
+    else:
+        second = np.sin(across * wave + rng.uniform(0, 2 * math.pi))
+        pattern = 4 * first * second if name == "checked" else 4 * (first + second) - 3
+    clipped: Floats = np.clip(pattern, -1, 1)
+    return clipped
 
 
-def _paint(rgb: np.ndarray, pattern: np.ndarray, depth: float) -> np.ndarray:
+def _paint(rgb: Floats, pattern: Floats, depth: float) -> Floats:
     """Colour `rgb`, shape (3,), made lighter and darker by `pattern` to shape (size, size, 3), float32."""
-    # A dark colour has no room below it, so its pattern is drawn lighter.
+    # A dark colour cannot get much darker, so its pattern is drawn lighter.
     step = depth * (1.0 if rgb.mean() < 110 else -1.0)
     return rgb.astype(np.float32) + (pattern * step)[..., None]
 
 
-def _place(rng: Generator) -> tuple[np.ndarray, float, str]:
+def _place(rng: Generator) -> tuple[Floats, float, str]:
     """Centre (x, y) and extent as fractions of the side, and the place in words ("in the upper left")."""
     extent = rng.uniform(0.4, 0.76)
     offset = rng.uniform(-1, 1, 2) * (1 - extent) / 2
@@ -139,7 +144,7 @@ def _place(rng: Generator) -> tuple[np.ndarray, float, str]:
     return 0.5 + offset, extent, places[row][column]
 
 
-def _masks(name: str, rng: Generator, centre: np.ndarray, extent: float, size: int) -> list[np.ndarray]:
+def _masks(name: str, rng: Generator, centre: Floats, extent: float, size: int) -> list[Floats]:
     """Coverage of the object, and of its details, in [0, 1], each of shape (size, size), float32."""
     large = size * _OVERSAMPLE
     tilt = math.radians(rng.uniform(-15, 15))
@@ -154,7 +159,7 @@ def _masks(name: str, rng: Generator, centre: np.ndarray, extent: float, size: i
     return [np.asarray(layer.reduce(_OVERSAMPLE), np.float32) / 255 for layer in (whole, detail)]
 
 
-def _clutter(rng: Generator, size: int) -> np.ndarray:
+def _clutter(rng: Generator, size: int) -> Floats:
     """Coverage in [0, 1], shape (size, size), float32, of two to six small discs, triangles and squares."""
     layer = Image.new("L", (size * 2, size * 2))
     pen = ImageDraw.Draw(layer)
@@ -168,14 +173,14 @@ def _clutter(rng: Generator, size: int) -> np.ndarray:
     return np.asarray(layer.reduce(2), np.float32) / 255
 
 
-def _colour(palette: dict[str, tuple[int, int, int]], rng: Generator) -> tuple[str, np.ndarray]:
+def _colour(palette: dict[str, tuple[int, int, int]], rng: Generator) -> tuple[str, Floats]:
     """A name from the palette and a jittered RGB value, shape (3,), of it."""
     name = list(palette)[rng.integers(len(palette))]
     return name, np.array(palette[name]) + rng.uniform(-10, 10, 3)
 
 
 def _words(rng: Generator, name: str, front: str, back: str, surface: str, place: str, extent: float) -> str:
-    """One or two sentences; some leave out the colours, so that a reader of captions needs the shape."""
+    """A caption of one or two sentences. Some omit the colours, so that a text tower must learn the shape."""
     a = "an" if name[0] in "aeiou" else "a"
     scale = "small" if extent < 0.52 else "large" if extent > 0.64 else "medium"
     return (
@@ -187,9 +192,9 @@ def _words(rng: Generator, name: str, front: str, back: str, surface: str, place
 
 
 def draw(index: int, seed: int, size: int = 64) -> Drawing:
-    """Draw the picture number `index` of the series `seed`; the same arguments give the same pixels.
+    """Draws image number `index` of the series `seed`; the same arguments give the same pixels.
 
-    The label is `index` modulo the number of classes; `size` is the picture's side in pixels.
+    The label is `index` modulo the number of classes; `size` is the image's side in pixels.
 
     Raises:
         ValueError: A negative `index` or `seed`, or a `size` under 16.
@@ -218,10 +223,10 @@ def draw(index: int, seed: int, size: int = 64) -> Drawing:
 
 
 def write_drawings(directory: Path, count: int, seed: int, per_tar: int = 1000, prefix: str = "drawings") -> list[Path]:
-    """Write drawings 0 to `count` - 1 of the series `seed` as WebDataset tars and return their paths.
+    """Writes drawings 0 to `count` - 1 of the series `seed` as WebDataset tars and returns their paths.
 
     Each sample has `KEY.jpg` (64 x 64 pixels), `KEY.cls` (the label in ASCII) and `KEY.txt` (the caption,
-    UTF-8). The tars are `directory/PREFIX-000000.tar` and so on; one of that name already there is replaced.
+    UTF-8). The tars are `directory/PREFIX-000000.tar` and so on; existing files of these names are replaced.
 
     Raises:
         ValueError: `count` or `per_tar` under 1.
@@ -234,7 +239,7 @@ def write_drawings(directory: Path, count: int, seed: int, per_tar: int = 1000, 
     paths = []
     for number, first in enumerate(range(0, count, per_tar)):
         path = directory / f"{prefix}-{number:06d}.tar"
-        # A reader that lists the folder must never meet half a tar.
+        # Written under another name first, so that a reader of the folder never sees an incomplete tar.
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         with webdataset.TarWriter(str(partial), mtime=0.0) as tar:
             for index in range(first, min(first + per_tar, count)):

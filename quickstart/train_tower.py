@@ -15,6 +15,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -26,10 +27,11 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
+from ..shared.runtime.console import running_command, say
 from .drawings import CLASSES, SURFACES, draw
 
 # The text tower is only as wide as a few dozen words need: its table of 49,408 tokens is most of the file.
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_cfg": {
         "embed_dim": 64,
         "vision_cfg": {
@@ -56,7 +58,7 @@ PROMPTS = ("a drawing of a {}.", *(f"a picture of a {surface} {{}}" for surface 
 TEST_SEED, PROBE_SEED = 2000, 2001
 
 
-class Drawings(Dataset):
+class Drawings(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
     """Drawings of one series as float32 images (3, 64, 64) in [-1, 1], int64 tokens (32,) and int labels.
 
     The captions of the first `named` drawings are cut down to a sentence that names the class alone.
@@ -85,7 +87,7 @@ def optimizer_of(model: CLIP, lr: float) -> torch.optim.AdamW:
 
 
 def train(seed: int, steps: int, batch: int, lr: float, warmup: int, named: float) -> CLIP:
-    """Train a fresh model with CLIP's contrastive loss, printing the mean loss of every 50 steps.
+    """Trains a new model with CLIP's contrastive loss; a message every 50 steps tells the mean loss.
 
     For the first share `named` of the steps the captions name the class alone.
     """
@@ -115,15 +117,15 @@ def train(seed: int, steps: int, batch: int, lr: float, warmup: int, named: floa
             losses.append(loss.item())
             if step % 50 == 0 or step == steps:
                 recent = np.mean(losses[-50:])
-                print(f"step {step} loss {recent:.3f} {time.monotonic() - start:.0f} s", flush=True)
+                say(f"step {step} loss {recent:.3f} {time.monotonic() - start:.0f} s")
             if step % 500 == 0 and step < steps:
-                print(f"step {step} zero-shot {zero_shot(model, 500):.3f}", flush=True)
+                say(f"step {step} zero-shot {zero_shot(model, 500):.3f}")
                 model.train()
     return model
 
 
 def save(model: CLIP, out: Path) -> None:
-    """Write `open_clip_config.json` and the weights as float16, which halves the file at no measured loss."""
+    """Writes `open_clip_config.json` and the weights as float16, which halves the file at no measured loss."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
     weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
@@ -164,7 +166,7 @@ def probe(train_set: tuple[np.ndarray, np.ndarray], test_set: tuple[np.ndarray, 
 
 
 def report_layer(model: CLIP, layer: int, codes: int = 128) -> None:
-    """Print how well one layer's mean patch feature, and its histogram of k-means tokens, carry the class."""
+    """Says how well one layer's mean patch feature, and its histogram of k-means tokens, predict the class."""
     (x, y), (test_x, test_y) = (
         patch_features(model, seed, count, layer) for seed, count in ((PROBE_SEED, 4000), (TEST_SEED, 1000))
     )
@@ -177,7 +179,7 @@ def report_layer(model: CLIP, layer: int, codes: int = 128) -> None:
         return np.stack([np.bincount(row, minlength=codes) for row in tokens]).astype(np.float32)
 
     tokens = probe((histogram(x), y), (histogram(test_x), test_y), c=0.1)
-    print(f"layer {layer}: linear probe {pooled:.3f}, histogram of {codes} tokens {tokens:.3f}", flush=True)
+    say(f"layer {layer}: linear probe {pooled:.3f}, histogram of {codes} tokens {tokens:.3f}")
 
 
 def main() -> None:
@@ -198,10 +200,11 @@ def main() -> None:
     save(train(args.seed, args.steps, args.batch, args.lr, args.warmup, args.named), args.out)
     # Measured on what was written, so that the rounding to float16 counts.
     model = open_clip.create_model(f"local-dir:{args.out}")
-    print(f"zero-shot accuracy on 1,000 fresh drawings {zero_shot(model, 1000):.3f}", flush=True)
+    say(f"zero-shot accuracy on 1,000 new drawings {zero_shot(model, 1000):.3f}")
     for layer in (-1, -2):
         report_layer(model, layer)
 
 
 if __name__ == "__main__":
-    main()
+    with running_command():
+        main()

@@ -1,9 +1,10 @@
-"""doctor: what is installed, what it can use, and what is missing; fit for a bug report."""
+"""doctor: versions, devices, the FAISS build and what is missing, for a bug report."""
 
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
 from typing import Any
 
 from .errors import UsageError
@@ -28,32 +29,43 @@ _PACKAGES = (
     "rich",
     "tensorboard",
 )
-_ONE_OF = ("faiss-cpu", "faiss-gpu-cu12")
+_FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu-cu12")
 
 
 def doctor() -> dict[str, Any]:
-    """Versions, devices, the FAISS build, and `problems`: sentences that say what is missing and what to do."""
+    """Describes the installation as plain JSON values.
+
+    Returns:
+        "python", "system", "cpus", "memory_gib"; "packages", their versions by name, None if not installed; "devices",
+        the CUDA devices and PyTorch's build; "faiss", its version and build, None if it cannot be imported; and
+        "problems", sentences that say what is missing and what to do.
+    """
     packages = {name: _version(name) for name in _PACKAGES}
-    problems = [f"{name} is not installed." for name, found in packages.items() if not found and name not in _ONE_OF]
-    about = {
+    problems = [
+        f"{name} is not installed."
+        for name, installed in packages.items()
+        if not installed and name not in _FAISS_PACKAGES
+    ]
+    devices, faiss = _devices(problems), _faiss(packages, problems)
+    if devices["cuda"] and faiss and not faiss["gpus"]:
+        problems.append(
+            'FAISS is the CPU build beside a CUDA GPU; pip uninstall faiss-cpu, then pip install "mapet[gpu]".'
+        )
+    return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "packages": packages,
-        "devices": _devices(problems),
-        "faiss": _faiss(packages, problems),
+        "devices": devices,
+        "faiss": faiss,
+        "problems": problems,
     }
-    if about["devices"]["cuda"] and about["faiss"] and not about["faiss"]["gpus"]:
-        problems.append(
-            'FAISS is the CPU build beside a CUDA GPU; pip uninstall faiss-cpu, then pip install "mapet[gpu]".'
-        )
-    return {**about, "problems": problems}
 
 
 def _version(package: str) -> str | None:
     try:
-        return version(package)
+        return installed_version(package)
     except PackageNotFoundError:
         return None
 
@@ -69,7 +81,7 @@ def _devices(problems: list[str]) -> dict[str, Any]:
 
 
 def _faiss(packages: dict[str, str | None], problems: list[str]) -> dict[str, Any] | None:
-    if all(packages[name] for name in _ONE_OF):
+    if all(packages[name] for name in _FAISS_PACKAGES):
         problems.append(
             "faiss-cpu and faiss-gpu-cu12 are both installed and overwrite each other; uninstall both, install one."
         )
@@ -87,17 +99,18 @@ def _faiss(packages: dict[str, str | None], problems: list[str]) -> dict[str, An
     }
 
 
-def show(about: dict[str, Any], *, as_json: bool = False) -> None:
-    """Prints what `doctor` returned."""
+def show(installation: dict[str, Any], *, as_json: bool = False) -> None:
+    """Prints the result of `doctor` as a table, or as JSON."""
     if as_json:
-        print(json.dumps(about, indent=1))
+        print(json.dumps(installation, indent=1))
         return
-    devices, faiss = about["devices"], about["faiss"]
+    devices, faiss = installation["devices"], installation["faiss"]
+    machine = f"{installation['system']}, {installation['cpus']} CPUs, {installation['memory_gib']} GiB"
     rows = [
-        ("python", f"{about['python']} on {about['system']}, {about['cpus']} CPUs, {about['memory_gib']} GiB"),
+        ("python", f"{installation['python']} on {machine}"),
         ("CUDA devices", ", ".join(devices["cuda"]) or "none"),
         ("FAISS", f"{faiss['version']}, {faiss['build']} build ({faiss['options']})" if faiss else "missing"),
-        *((name, found or "not installed") for name, found in about["packages"].items()),
-        ("problems", "\n".join(about["problems"]) or "none"),
+        *((name, version or "not installed") for name, version in installation["packages"].items()),
+        ("problems", "\n".join(installation["problems"]) or "none"),
     ]
     table("mapet doctor", rows)

@@ -20,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test must not wait for a hub
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from mapet.quickstart.drawings import write_drawings
+from mapet.shared.runtime.console import running_command
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 
@@ -30,6 +31,20 @@ K = 16
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-baselines", action="store_true", help="Write down the losses of test_baselines.py.")
+
+
+@pytest.fixture
+def command() -> Iterator[None]:
+    """The test runs as a command does: messages, progress and tables are printed, signal handlers may be installed."""
+    with running_command():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _printed_output(request: pytest.FixtureRequest) -> None:
+    """Functions print only inside a command, so a test that reads what is printed runs inside one."""
+    if {"capsys", "capfd"} & set(request.fixturenames):
+        request.getfixturevalue("command")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The command line as a user meets it: real processes, exit codes, one sentence for what is wrong."""
 
+import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -54,34 +56,134 @@ def test_help_and_completion_import_nothing_heavy():
         assert "LOADED []" in result.stdout, result
 
 
-@pytest.mark.parametrize(
-    ("command", "function"),
-    [
-        (cli.build_codebook, mapet.build_codebook),
-        (cli.encode_shards, mapet.encode_shards),
-        (cli.inspect, mapet.inspect),
-        (cli.verify, mapet.verify),
-        (cli.import_tokens, mapet.import_tokens),
-        (cli.pretrain, mapet.pretrain),
-        (cli.probe, mapet.probe),
-        (cli.features, mapet.features),
-        (cli.export, mapet.export),
-        (cli.import_weights, mapet.import_weights),
-        (cli.demo, mapet.demo),
-        (cli.doctor, mapet.doctor),
-    ],
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group in cli.COMMANDS for name in cli.COMMANDS[group]])
+def test_each_command_has_the_parameters_and_defaults_of_its_functions(group: str, name: str):
+    command = cli.COMMANDS[group][name]
+    options = {option.name: option for option in cli.build(name, command).params}
+    names = {"json"} if command.shown_by else set()
+    for function in command.functions.values():
+        module, _, function_name = function.partition(":")
+        parameters = inspect.signature(getattr(importlib.import_module(f"mapet.{module}"), function_name)).parameters
+        names |= set(parameters)
+        for parameter in parameters.values():
+            option = options[parameter.name]
+            if parameter.default is not inspect.Parameter.empty:
+                assert (option.default or None) == (parameter.default or None), parameter
+                assert not option.required, parameter
+            elif len(command.functions) == 1:
+                assert option.required == ("None" not in str(parameter.annotation)), parameter
+    assert set(options) - {"dry_run"} == names - {"dry_run"}
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A folder with a copy of the package, whose source a test may change."""
+    skipped = shutil.ignore_patterns("tests", "docs", "benchmarks", "tower", "vendor", ".*", "__pycache__")
+    return shutil.copytree(Path(mapet.__file__).parent, tmp_path / "copy" / "mapet", ignore=skipped)
+
+
+def command_of_copy(package: Path, *words: str, setup: str = "") -> subprocess.CompletedProcess:
+    """Runs the command line of the copy, after `setup`."""
+    code = f"from mapet import cli\n{setup}\ncli.main()"
+    environment = {**os.environ, "PYTHONPATH": str(package.parent), "COLUMNS": "200"}
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
+
+
+RETRIED = '''
+def doctor(*, retries: int = 7):
+    """Checks.
+
+    Args:
+        retries: How often `doctor` tries.
+    """
+    return {"retries": retries}
+'''
+
+
+def test_a_parameter_added_to_a_function_is_an_option_without_a_change_of_the_command_line(package: Path):
+    with (package / "shared" / "doctor.py").open("a") as module:
+        module.write("\n\ndel doctor\n")
+    path = package / "shared" / "doctor.py"
+    path.write_text(path.read_text().replace("def doctor(", "def former_doctor(").replace("\ndel doctor\n", RETRIED))
+    shown = command_of_copy(package, "doctor", "--help").stdout
+    assert re.search(r"--retries +<int> +How often doctor tries. \[default: 7\]", shown), shown
+    assert json.loads(command_of_copy(package, "doctor", "--retries", "3", "--json").stdout) == {"retries": 3}
+
+
+PAIR = '''
+def cut(out: str, *, length: float, edge: str | None = None):
+    """Cuts.
+
+    Args:
+        out: Where to, for `length` [in metres].
+        length: Of the piece.
+        edge: How smooth.
+    """
+    print("cut", out, length, edge)
+
+def glue(out: str, *, parts: int):
+    """Glues.
+
+    Args:
+        out: Where to.
+        parts: How many.
+    """
+    print("glue", out, parts)
+
+def which(*, length, parts):
+    return "glue" if length is None else "cut"
+
+def rehearse(out: str):
+    """Only tells what would be done."""
+    return f"rehearsal {out}"
+
+def show(estimate):
+    print(estimate)
+'''
+PAIR_COMMAND = """
+cli.COMMANDS["mapet"]["pair"] = cli.Command(
+    "Cut or glue.", {"cut": "shared.pair:cut", "glue": "shared.pair:glue"}, chosen_by="shared.pair:which",
+    arguments=("out",), dry_run=("shared.pair:rehearse", "shared.pair:show"),
 )
-def test_each_command_has_the_defaults_of_its_function(command, function):
-    options, parameters = (inspect.signature(call).parameters for call in (command, function))
-    assert set(options) - {"json"} == set(parameters)
-    for name, parameter in parameters.items():
-        default = options[name].default
-        if parameter.default is inspect.Parameter.empty:
-            may_be_left_out = default is None and "None" in str(parameter.annotation)
-            assert default is inspect.Parameter.empty or may_be_left_out, name
-        else:
-            assert (default or None) == (parameter.default or None) or str(default) == str(parameter.default), name
-    assert function.__doc__
+"""
+
+
+def test_a_command_can_join_two_functions_and_have_a_dry_run(package: Path):
+    (package / "shared" / "pair.py").write_text(PAIR)
+
+    def pair(*words: str) -> str:
+        return command_of_copy(package, "pair", *words, setup=PAIR_COMMAND).stdout
+
+    shown = pair("--help")
+    for words in (
+        "Cut or glue.",
+        "Where to, for --length [in metres]. Or: Where to.",
+        "Of the piece.",
+        "How smooth.",
+        "How many.",
+        "Only tells what would be done.",
+    ):
+        assert words in shown
+    assert pair("here", "--length", "2", "--edge", "x") == "cut here 2.0 x\n"
+    assert pair("here", "--parts", "3") == "glue here 3\n"
+    assert pair("here", "--parts", "3", "--dry-run") == "rehearsal here\n"
+
+
+def test_the_version():
+    assert mapet_command("--version").stdout == f"mapet {mapet.__version__}\n"
+
+
+def test_debug_shows_what_is_behind_a_sentence(tmp_path: Path):
+    (tmp_path / "broken.pth.tar").write_bytes(b"not a checkpoint")
+    words = ["train", "import", tmp_path / "broken.pth.tar", "--out", tmp_path / "out"]
+    plain = mapet_command(*words)
+    assert plain.stderr.count("\n") == 1
+    for result in (mapet_command("--debug", *words), mapet_command(*words, MAPET_DEBUG="1")):
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr.endswith(f"\n{plain.stderr}")
+        # The library's own error, which the sentence hides, and where the sentence was written.
+        assert result.stderr.count("Traceback (most recent call last):") >= 2
+        assert "During handling of the above exception" in result.stderr
 
 
 def test_every_public_name_is_there():

@@ -58,7 +58,7 @@ def features(
         image_size: Pixels; resamples the position embeddings to another grid (default: as it was).
         batch_size: Images per forward pass.
         workers: Processes that decode images (default: none on the CPU, up to 16 on CUDA).
-        device: Where the model runs; auto takes CUDA if it is there.
+        device: Where the model runs: auto (CUDA if it is there), cpu or cuda.
 
     Returns:
         The group's folder.

@@ -54,7 +54,7 @@ def pretrain(
         init: Weights to start a new run from: a run, checkpoint, import, export or published .pth.tar. Positions are
             resampled to the model's grid; what the weights lack, or have for another K, starts fresh.
         resume: auto resumes the run in OUT from its newest whole checkpoint, if there is one; never refuses to.
-        device: auto, cpu or cuda.
+        device: Where the model runs: auto (CUDA if it is there), cpu or cuda.
 
     Raises:
         UsageError for settings that do not fit together or differ from those of the run to resume, DataError for
@@ -107,7 +107,7 @@ def pretrain_dry_run(
         recipe: As for `pretrain`.
         overrides: As for `pretrain`.
         objective: As for `pretrain`.
-        device: auto, cpu or cuda.
+        device: Where the model runs: auto (CUDA if it is there), cpu or cuda.
 
     Raises:
         UsageError, DataError and FingerprintMismatch as `pretrain` does.

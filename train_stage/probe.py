@@ -57,7 +57,7 @@ def probe(
         pixels: Also probe the raw pixels, averaged to 32x32.
         batch_size: Images per forward pass.
         workers: Processes that decode images (default: none on the CPU, up to 16 on CUDA).
-        device: Where the model runs; auto takes CUDA if it is there.
+        device: Where the model runs: auto (CUDA if it is there), cpu or cuda.
 
     Returns:
         One row for the weights, then one for each of the comparisons asked for.

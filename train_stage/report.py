@@ -72,7 +72,7 @@ def report(
         images: The held-out images; not needed if `tokens` holds them.
         tokens: Token store of held-out images, made with the runs' codebook.
         seed: Seed of the images and patches that are predicted.
-        device: Where the model runs; auto takes CUDA if it is there.
+        device: Where the model runs: auto (CUDA if it is there), cpu or cuda.
 
     Returns:
         The page.

@@ -1,52 +1,149 @@
-"""What a person sees: progress on stderr, results on stdout."""
+"""What a command shows: progress and messages on stderr, results on stdout. Outside a command all of it is silent.
 
+`running_command` is the one switch between the two: the command line is inside it, a program that imports the package
+is not. Inside it this process may also be changed (signal handlers, the allocator); `in_command` asks for that.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from typing import TYPE_CHECKING, Protocol
 
 from .distributed import is_first_process
 
+if TYPE_CHECKING:  # rich takes a while to import, and shell completion needs none of it
+    from rich.console import Console, RenderableType
+
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
-# Tables that go to a file or a pipe must not be folded to a guessed terminal's 80 columns.
-results = Console(width=None if sys.stdout.isatty() else 120, quiet=not is_first_process())
-# Under torchrun the first process speaks for all; errors are printed elsewhere, by every process.
-messages = Console(stderr=True, quiet=not is_first_process())
+log = logging.getLogger("mapet")
 
-Advance = Callable[..., None]
+_in_command = False
+
+
+def in_command() -> bool:
+    """Whether this process runs a command of `mapet`, and may install signal handlers and tune the allocator."""
+    return _in_command
+
+
+@contextmanager
+def running_command() -> Iterator[None]:
+    """Makes this process a command: messages, progress and tables are printed, by rank 0 only.
+
+    The logger "mapet" gets a handler that prints plain lines to stderr, and the root logger one that drops the records
+    of other libraries. Both are removed afterwards. A nested call changes nothing.
+    """
+    global _in_command
+    if _in_command:
+        yield
+        return
+    lines, others = _PlainLines(), logging.NullHandler()
+    level, propagate = log.level, log.propagate
+    log.addHandler(lines)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    logging.root.addHandler(others)
+    _in_command = True
+    try:
+        yield
+    finally:
+        _in_command = False
+        logging.root.removeHandler(others)
+        log.propagate = propagate
+        log.setLevel(level)
+        log.removeHandler(lines)
+
+
+class _PlainLines(logging.Handler):
+    """Prints each record as a plain line to stderr, above a live progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if is_first_process():
+            _stderr().print(record.getMessage(), highlight=False, soft_wrap=True, markup=False)
+
+
+class Results:
+    """Stdout of a command. Prints nothing outside a command and in processes other than rank 0."""
+
+    @property
+    def is_terminal(self) -> bool:
+        return _stdout().is_terminal
+
+    @property
+    def no_color(self) -> bool:
+        return _stdout().no_color
+
+    def print(self, renderable: RenderableType, *, soft_wrap: bool = False) -> None:
+        """Prints text or a table of rich; `soft_wrap` leaves long lines unbroken."""
+        if _is_shown():
+            _stdout().print(renderable, soft_wrap=soft_wrap)
+
+
+results = Results()
+
+
+def _is_shown() -> bool:
+    return _in_command and is_first_process()
+
+
+@functools.cache
+def _stdout() -> Console:
+    from rich.console import Console
+
+    # Tables that go to a file or a pipe must not be folded to a guessed terminal's 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+@functools.cache
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 def say(text: str) -> None:
-    """One line of news on stderr, so that stdout holds results only."""
-    messages.print(text, highlight=False, soft_wrap=True, markup=False)
+    """Logs a message to the logger "mapet" at level INFO; a command prints it as one line on stderr."""
+    log.info("%s", text)
+
+
+class Advance(Protocol):
+    """Reports that `steps` more are done; `note` replaces the text beside the bar."""
+
+    def __call__(self, steps: int = 1, note: str | None = None) -> None: ...
 
 
 @contextmanager
 def progress(what: str, total: int | None, unit: str = "images", start: int = 0) -> Iterator[Advance]:
-    """Yields `advance(steps, note="")`. A live bar on a terminal; elsewhere a plain line every ten seconds.
+    """Yields `advance(steps, note)`. A command shows a live bar on a terminal, and elsewhere a plain line every ten
+    seconds.
 
-    `total` is None where nobody knows it yet.
+    `total` is None while it is unknown; `start` steps were done before.
     """
-    show = _bar if messages.is_terminal else _plain_lines
+    if not _is_shown():
+        yield lambda steps=1, note=None: None
+        return
+    show = _bar if _stderr().is_terminal else _plain_lines
     with show(what, total, unit, start) as advance:
         yield advance
 
 
 @contextmanager
 def _bar(what: str, total: int | None, unit: str, start: int) -> Iterator[Advance]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = [
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -58,26 +155,27 @@ def _bar(what: str, total: int | None, unit: str, start: int) -> Iterator[Advanc
         TextColumn("left"),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=messages, transient=True, expand=True) as bar:
+    with Progress(*columns, console=_stderr(), transient=True, expand=True) as bar:
         task = bar.add_task(what, total=total, completed=start, unit=unit, note="")
 
         def advance(steps: int = 1, note: str | None = None) -> None:
-            bar.update(task, advance=steps, **({} if note is None else {"note": note}))
+            fields = {} if note is None else {"note": note}
+            bar.update(task, advance=steps, **fields)  # type: ignore[arg-type]  # `fields` has no `total`
 
         yield advance
 
 
 @contextmanager
 def _plain_lines(what: str, total: int | None, unit: str, start: int) -> Iterator[Advance]:
-    began = said = time.monotonic()
+    began = printed = time.monotonic()
     done = start
 
     def advance(steps: int = 1, note: str | None = None) -> None:
-        nonlocal said, done
+        nonlocal printed, done
         done += steps
         now = time.monotonic()
-        if now - said >= _SECONDS_BETWEEN_PLAIN_LINES:
-            said = now
+        if now - printed >= _SECONDS_BETWEEN_PLAIN_LINES:
+            printed = now
             rate = (done - start) / (now - began)
             left = f", {(total - done) / rate:.0f} s left" if rate and total and total > done else ""
             of = "" if total is None else f"/{total}"
@@ -88,9 +186,11 @@ def _plain_lines(what: str, total: int | None, unit: str, start: int) -> Iterato
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """A spinner on a terminal, a plain line elsewhere, around a call that cannot tell how far it is."""
-    if messages.is_terminal:
-        with messages.status(what):
+    """Around a call of unknown length: a command shows a spinner on a terminal and a plain line elsewhere."""
+    if not _is_shown():
+        yield
+    elif _stderr().is_terminal:
+        with _stderr().status(what):
             yield
     else:
         say(f"{what} ...")
@@ -98,7 +198,11 @@ def working(what: str) -> Iterator[None]:
 
 
 def table(title: str, rows: list[tuple[str, str]]) -> None:
-    """A two-column summary on stdout that can be pasted into a lab book."""
+    """Prints a two-column summary that can be pasted into a lab book to a command's stdout."""
+    if not _is_shown():
+        return
+    from rich.table import Table
+
     grid = Table(title=title, title_justify="left", show_header=False)
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")

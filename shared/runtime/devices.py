@@ -1,17 +1,18 @@
-"""Which device and how many processes to use when the user did not say."""
+"""Which device and how many worker processes to use where the user did not say."""
 
 import ctypes
 import os
 import shutil
 
 from ..errors import UsageError
+from .console import in_command
 
 PEAK_BFLOAT16 = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
-"""Dense bfloat16 FLOP/s from the makers' data sheets."""
+"""Dense bfloat16 FLOP/s from the vendors' data sheets."""
 
 
 def peak_flops(device: str) -> float | None:
-    """The greatest bfloat16 FLOP/s of one GPU, where its maker's figure is known; None on the CPU."""
+    """Peak bfloat16 FLOP/s of one GPU if its data sheet is known here; None for other GPUs and the CPU."""
     import torch
 
     name = torch.cuda.get_device_name() if device == "cuda" else ""
@@ -19,7 +20,14 @@ def peak_flops(device: str) -> float | None:
 
 
 def choose_device(device: str) -> str:
-    """ "cpu" or "cuda" for "auto", "cpu" or "cuda"; UsageError if CUDA was asked for and is not there."""
+    """Resolves "auto", "cpu" or "cuda" to "cpu" or "cuda".
+
+    A command that runs on the CPU also keeps freed memory (see `keep_freed_memory`); a library call leaves the
+    allocator alone.
+
+    Raises:
+        UsageError: another name, or "cuda" where PyTorch sees no CUDA device.
+    """
     import torch
 
     if device not in ("auto", "cpu", "cuda"):
@@ -28,15 +36,16 @@ def choose_device(device: str) -> str:
         raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device auto or cpu.")
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return "cuda"
-    keep_freed_memory()
+    if in_command():
+        keep_freed_memory()
     return "cpu"
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep freed memory of up to 1 GiB a piece for the next tensor; elsewhere nothing happens.
+    """Makes glibc keep freed blocks of up to 1 GiB for the next tensor; does nothing with other C libraries.
 
-    By default it gives large activations back after every layer, and the kernel clears their pages again for the next:
-    up to half of a convolutional tower's time on the CPU (benchmarks/freed_memory.py).
+    By default glibc returns large activations to the kernel after every layer, and the kernel clears the pages again
+    for the next one: up to half of a convolutional tower's time on the CPU (benchmarks/freed_memory.py).
     """
     trim_threshold, mmap_threshold = -1, -3  # mallopt(3)
     try:
@@ -48,20 +57,21 @@ def keep_freed_memory() -> None:
 
 
 def choose_workers(workers: int | None, device: str) -> int:
-    """Processes that decode images: as asked, else none on the CPU (they would take the model's cores) and up to 16."""
+    """Number of processes that decode images: `workers` if given, else up to 16 on CUDA and 0 on the CPU, where they
+    would compete with the model for cores."""
     if workers is not None:
         return workers
     return 0 if device == "cpu" else min(16, os.cpu_count() or 1)
 
 
 def refuse_many_processes() -> None:
-    """Several processes would each do all of the work; better one sentence than silent waste."""
+    """Raises UsageError under torchrun with several processes, each of which would repeat all of the work."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("torchrun with more than one process is not supported yet; start this command directly.")
 
 
 def refuse_missing_compiler() -> None:
-    """torch.compile builds with a compiler of the machine, on the CPU and (Triton's launchers) on CUDA."""
+    """Raises UsageError if there is no C++ compiler, which torch.compile needs on the CPU and Triton on CUDA."""
     names = [os.environ.get("CXX"), os.environ.get("CC"), "g++", "c++", "clang++", "gcc", "clang", "cc"]
     if not any(shutil.which(name) for name in names if name):
         raise UsageError("execution.compile=true needs a C++ compiler (such as g++) on this machine; install one.")

@@ -1,6 +1,7 @@
-"""Batches from worker processes, with errors that arrive as one sentence and not as a worker's traceback."""
+"""Batches from worker processes. A worker's MapetError is raised in the reader as itself, without its traceback."""
 
 import atexit
+import functools
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
@@ -17,15 +19,16 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 
 from ..errors import MapetError, UsageError
 from .compat import shut_down_workers, start_workers, worker_pids
+from .console import in_command
 from .devices import keep_freed_memory
 from .shared_memory import BatchReference, SharedBuffers, free_buffers
 
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Delivers Ctrl-C and SIGTERM after the block: a loader that is interrupted while it starts its processes cannot
-    clean up and prints a traceback."""
-    if threading.current_thread() is not threading.main_thread():
+    """In a command, delivers Ctrl-C and SIGTERM after the block: a loader that is interrupted while it starts its
+    processes cannot clean up and prints a traceback. A library call leaves signal handlers alone."""
+    if not in_command() or threading.current_thread() is not threading.main_thread():
         yield
         return
     caught: list[int] = []
@@ -36,31 +39,36 @@ def _signals_wait() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    for number in caught:
-        signal.raise_signal(number)
+    for caught_number in caught:
+        signal.raise_signal(caught_number)
 
 
 _GRACE_SECONDS = 30
-"""How long a worker that was asked to stop goes on serving a reader that does not end."""
-_LONGEST_SOCKET, _SOCKET_IN_IT = 103, "/pymp-12345678/listener-12345678"
-"""Bytes of a socket's name that every system takes, and how multiprocessing calls one."""
+"""After SIGTERM a worker goes on serving the reader for this long."""
+_MAX_SOCKET_PATH, _SOCKET_PATH = 103, "/pymp-12345678/listener-12345678"
+"""Length in bytes of a socket's path that every system accepts, and what multiprocessing appends to the folder."""
 _PREFETCHED = 4
 """Batches that each worker loads ahead."""
-_open_loaders: WeakSet = WeakSet()
+_open_loaders: WeakSet[Any] = WeakSet()
 
 
-@atexit.register
 def _end_workers() -> None:
-    """Before multiprocessing ends them with the signal that they wait after."""
     for loaded in list(_open_loaders):
         shut_down_workers(loaded)
 
 
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Registers `_end_workers` once. Exit handlers run last in, first out, so it precedes that of multiprocessing,
+    which would send the workers SIGTERM and wait until their grace is over."""
+    atexit.register(_end_workers)
+
+
 def _refuse_long_folder() -> None:
-    """Workers hand tensors over through sockets in the temporary folder; where its name is too long for one, what they
-    load is lost without a word and the reader waits forever."""
+    """Raises UsageError if sockets in the temporary folder would have too long a path: workers pass tensors through
+    such sockets, and without them batches are lost silently and the reader waits forever."""
     folder = tempfile.gettempdir()
-    if len(os.fsencode(folder)) > _LONGEST_SOCKET - len(_SOCKET_IN_IT):
+    if len(os.fsencode(folder)) > _MAX_SOCKET_PATH - len(_SOCKET_PATH):
         raise UsageError(
             f"The temporary folder {folder} has too long a name for the sockets of loader workers; set TMPDIR to a "
             "shorter one, or use no workers."
@@ -69,45 +77,49 @@ def _refuse_long_folder() -> None:
 
 @dataclass(frozen=True)
 class OneByOne:
-    """Loads a batch as the collated `load(index)` of each of its indices."""
+    """Loads a batch by calling `load(index)` for each of its indices and collating the results."""
 
-    load: Callable[[Any], dict]
+    load: Callable[[Any], dict[str, Any]]
 
-    def __call__(self, indices: Sequence[Any]) -> dict:
-        return default_collate([self.load(index) for index in indices])
+    def __call__(self, indices: Sequence[Any]) -> dict[str, Any]:
+        batch: dict[str, Any] = default_collate([self.load(index) for index in indices])
+        return batch
 
 
-class _Guarded(Dataset):
-    def __init__(self, load: Callable[[Sequence[Any]], dict]):
+class _Guarded(Dataset[Any]):
+    """Returns a MapetError of `load` as a batch, for the reader to raise."""
+
+    def __init__(self, load: Callable[[Sequence[Any]], dict[str, Any]]):
         self.load = load
         self.buffers: SharedBuffers | None = None
 
-    def __getitems__(self, indices: Sequence[Any]) -> dict | BatchReference | MapetError:
+    def __getitems__(self, indices: Sequence[Any]) -> dict[str, Any] | BatchReference | MapetError:
         try:
             batch = self.load(indices)
             if get_worker_info() is None:
                 return batch
-            # PyTorch's loader asks a worker for another batch whenever one of its batches was taken.
+            # The loader asks a worker for another batch whenever it has taken one, so one buffer more is enough.
             self.buffers = self.buffers or SharedBuffers(_PREFETCHED + 1)
             return self.buffers.to_shared_memory(batch)
         except MapetError as error:
             return error
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def _begin_worker(worker: int) -> None:
-    """Leaves stopping to the reader: a terminal and a scheduler ask all processes, and it may need further batches.
+    """Leaves stopping to the reader: terminals and schedulers signal every process, and the reader may need further
+    batches.
 
-    When it stops it closes the connection over which a worker hands out tensors; that is no news.
+    When the reader stops, it closes the connection over which the worker sends tensors; that error is not printed.
     """
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
 
-    def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not issubclass(kind, ConnectionError):
             sys.__excepthook__(kind, error, trace)
 
@@ -115,27 +127,37 @@ def _begin_worker(worker: int) -> None:
 
 
 def batches(
-    load: Callable[[Sequence[Any]], dict], indices: Iterable[Sequence[Any]], workers: int, pin_memory: bool = False
-) -> Iterator[dict]:
-    """Yields the dict `load(some)` for each list `some` in `indices`, in order, loaded by `workers` processes.
+    load: Callable[[Sequence[Any]], dict[str, Any]],
+    indices: Iterable[Sequence[Any]],
+    workers: int,
+    pin_memory: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Yields the batch `load(batch_indices)` for each item of `indices`, in order; tensors keep their strides.
 
-    Tensors keep their strides.
+    Args:
+        load: loads one batch: names to tensors, or to values that can be pickled.
+        indices: the indices of each batch.
+        workers: processes that load; with 0 this process loads.
+        pin_memory: whether tensors are returned in pinned memory.
 
-    Raises the MapetError that `load` raised, whichever process it happened in, UsageError if workers could not hand
-    anything over, and DataError if there is too little shared memory for that.
+    Raises:
+        MapetError: what `load` raised, in whichever process.
+        UsageError: the path of the temporary folder is too long for the sockets of workers.
+        DataError: there is too little shared memory for the batches of workers.
     """
     if workers:
         _refuse_long_folder()
+        _end_workers_at_exit()
     loader = DataLoader(
         _Guarded(load),
-        batch_sampler=indices,
+        batch_sampler=indices,  # type: ignore[arg-type]  # the stubs ask for lists; any sequence works
         # Its own, so that loading does not draw from the caller's random state.
         generator=Generator(),
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         pin_memory=pin_memory,
         prefetch_factor=_PREFETCHED if workers else None,
-        # Workers inherit what is mapped into memory; Python's own choice may be to pickle it.
+        # Forked workers share memory maps; Python's default start method may pickle them instead.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         worker_init_fn=_begin_worker,
     )

@@ -18,8 +18,8 @@ _SEED_OF_RANDOM_WEIGHTS = 0
 
 @contextmanager
 def seeded_if(random: bool) -> Iterator[None]:
-    """Random weights must be the same each time the tower is opened."""
-    with torch.random.fork_rng(enabled=random):
+    """Makes random weights the same each time the tower is opened. The caller's random state stays as it is."""
+    with torch.random.fork_rng():
         if random:
             torch.manual_seed(_SEED_OF_RANDOM_WEIGHTS)
         yield
@@ -33,7 +33,11 @@ def unknown_name(kind: str, name: str, known: list[str]) -> UsageError:
 @contextmanager
 def library_errors_explained(settings: TowerSettings) -> Iterator[None]:
     """Turns whatever a library raises or logs while it opens a model into one sentence."""
+    disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
+    # Libraries that call `logging.info` would otherwise give the root logger a handler, for good.
+    handler = logging.NullHandler()
+    logging.root.addHandler(handler)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -47,4 +51,5 @@ def library_errors_explained(settings: TowerSettings) -> Iterator[None]:
             f"loaded: {reason}."
         ) from None
     finally:
-        logging.disable(logging.NOTSET)
+        logging.root.removeHandler(handler)
+        logging.disable(disabled)

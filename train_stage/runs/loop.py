@@ -12,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 
 from ...shared.errors import DataError, Interrupted
-from ...shared.runtime.console import progress
+from ...shared.runtime.console import in_command, progress
 from ...shared.runtime.devices import choose_workers
 from ...shared.runtime.distributed import AsyncFlag, World
 from ..data.batch_order import global_batches
@@ -75,9 +75,9 @@ def load_parts(task: Task[BatchT], plan: Plan, world: World, device: str, start:
 
 @contextmanager
 def _stop_requested() -> Iterator[threading.Event]:
-    """Yields an event that Ctrl-C or SIGTERM sets, so that a step is never interrupted half-way."""
+    """Yields an event that, in a command, Ctrl-C or SIGTERM sets, so that a step is never interrupted half-way."""
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if not in_command() or threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}

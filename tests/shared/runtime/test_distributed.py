@@ -13,7 +13,7 @@ from mapet.shared.runtime.distributed import World, joined_world
 TALK = """
 import sys
 from mapet.cli import _fail
-from mapet.shared.runtime.console import say
+from mapet.shared.runtime.console import running_command, say
 from mapet.shared.errors import DataError
 from mapet.shared.runtime.distributed import joined_world
 
@@ -26,7 +26,8 @@ with joined_world() as world:
     assert world.on_rank_zero(lambda: f"of {world.rank}") == "of 0"
     assert world.all_or_raise(lambda: world.rank) == world.rank
     world.wait()
-    say("only one says this")
+    with running_command():
+        say("only one says this")
     try:
         world.all_or_raise(lambda: refuse_in_all_but_the_first(world.rank))
     except DataError as error:
