@@ -51,9 +51,9 @@ class Trainer:
         settings, plan = self.settings, self.plan
         inner = PretrainingLoss(self.model, settings, self.device)
         if settings.execution.compile:
-            inner.preprocess, inner.cross_entropy_and_grads = (
+            inner.preprocess, inner.loss_and_grads = (
                 torch.compile(inner.preprocess),
-                torch.compile(inner.cross_entropy_and_grads),
+                torch.compile(inner.loss_and_grads),
             )
         self._loss = wrap_parallel(inner, self.model.blocks, settings.execution.parallel, self.world, self.device)
         self.optimizer = _adamw(self.model, settings.optimizer)
@@ -180,7 +180,7 @@ class PretrainingLoss(nn.Module):
             scale = drop_path_scales(part["uniform_draws"], self.settings.model.drop_path)
             rows = self.model.predict_rows(pixels, part["order"], layout, scale)
             return token_loss(
-                rows, self.model.decoder, targets, self.settings.execution.loss_chunk, self.cross_entropy_and_grads
+                rows, self.model.decoder, targets, self.settings.execution.loss_chunk, self.loss_and_grads
             )
 
 
