@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .shared.tokens.codebook import Codebook
     from .shared.tokens.store import TokenStore
     from .tokenize_stage.build_codebook import build_codebook
-    from .tokenize_stage.encode_shards import encode_shards
-    from .tokenize_stage.import_tokens import import_tokens
+    from .tokenize_stage.encode_shards import encode_shards, encode_shards_dry_run
+    from .tokenize_stage.import_tokens import import_codebook, import_tokens
     from .tokenize_stage.inspect import inspect
     from .tokenize_stage.verify import verify
     from .train_stage.export import export
@@ -37,8 +37,10 @@ _HOME = {
     "demo": ".quickstart.demo",
     "doctor": ".shared.doctor",
     "encode_shards": ".tokenize_stage.encode_shards",
+    "encode_shards_dry_run": ".tokenize_stage.encode_shards",
     "export": ".train_stage.export",
     "features": ".train_stage.features",
+    "import_codebook": ".tokenize_stage.import_tokens",
     "import_tokens": ".tokenize_stage.import_tokens",
     "import_weights": ".train_stage.import_weights",
     "inspect": ".tokenize_stage.inspect",
@@ -58,8 +60,10 @@ __all__ = [
     "demo",
     "doctor",
     "encode_shards",
+    "encode_shards_dry_run",
     "export",
     "features",
+    "import_codebook",
     "import_tokens",
     "import_weights",
     "inspect",

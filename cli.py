@@ -131,9 +131,9 @@ def encode_shards(
     device: Device = "auto",
 ) -> None:
     """Write every image's visual tokens to shards; again, to add images or views."""
-    from .tokenize_stage.encode_shards import encode_shards
+    from .tokenize_stage.encode_shards import encode_shards, encode_shards_dry_run, show_estimate
 
-    encode_shards(
+    outcome = (encode_shards_dry_run if dry_run else encode_shards)(
         images,
         codebook,
         out,
@@ -146,12 +146,13 @@ def encode_shards(
         seed=seed,
         format=format,
         on_error=on_error,
-        dry_run=dry_run,
         tower=tower,
         batch_size=batch_size,
         workers=workers,
         device=device,
     )
+    if dry_run:
+        show_estimate(outcome)
 
 
 @tokenize.command()
@@ -236,9 +237,13 @@ def import_tokens(
     codebook: Annotated[Path | None, typer.Option(help="The codebook of --tokens.")] = None,
 ) -> None:
     """Take centroids (--centroids) or tokens (--tokens --csv --images --codebook) that were computed elsewhere."""
-    from .tokenize_stage.import_tokens import import_tokens
+    from .tokenize_stage.import_tokens import import_codebook, import_tokens, which_import
 
-    import_tokens(
+    parts = {"tokens": tokens, "csv": csv, "images": images, "codebook": codebook}
+    if which_import(centroids=centroids, **parts) == "tokens":
+        import_tokens(out, **parts)
+        return
+    import_codebook(
         out,
         centroids=centroids,
         tower=tower,
@@ -249,10 +254,6 @@ def import_tokens(
         precision=precision,
         metric=metric,
         device=device,
-        tokens=tokens,
-        csv=csv,
-        images=images,
-        codebook=codebook,
     )
 
 
