@@ -66,7 +66,7 @@ def test_help_and_completion_import_nothing_heavy():
         (cli.features, mapet.features),
         (cli.export, mapet.export),
         (cli.import_weights, mapet.import_weights),
-        (cli.demo, mapet.quickstart.demo),
+        (cli.demo, mapet.demo),
         (cli.doctor, mapet.doctor),
     ],
 )

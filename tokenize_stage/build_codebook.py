@@ -99,7 +99,7 @@ def build_codebook(
     kmeans.check_faiss()
     options = _Options(settings, kmeans, patches, skips(on_error), memory, batch_size, workers, device)
     memory_budget(memory)
-    path = Path(out)
+    path, clock = Path(out), _Clock()
     with joined_world() as world:
         shards = open_source(images)
         keys = read_keys(shards, world, options.skip)
@@ -107,7 +107,6 @@ def build_codebook(
         request = {**asdict(settings), **asdict(kmeans), "patches": patches, "keys_sha256": keys_sha256(image_keys)}
         if world.on_rank_zero(lambda: _already_built(path, request)):
             return Codebook.load(path)
-        clock = _Clock()
         plan, cache = _extract(path, shards, keys, image_keys, request, features_cache, options, world)
         clock.lap("extract")
         world.on_rank_zero(lambda: _train(path, plan, cache, keys, options, world, clock))
@@ -116,7 +115,7 @@ def build_codebook(
 
 @dataclass(frozen=True)
 class _Options:
-    """What the command was asked for, checked."""
+    """The validated options of the command."""
 
     tower: TowerSettings
     kmeans: KMeansSettings

@@ -189,7 +189,7 @@ def show_estimate(estimate: EncodingEstimate) -> None:
 
 @dataclass(frozen=True)
 class _Options:
-    """What both functions were asked for, checked."""
+    """The validated options of both functions."""
 
     policy: ViewPolicy
     format: str
@@ -202,7 +202,7 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Work:
-    """The source and what the store `out` still lacks of it."""
+    """The source, and those of its shards that the store `out` still lacks."""
 
     out: Path | UPath
     shards: list[SourceShard]

@@ -118,7 +118,7 @@ def _verify_codebook(path: Path | UPath, other_option: object) -> int:
 
 
 def _check_store(store: TokenStore, sources: Sources | None) -> tuple[int, list[str]]:
-    """Returns the number of different keys, and everything that is wrong with the store and its source."""
+    """Returns the number of different keys, and the problems of the store and its source."""
     problems = _check_embedded(store)
     keys: set[str] = set()
     with progress("verifying", len(store.entries), "shards") as advance:
@@ -181,7 +181,7 @@ def _check_embedded(store: TokenStore) -> list[str]:
 
 
 def _check_shard(store: TokenStore, name: str, keys: set[str], sources: Sources | None) -> list[str]:
-    """What is wrong with a shard and its source; adds its keys to `keys`, which holds those of the shards before."""
+    """Lists the problems of a shard and its source. Adds its keys to `keys`, which holds those of earlier shards."""
     try:
         if read_entry(store.path, name) != store.entries[name]:
             return [f"shards/{name}.json differs from its entry in the manifest"]

@@ -20,7 +20,7 @@ _BATCHES = 10
 
 @dataclass(frozen=True)
 class EncodingEstimate:
-    """What encoding the shards that a token store lacks would take; all zero where it lacks none."""
+    """An estimate of the work to encode the shards that a token store lacks; zero where it lacks none."""
 
     store: str
     """Path or URL of the token store."""

@@ -100,7 +100,7 @@ class _TokenComparison(Counter):
         return find_fault(right[:, None], stored[:, None], before[:, None], after[:, None], flips[:, None])
 
     def result(self, positions: int) -> dict[str, Any] | None:
-        """What was compared, as JSON; None if no view was comparable. `positions` is H * W."""
+        """The result as JSON; None if no view was comparable. `positions` is H * W."""
         if self.equal is None:
             return None
         compared, equal = self.views * positions, int(self.equal.sum())
@@ -157,7 +157,7 @@ def _warnings(comparison: _TokenComparison, tokens: dict[str, Any] | None, other
 
 
 def _not_comparable(store: TokenStore, other: TokenStore) -> list[str]:
-    """Says what cannot be compared, and why."""
+    """Notes about parts that cannot be compared, with the reasons."""
     notes = []
     if store.fingerprint != other.fingerprint:
         fields = [name for name in TOKEN_FIELDS if store.codebook.get(name) != other.codebook.get(name)]

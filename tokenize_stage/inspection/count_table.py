@@ -27,7 +27,7 @@ class CountTable:
             self._counts = np.concatenate([self._counts, more])
 
     def add(self, rows: NDArray[np.integer[Any]], tokens: NDArray[np.uint16]) -> None:
-        """Counts each token in its row; `rows` and `tokens` have the same shape, whatever it is."""
+        """Counts each token in its row; `rows` and `tokens` are of any shape, the same for both."""
         # 16 bits are sorted by radix, several times as fast as 32.
         narrow = np.uint16 if len(self._counts) <= 1 << 16 else np.uint32
         self._waiting.append((rows.astype(narrow).reshape(-1), tokens.reshape(-1)))

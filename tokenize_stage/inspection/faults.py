@@ -121,7 +121,7 @@ class TokensDiffer:
 
 
 Finding = Collapsed | Dominated | DeadCodes | Twins | SameEverywhere | Scrambled | OverlapFault | LabelFault
-"""What the statistics of a store or a codebook show by themselves; `Fault` and `TokensDiffer` need a comparison."""
+"""Faults that the statistics of one store or codebook show; `Fault` and `TokensDiffer` need a comparison."""
 
 
 def code_findings(statistics: Mapping[str, Any]) -> list[Finding]:

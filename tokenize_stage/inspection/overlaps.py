@@ -81,7 +81,7 @@ class OverlapCounter:
             self.supposed.setdefault(sign, _Supposed()).add(pairs, equal, chance, beyond - as_stored)
 
     def result(self, chance: float | None) -> Overlaps:
-        """What was counted; `chance` is the share of equal codes among unrelated tokens."""
+        """The counts as JSON; `chance` is the share of equal codes among unrelated tokens."""
 
         def agreement_of(pairs: np.int64, equal: np.int64) -> Agreement:
             return agreement(int(equal), int(pairs), chance)

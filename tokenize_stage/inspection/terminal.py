@@ -42,7 +42,14 @@ def show(report: dict[str, Any], *, as_json: bool = False) -> None:
         results.print(Text(f"  Why: {warning['why']}.\n  What to do: {warning['do']}"), soft_wrap=True)
 
 
-def _made_by(made_by: Mapping[str, Any], report: Mapping[str, Any]) -> Rows:
+def complete_description(description: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer's description with "-" for the fields of a tower that it lacks: not every tokenizer has a tower."""
+    fields = ("tower", "library", "pretrained", "weights_sha256", "layer", "dim", "precision", "metric")
+    return {**dict.fromkeys(fields, "-"), **description}
+
+
+def _made_by(description: Mapping[str, Any], report: Mapping[str, Any]) -> Rows:
+    made_by = complete_description(description)
     yield "fingerprint", report["fingerprint"]
     yield "tower", f"{made_by['tower']} ({made_by['library']}, pretrained {made_by['pretrained']})"
     yield "weights", f"sha256 {made_by['weights_sha256']}"
@@ -51,7 +58,7 @@ def _made_by(made_by: Mapping[str, Any], report: Mapping[str, Any]) -> Rows:
     if "imported" in made_by:
         origin = made_by["imported"]
         yield "imported", f"K={made_by['k']}, {made_by['metric']}, {origin['name']}, sha256 {origin['sha256']}"
-    else:
+    elif "sample" in made_by:
         faiss = made_by["versions"]["faiss"]
         yield "k-means", f"K={made_by['k']}, {made_by['metric']}, seed {made_by['seed']}, faiss {faiss}"
         yield "trained on", f"{made_by['sample']['patches']:,} patches of {made_by['sample']['images']:,} images"

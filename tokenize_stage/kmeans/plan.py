@@ -21,11 +21,11 @@ _HELD_OUT_SHARE = 0.05
 
 @dataclass(frozen=True)
 class CodebookPlan:
-    """The sample of a codebook, and what the codebook's JSON says about its origin."""
+    """The sample of a codebook, and the fields of the codebook's JSON that describe its origin."""
 
     sample: PatchSample
     extracted: PatchSample
-    """What is extracted; larger than `sample` if the features cache holds a larger sample."""
+    """The sample to extract; larger than `sample` if the features cache holds a larger one."""
     images: int
     """Images that the sample is drawn from."""
     tower: dict[str, Any]

@@ -27,7 +27,7 @@ class SourceKeys:
     keys: dict[str, list[str]]
     """By shard, in the source's order."""
     skipped: Skipped
-    """(key, reason) of what cannot be used."""
+    """(key, reason) of unusable entries."""
 
     def all_keys(self) -> list[str]:
         return [key for keys in self.keys.values() for key in keys]

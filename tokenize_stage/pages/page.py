@@ -14,7 +14,7 @@ from ...shared.runtime.console import progress, say
 from ...shared.tokens.rows import NO_LABEL
 from ...shared.tokens.store import TokenStore
 from ...shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
-from ..inspection.terminal import comparison_rows
+from ..inspection.terminal import comparison_rows, complete_description
 from ..tokenizers.opening import read_tokenizer
 from .gallery import Patch, choose_codes, nearest_patches, refuse_other_codebook, sample_patches
 from .token_maps import code_colours
@@ -109,7 +109,7 @@ def _write(path: Path, report: dict[str, Any], colours: NDArray[np.uint8], galle
 
 def _content(report: dict[str, Any], colours: NDArray[np.uint8], galleries: dict[str, Any]) -> dict[str, Any]:
     """The variables of the template and the data of its script."""
-    made_by = report.get("codebook", report)
+    made_by = complete_description(report.get("codebook", report))
     perplexity = report["positions"]["perplexity"] if "positions" in report else None
     data = {
         "k": report["k"],

@@ -1,4 +1,4 @@
-"""What all libraries need when they open a model: seeded random weights, silence, and errors of one sentence."""
+"""Helpers to open a model of any library: seeded random weights, no log output, and one-sentence errors."""
 
 import difflib
 import logging
@@ -76,7 +76,7 @@ def libraries_silenced() -> Iterator[None]:
 
 @contextmanager
 def library_errors_explained(settings: TowerSettings) -> Iterator[None]:
-    """Turns whatever a library raises while it opens a model into one sentence, and keeps it silent."""
+    """Turns any exception of a library that opens a model into one sentence, and silences its log output."""
     try:
         with libraries_silenced():
             yield

@@ -31,8 +31,8 @@ class Tower:
     """A frozen tower on a device, called through `features`.
 
     `preprocess` turns an image into the pixels that the tower takes; `grid` (rows, columns) is its grid of patches and
-    `dim` the length of a patch's features; `identity` is what tells this tower from others (library, architecture,
-    weights).
+    `dim` the length of a patch's features; `identity` (library, architecture, weights) differs between any two
+    towers.
     """
 
     def __init__(self, settings: TowerSettings, opened: "OpenedModel", device: str):
@@ -116,8 +116,8 @@ def _weights_sha256(module: nn.Module, resized: bool) -> str:
 
 
 def _architecture(module: nn.Module) -> dict[str, Any]:
-    """What the weights do not show: the class, the types of its layers (such as GELU or QuickGELU), the numbers of
-    attention heads, and the strides."""
+    """Properties that the weights do not show: the class, the types of its layers (such as GELU or QuickGELU), the
+    numbers of attention heads, and the strides."""
     parts = list(module.modules())
     return {
         "class": type(module).__name__,

@@ -17,7 +17,7 @@ from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encoding.reencode import encode_again
 from mapet.tokenize_stage.encoding.shards import Encoder
 from mapet.tokenize_stage.encoding.writing import begin_store, finish_store, write_shards
-from mapet.tokenize_stage.inspect import inspect
+from mapet.tokenize_stage.inspect import inspect, show
 from mapet.tokenize_stage.tokenizers.base import Tokenizer
 from mapet.tokenize_stage.tokenizers.opening import open_tokenizer, read_tokenizer
 from mapet.tokenize_stage.verify import verify
@@ -35,8 +35,13 @@ class Brightness(Tokenizer):
     @property
     def description(self) -> dict:
         return {
-            "format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint,
-            "tower": "brightness", "k": self.k, "grid": list(self.grid), "preprocess": self.preprocess.to_json(),
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "tower": "brightness",
+            "k": self.k,
+            "grid": list(self.grid),
+            "preprocess": self.preprocess.to_json(),
         }
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -68,7 +73,10 @@ def test_a_tokenizer_of_thirty_lines_writes_a_store_that_opens_and_verifies(chai
     assert store.fingerprint == Brightness.fingerprint
     assert store.codebook == Brightness().description
     assert verify(brightness, images=str(chain.images)) == 96
-    assert inspect(brightness)["tokens"] == 96 * 3 * 8
+    report = inspect(brightness, html=brightness.parent / "page.html", images=str(chain.images))
+    assert report["tokens"] == 96 * 3 * 8
+    show(report)
+    assert "brightness" in (brightness.parent / "page.html").read_text()
     for shard in open_source(chain.images):
         record = shard.index()[5]
         image, _ = read_image(record)
