@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from .shared.tokens.codebook import Codebook
     from .shared.tokens.store import TokenStore
     from .tokenize_stage.build_codebook import build_codebook
-    from .tokenize_stage.encode_shards import encode_shards
-    from .tokenize_stage.import_tokens import import_tokens
+    from .tokenize_stage.encode_shards import encode_shards, encode_shards_dry_run
+    from .tokenize_stage.import_tokens import import_codebook, import_tokens
     from .tokenize_stage.inspect import inspect
     from .tokenize_stage.verify import verify
     from .train_stage.export import export
     from .train_stage.features import features
     from .train_stage.import_weights import import_weights
     from .train_stage.model.mapet import MaPeT
-    from .train_stage.pretrain import pretrain
+    from .train_stage.pretrain import pretrain, pretrain_dry_run
     from .train_stage.probe import probe
     from .train_stage.report import report
     from .train_stage.weights.published import load_published
@@ -37,14 +37,17 @@ _HOME = {
     "demo": ".quickstart.demo",
     "doctor": ".shared.doctor",
     "encode_shards": ".tokenize_stage.encode_shards",
+    "encode_shards_dry_run": ".tokenize_stage.encode_shards",
     "export": ".train_stage.export",
     "features": ".train_stage.features",
+    "import_codebook": ".tokenize_stage.import_tokens",
     "import_tokens": ".tokenize_stage.import_tokens",
     "import_weights": ".train_stage.import_weights",
     "inspect": ".tokenize_stage.inspect",
     "load_published": ".train_stage.weights.published",
     "load_weights": ".train_stage.weights.read",
     "pretrain": ".train_stage.pretrain",
+    "pretrain_dry_run": ".train_stage.pretrain",
     "probe": ".train_stage.probe",
     "report": ".train_stage.report",
     "verify": ".tokenize_stage.verify",
@@ -58,14 +61,17 @@ __all__ = [
     "demo",
     "doctor",
     "encode_shards",
+    "encode_shards_dry_run",
     "export",
     "features",
+    "import_codebook",
     "import_tokens",
     "import_weights",
     "inspect",
     "load_published",
     "load_weights",
     "pretrain",
+    "pretrain_dry_run",
     "probe",
     "report",
     "verify",

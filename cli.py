@@ -83,7 +83,11 @@ COMMANDS: dict[str, dict[str, Command]] = {
         ),
         "import": Command(
             "Import centroids (--centroids) or tokens (--tokens --csv --images --codebook) computed elsewhere.",
-            "tokenize_stage.import_tokens:import_tokens",
+            {
+                "codebook": "tokenize_stage.import_tokens:import_codebook",
+                "tokens": "tokenize_stage.import_tokens:import_tokens",
+            },
+            chosen_by="tokenize_stage.import_tokens:which_import",
             at_least={"image_size": 8},
         ),
     },

@@ -1,11 +1,11 @@
-"""encode-shards beside the bare tower, assignment beside faiss.knn, verify in MB/s, memory by number of shards.
+"""Compares encode-shards with the bare tower, assignment with faiss.knn, and verify with hashing; measures memory.
 
 python benchmarks/encode.py SOURCE [--part speed] [--tower ViT-B-16] [--k 1024] [--threads 2] [--pairs 5] [--workers 0]
 
 SOURCE is a tar of photographs. Parts: `speed` (Encoder and shard writing, from bytes to rows, against the tower's
 forward pass alone on the same images, already decoded), `assign` (Codebook.assign against faiss.knn), `verify`
 (MB/s of `mapet tokenize verify` against reading and hashing the same bytes), `memory` (peak of encode-shards with 2, 8
-and 64 shards). Prints one JSON line per figure; references in the same run, pairs interleaved, medians.
+and 64 shards). Prints one JSON line per metric: medians over interleaved pairs of ours and the reference.
 """
 
 import hashlib
@@ -36,6 +36,7 @@ from mapet.shared.tokens.store import write_shard
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.encoding.shards import Encoder
+from mapet.tokenize_stage.tokenizers.kclip import KClip
 from mapet.tokenize_stage.towers.opening import open_tower
 from mapet.tokenize_stage.towers.tower import TowerSettings
 from mapet.tokenize_stage.verify import verify
@@ -55,24 +56,25 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
-    about = {"threads": threads, "device": choose_device("auto"), "pairs": pairs}
+    settings = {"threads": threads, "device": choose_device("auto"), "pairs": pairs}
     with tempfile.TemporaryDirectory() as folder:
         if "speed" in part:
             for count in workers:
-                figure = speed(source, tower, k, batch_size, count, pairs, Path(folder), about["device"])
-                say("encode-shards / bare tower, images/s", about | {"tower": tower, "k": k, "workers": count}, figure)
+                values = speed(source, tower, k, batch_size, count, pairs, Path(folder), settings["device"])
+                details = {"tower": tower, "k": k, "workers": count}
+                say("encode-shards / bare tower, images/s", settings | details, values)
         if "assign" in part:
-            say("assignment / faiss.knn, time", about | {"k": k}, assignment(k, pairs))
+            say("assignment / faiss.knn, time", settings | {"k": k}, assignment(k, pairs))
         if "verify" in part or "memory" in part:
-            made = drawings(Path(folder))
+            root = drawings(Path(folder))
             if "verify" in part:
-                say("verify / read and hash, MB/s", about, verifying(made, pairs))
+                say("verify / read and hash, MB/s", settings, verifying(root, pairs))
             if "memory" in part:
-                say("peak of encode-shards by shards", {"threads": 1}, memory(made))
+                say("peak of encode-shards by shards", {"threads": 1}, memory(root))
 
 
-def say(figure: str, about: dict, values: dict) -> None:
-    print(json.dumps({"figure": figure, **about, **values}), flush=True)
+def say(metric: str, settings: dict, values: dict) -> None:
+    print(json.dumps({"figure": metric, **settings, **values}), flush=True)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -83,12 +85,12 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def ratio(ours: Callable[[], object], theirs: Callable[[], object], pairs: int) -> tuple[float, float, float]:
-    """Medians of (their time / our time, our seconds, their seconds) over interleaved pairs, after one warm-up."""
-    ours(), theirs()
-    times = [(seconds(ours), seconds(theirs)) for _ in range(pairs)]
-    mine, reference = (statistics.median(column) for column in zip(*times, strict=True))
-    return statistics.median(b / a for a, b in times), mine, reference
+def ratio(ours: Callable[[], object], reference: Callable[[], object], pairs: int) -> tuple[float, float, float]:
+    """Medians of (reference time / our time, our seconds, reference seconds), pairs interleaved, after a warm-up."""
+    ours(), reference()
+    times = [(seconds(ours), seconds(reference)) for _ in range(pairs)]
+    our_seconds, reference_seconds = (statistics.median(column) for column in zip(*times, strict=True))
+    return statistics.median(b / a for a, b in times), our_seconds, reference_seconds
 
 
 def speed(
@@ -102,27 +104,28 @@ def speed(
     pixels = torch.stack(
         [torch.from_numpy(to_array(center_view(read_image(record)[0], tower.preprocess))) for record in records]
     )
-    some = tower.features(pixels[:batch_size]).flatten(0, 1).cpu().numpy()
-    centroids = some[random.integers(0, len(some), k)] + random.normal(0, 0.1, (k, tower.dim)).astype(np.float32)
-    book = Codebook(np.ascontiguousarray(centroids), np.zeros(k, np.int64), {"metric": "l2"})
-    encoder = Encoder(book, tower, CENTER, False, batch_size, workers)
+    features = tower.features(pixels[:batch_size]).flatten(0, 1).cpu().numpy()
+    noise = random.normal(0, 0.1, (k, tower.dim)).astype(np.float32)
+    centroids = np.ascontiguousarray(features[random.integers(0, len(features), k)] + noise)
+    codebook = Codebook(centroids, np.zeros(k, np.int64), {**tower.description(), "k": k, "metric": "l2"})
+    encoder = Encoder(KClip(tower, codebook, {}), CENTER, False, batch_size, workers)
 
     def ours() -> None:
-        for one in encoder.encode([shard], lambda name: None, lambda steps: None):
-            write_shard(folder, one.name, one.rows, {"source": one.source})
+        for encoded in encoder.encode([shard], lambda name: None, lambda steps: None):
+            write_shard(folder, encoded.name, encoded.rows, {"source": encoded.source})
 
     def bare() -> None:
         for batch in pixels.split(batch_size):
             tower.features(batch).cpu()
 
-    found, mine, theirs = ratio(ours, bare, pairs)
-    # Ours also encodes what does not fill a batch.
+    speed_ratio, our_seconds, bare_seconds = ratio(ours, bare, pairs)
+    # Ours also encodes the last images, which do not fill a batch.
     share = len(shard.index()) / len(records)
     return {
-        "ratio": round(found * share, 3),
+        "ratio": round(speed_ratio * share, 3),
         "target": "at least 0.95",
-        "images_per_second": round(len(shard.index()) / mine, 2),
-        "bare_images_per_second": round(len(records) / theirs, 2),
+        "images_per_second": round(len(shard.index()) / our_seconds, 2),
+        "bare_images_per_second": round(len(records) / bare_seconds, 2),
         "batch_size": batch_size,
     }
 
@@ -130,13 +133,15 @@ def speed(
 def assignment(k: int, pairs: int) -> dict:
     random = np.random.default_rng(0)
     centroids, features = (random.normal(size=(n, 768)).astype(np.float32) for n in (k, 64 * 196))
-    book = Codebook(centroids, np.zeros(k, np.int64), {"metric": "l2"})
-    found, mine, theirs = ratio(lambda: book.assign(features), lambda: faiss.knn(features, centroids, 1), pairs)
-    same = np.array_equal(book.assign(features)[0], faiss.knn(features, centroids, 1)[1][:, 0])
+    codebook = Codebook(centroids, np.zeros(k, np.int64), {"metric": "l2"})
+    speed_ratio, our_seconds, knn_seconds = ratio(
+        lambda: codebook.assign(features), lambda: faiss.knn(features, centroids, 1), pairs
+    )
+    same = np.array_equal(codebook.assign(features)[0], faiss.knn(features, centroids, 1)[1][:, 0])
     return {
-        "time_ratio": round(1 / found, 3),
-        "our_ms": round(mine * 1e3, 1),
-        "knn_ms": round(theirs * 1e3, 1),
+        "time_ratio": round(1 / speed_ratio, 3),
+        "our_ms": round(our_seconds * 1e3, 1),
+        "knn_ms": round(knn_seconds * 1e3, 1),
         "equal": same,
     }
 
@@ -148,8 +153,8 @@ def drawings(folder: Path) -> Path:
     return folder
 
 
-def verifying(made: Path, pairs: int) -> dict:
-    files = [path for place in ("tokens", "images") for path in (made / place).rglob("*") if path.is_file()]
+def verifying(root: Path, pairs: int) -> dict:
+    files = [path for folder in ("tokens", "images") for path in (root / folder).rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
 
     def bare() -> None:
@@ -157,32 +162,32 @@ def verifying(made: Path, pairs: int) -> dict:
             with open(path, "rb") as file:
                 hashlib.file_digest(file, "sha256").hexdigest()
 
-    found, mine, theirs = ratio(
-        lambda: verify(made / "tokens", codebook=made / "codebook", images=str(made / "images")), bare, pairs
+    speed_ratio, our_seconds, hash_seconds = ratio(
+        lambda: verify(root / "tokens", codebook=root / "codebook", images=str(root / "images")), bare, pairs
     )
     return {
-        "ratio": round(found, 3),
-        "mb_per_second": round(size / mine / 1e6, 1),
-        "hash_mb_per_second": round(size / theirs / 1e6, 1),
+        "ratio": round(speed_ratio, 3),
+        "mb_per_second": round(size / our_seconds / 1e6, 1),
+        "hash_mb_per_second": round(size / hash_seconds / 1e6, 1),
         "mb": round(size / 1e6, 1),
     }
 
 
-def memory(made: Path) -> dict:
-    tars = sorted((made / "images").glob("*.tar"))
+def memory(root: Path) -> dict:
+    tars = sorted((root / "images").glob("*.tar"))
     peaks = {}
     for count in (2, 8, 64):
-        some = made / f"some-{count}"
-        some.mkdir()
+        subset = root / f"images-{count}"
+        subset.mkdir()
         for tar in tars[:count]:
-            shutil.copy(tar, some)
-        command = [*START, "encode-shards", some, "--codebook", made / "codebook", "--out", made / f"tokens-{count}"]
+            shutil.copy(tar, subset)
+        command = [*START, "encode-shards", subset, "--codebook", root / "codebook", "--out", root / f"tokens-{count}"]
         peaks[count] = peak_mb(list(map(str, [*command, "--device", "cpu"])))
     return {"peak_mb_by_shards": peaks}
 
 
 def peak_mb(command: list[str]) -> float:
-    """Peak resident memory of a command, from the kernel's account of the child that waited for it alone."""
+    """Peak resident memory of a command in MB, as the kernel reports it to a process that runs nothing else."""
     code = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"

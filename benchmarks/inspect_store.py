@@ -1,10 +1,10 @@
-"""What `inspect` costs on a large store, against just reading the store's rows.
+"""Compares `inspect` of a large store with just reading the store's rows.
 
 python benchmarks/inspect_store.py [--images 1280000] [--views 1] [--grid 14] [--k 8192] [--classes 1000] [--folder F]
 
-Writes a synthetic store in the real format (a thousand images a shard, neighbouring patches often alike), deletes it in
-the end, and prints a JSON line each for reading every shard (with all of its checks), for `inspect`, and for their
-ratio. Each is measured in a process of its own: seconds, and the peak of resident memory.
+Writes a synthetic store in the real format (1,000 images per shard, neighbouring patches often alike), prints one JSON
+line each for reading every shard (with all checks), for `inspect`, and for their ratio, and deletes the store. Each is
+measured in a separate process: seconds, and the peak of resident memory.
 """
 
 import json
@@ -28,17 +28,17 @@ from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.inspect import inspect
 began = time.perf_counter()
 if sys.argv[1] == "read":
-    found = sum(len(rows) for _, rows in TokenStore(sys.argv[2]).shards())
+    images = sum(len(rows) for _, rows in TokenStore(sys.argv[2]).shards())
 else:
-    found = inspect(sys.argv[2])["images"]
+    images = inspect(sys.argv[2])["images"]
 seconds = time.perf_counter() - began
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(json.dumps({"images": found, "seconds": round(seconds, 2), "peak_rss_mb": round(peak)}))
+print(json.dumps({"images": images, "seconds": round(seconds, 2), "peak_rss_mb": round(peak)}))
 """
 
 
 def describe(grid: int, k: int) -> Codebook:
-    """A codebook of random centroids, with a description of the right shape."""
+    """A codebook of random centroids with a complete description."""
     side = 16 * grid
     preprocess = {"image_size": side, "resize": "shortest", "resize_size": side, "interpolation": "bicubic"}
     description = {
@@ -61,7 +61,7 @@ def describe(grid: int, k: int) -> Codebook:
 
 
 def rows_of(number: int, count: int, views: int, grid: int, k: int, classes: int) -> ShardRows:
-    """A shard's rows: codes of unequal frequency, a third of the patches as their left neighbour."""
+    """The rows of a shard: codes of unequal frequency; a third of the patches have the code of their left neighbour."""
     random = np.random.default_rng(number)
     tokens = (k * random.random((count, views, grid, grid), dtype=np.float32) ** 1.5).astype(np.uint16)
     like_left = random.random((count, views, grid, grid - 1), dtype=np.float32) < 1 / 3
@@ -99,8 +99,8 @@ def write_store(path: Path, images: int, views: int, grid: int, k: int, classes:
     write_manifest(path, {**book.description, "fingerprint": book.fingerprint}, [read_entry(path, n) for n in names])
 
 
-def measured(what: str, path: Path) -> dict:
-    result = subprocess.run([sys.executable, "-c", MEASURED, what, path], capture_output=True, text=True)
+def measured(task: str, path: Path) -> dict:
+    result = subprocess.run([sys.executable, "-c", MEASURED, task, path], capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(result.stderr)
     return json.loads(result.stdout)
@@ -121,14 +121,11 @@ def main(
         size = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
         settings = {"views": views, "grid": grid, "k": k, "store_mb": round(size / 1e6)}
         print(json.dumps({"figure": "write", "seconds": round(time.perf_counter() - began, 1), **settings}), flush=True)
-        found = {what: measured(what, store) for what in ("read", "inspect")}
-    for what, figures in found.items():
-        print(json.dumps({"figure": what, **figures}))
-    print(
-        json.dumps(
-            {"figure": "ratio", "times": round(found["inspect"]["seconds"] / max(found["read"]["seconds"], 0.01), 2)}
-        )
-    )
+        results = {task: measured(task, store) for task in ("read", "inspect")}
+    for task, metrics in results.items():
+        print(json.dumps({"figure": task, **metrics}))
+    ratio = results["inspect"]["seconds"] / max(results["read"]["seconds"], 0.01)
+    print(json.dumps({"figure": "ratio", "times": round(ratio, 2)}))
 
 
 if __name__ == "__main__":

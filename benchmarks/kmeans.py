@@ -1,4 +1,4 @@
-"""k-means against bare faiss.Kmeans, and its memory out of core. Prints one JSON line a figure.
+"""Compares k-means with bare faiss.Kmeans, and its memory out of core. Prints one JSON line per metric.
 
 python benchmarks/kmeans.py time                  # in memory and out of core / bare faiss.Kmeans, wall time
 python benchmarks/kmeans.py memory --folder DIR   # 20 M x 64 under --memory 1GB against in memory (2.6 GB of disk)
@@ -35,14 +35,14 @@ _BLOCK = 1 << 18
 
 
 def write_rows(path: Path, count: int, dim: int) -> None:
-    """Overlapping clusters in fp16, in random order."""
+    """Writes overlapping clusters in fp16, in random order."""
     random = np.random.default_rng(0)
     centers = random.standard_normal((4096, dim), dtype=np.float32)
     with open(path, "wb") as file:
         for start in range(0, count, _BLOCK):
-            some = min(_BLOCK, count - start)
-            rows = centers[random.integers(0, len(centers), some)]
-            rows += 0.7 * random.standard_normal((some, dim), dtype=np.float32)
+            size = min(_BLOCK, count - start)
+            rows = centers[random.integers(0, len(centers), size)]
+            rows += 0.7 * random.standard_normal((size, dim), dtype=np.float32)
             file.write(rows.astype(np.float16).tobytes())
 
 
@@ -51,7 +51,7 @@ def open_rows(path: Path, dim: int) -> np.ndarray:
 
 
 def seconds(step: Callable[[], object]) -> tuple[float, float]:
-    """By the clock, and of all cores: on a busy machine only the second one says what a step costs."""
+    """(wall time, CPU time of all cores) of a step; on a busy machine only the second one is meaningful."""
     began = time.perf_counter(), time.process_time()
     step()
     return time.perf_counter() - began[0], time.process_time() - began[1]
@@ -67,9 +67,9 @@ def compare_time(
     pairs: int = 5,
     threads: int = 2,
 ) -> None:
-    """Ours / faiss.Kmeans on the same fp16 array, interleaved; both make float32 rows of it first.
+    """Time of ours / faiss.Kmeans on the same fp16 array, interleaved; both convert it to float32 first.
 
-    `ratio_to_float32` is that to faiss.Kmeans on rows that are in float32 already.
+    `ratio_to_float32` compares with faiss.Kmeans on rows that are in float32 already.
     """
     faiss.omp_set_num_threads(threads)
     settings = KMeansSettings(k=k, iterations=iterations, restarts=restarts)
@@ -105,7 +105,7 @@ def compare_time(
             run = step()
             times = []
             for _ in range(pairs):
-                Path(folder, "state").unlink(missing_ok=True)  # it would go on from there
+                Path(folder, "state").unlink(missing_ok=True)  # it would resume from it
                 times.append((seconds(step), seconds(lambda: bare(rows)), seconds(lambda: bare(floats))))
             figure = {
                 "figure": f"k-means {name} / bare faiss.Kmeans",
@@ -114,12 +114,12 @@ def compare_time(
                 "ratio_to_float32": median_ratio(times, 2, 0),
                 "cpu_ratio_to_float32": median_ratio(times, 2, 1),
                 "ours_seconds": round(statistics.median(ours[0] for ours, _, _ in times), 3),
-                "faiss_seconds": round(statistics.median(theirs[0] for _, theirs, _ in times), 3),
+                "faiss_seconds": round(statistics.median(faiss_times[0] for _, faiss_times, _ in times), 3),
                 "same_centroids": bool(np.array_equal(run.centroids, reference.centroids)),
                 "objective_ratio": round(run.best_objective / float(reference.obj[-1]), 6),
             }
-            about = {"count": count, "dim": dim, "k": k, "iterations": iterations, "restarts": restarts}
-            say({**figure, "target": "at most 1.05 in memory", **about, "threads": threads, "pairs": pairs})
+            options = {"count": count, "dim": dim, "k": k, "iterations": iterations, "restarts": restarts}
+            say({**figure, "target": "at most 1.05 in memory", **options, "threads": threads, "pairs": pairs})
         say({"figure": "decoding one fp16 row", **decode_cost(rows)})
 
 
@@ -128,7 +128,7 @@ def median_ratio(times: list[tuple], to: int, clock: int) -> float:
 
 
 def decode_cost(rows: np.ndarray) -> dict:
-    """ns a row: in blocks, as for the search, and one by one, as for the sums."""
+    """Nanoseconds per row: in blocks, as for the search, and one by one, as for the sums."""
     dim = rows.shape[1]
     codec = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16)
     codes = rows[: block_rows(dim)].view(np.uint8)
@@ -149,23 +149,23 @@ def compare_memory(
     iterations: int = 10,
     memory: str = "1GB",
     threads: int = 2,
-    folder: Annotated[Path | None, typer.Option(help="Where the sample is written for a while.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder for the sample while the benchmark runs.")] = None,
 ) -> None:
-    """Peak anonymous memory and exact objective, out of core and in memory, each in a process of its own."""
+    """Peak anonymous memory and exact objective, out of core and in memory, each in a separate process."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         path = Path(scratch, "rows")
         write_rows(path, count, dim)
-        found = {}
+        results = {}
         for name, budget in (("out of core", memory), ("in memory", "1TB")):
             options = [path, dim, k, iterations, budget, threads]
             child = subprocess.run(
                 [sys.executable, __file__, "child", *map(str, options)], check=True, stdout=subprocess.PIPE, text=True
             )
-            found[name] = json.loads(child.stdout)
-    about = {"count": count, "dim": dim, "k": k, "iterations": iterations, "memory": memory, "threads": threads}
-    ratio = found["out of core"]["objective"] / found["in memory"]["objective"]
-    figure = {"figure": "k-means out of core / in memory", "objective_ratio": round(ratio, 6), **found}
-    say({**figure, "target": "under 1500 MB of anonymous memory out of core, objective within 1 %", **about})
+            results[name] = json.loads(child.stdout)
+    settings = {"count": count, "dim": dim, "k": k, "iterations": iterations, "memory": memory, "threads": threads}
+    ratio = results["out of core"]["objective"] / results["in memory"]["objective"]
+    figure = {"figure": "k-means out of core / in memory", "objective_ratio": round(ratio, 6), **results}
+    say({**figure, "target": "under 1500 MB of anonymous memory out of core, objective within 1 %", **settings})
 
 
 @app.command("child", hidden=True)
@@ -179,28 +179,28 @@ def child(path: Path, dim: int, k: int, iterations: int, memory: str, threads: i
     index = faiss.IndexFlatL2(dim)
     index.add(run.centroids)
     sums = (index.search(block, 1)[0].sum(dtype=np.float64) for block in float_blocks(rows, block_rows(dim)))
-    # FAISS's own figure is a float32 sum, which drifts over so many rows.
+    # FAISS's objective is a float32 sum, which drifts over so many rows.
     exact = float(sum(sums))
     say({"peak_anonymous_mb": round(max(peak) / 1e6), "objective": exact, "seconds": round(took, 1)})
 
 
 @contextmanager
 def peak_of_anonymous_memory() -> Iterator[list[int]]:
-    """Bytes of RssAnon of this process, read twenty times a second."""
-    seen, stop = [anonymous_bytes()], threading.Event()
+    """Yields a list of this process's RssAnon in bytes, to which a thread appends twenty times per second."""
+    samples, stop = [anonymous_bytes()], threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.05):
-            seen.append(anonymous_bytes())
+            samples.append(anonymous_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield seen
+        yield samples
     finally:
         stop.set()
         watcher.join()
-        seen.append(anonymous_bytes())
+        samples.append(anonymous_bytes())
 
 
 def anonymous_bytes() -> int:

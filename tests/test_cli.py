@@ -292,7 +292,7 @@ def broken(chain, tower: str, folder: Path) -> dict[str, tuple[list, int, str]]:
         "a store against a codebook": (
             ["tokenize", "inspect", chain.tokens, "--against", chain.codebook],
             2,
-            "it is no token store",
+            "is a codebook and",
         ),
         "neither codebook nor store": (["tokenize", "inspect", folder], 1, "neither a codebook"),
         "no CUDA": ([*build, chain.images, *out, "--tower", tower, "--device", "cuda"], 2, "no CUDA device"),

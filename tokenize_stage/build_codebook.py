@@ -1,4 +1,4 @@
-"""build-codebook: patch features of a frozen tower -> a uniform sample -> FAISS k-means -> a codebook artifact."""
+"""build-codebook: patch features of a frozen tower -> a uniform sample -> FAISS k-means -> a codebook."""
 
 import gc
 import json
@@ -6,13 +6,13 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..shared.errors import DataError, UsageError
 from ..shared.images.records import keys_sha256
-from ..shared.images.sources import open_source
+from ..shared.images.sources import SourceShard, open_source
 from ..shared.runtime.console import say, table
 from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.runtime.distributed import World, joined_world
@@ -24,7 +24,7 @@ from .kmeans.description import describe_codebook
 from .kmeans.feature_cache import FeatureCache
 from .kmeans.patch_sample import choose_images
 from .kmeans.plan import CodebookPlan, plan_codebook
-from .kmeans.sampler import Sampler, Survey, survey
+from .kmeans.sampler import Sampler, SourceKeys, read_keys
 from .kmeans.train import KMeansSettings, train_kmeans
 from .towers.on_error import skips
 from .towers.opening import open_tower
@@ -56,69 +56,83 @@ def build_codebook(
     workers: int | None = None,
     device: str = "auto",
 ) -> Codebook:
-    """Trains a k-CLIP codebook (arXiv 2306.07346, section 3) and writes it to the folder `out`.
+    """Trains a k-means codebook over the patch features of a frozen tower (k-CLIP, arXiv 2306.07346, section 3).
 
-    Under torchrun the source's shards are spread over the processes, and the first one trains; the codebook is the
-    same to the last byte. The same call goes on where a stopped one was, with any number of processes.
+    The same call resumes a stopped one, with any number of processes. Under torchrun the source's shards are
+    distributed over the processes and the first process trains; the codebook has the same bytes with any number of
+    them. If `out` already holds the codebook of the same request, it is returned at once.
 
     Args:
-        images: a tar, a folder, a brace pattern of tars, or a list of tars (see `shared.images.open_source`).
-        out: folder to write; if it already holds the codebook of this very request, that one is returned.
-        tower: open_clip name, `local-dir:PATH`, `hf-hub:ID` or `timm:NAME`.
-        pretrained: tag or file; None is "openai" for an open_clip name, timm's default tag, or the folder's own;
-            "none" means seeded random weights.
-        layer: index into the tower's `forward_intermediates`, negative from the end.
-        final_norm: whether a ViT's features are taken after its final norm.
-        image_size: pixels, if not the tower's own.
-        precision: of the tower, "float32" or "bfloat16".
-        k: number of centroids, at most 65,536.
-        patches: how many patch features to sample; None is 512 a centroid, or all there are if fewer.
-        iterations, restarts, metric, seed: of k-means; metric "cosine" means unit features and spherical k-means.
-        init: first centroids: "random" patches, or "k-means++".
-        max_images: use only a seeded subset of this many images.
-        on_error: "stop" at what cannot be read, or "skip" it; the codebook lists what was skipped, and why.
-        features_cache: folder that keeps the sampled features, so that another K needs no second extraction.
-        memory: what the sample and k-means may take, such as "8GB"; None is three quarters of what is free. Features
-            that do not fit stay on disk.
-        batch_size, workers, device: how to run; no influence on which patches are sampled.
+        images: A tar, a folder of class folders, or tars like train-{000..015}.tar, URLs included.
+        out: Folder to write the codebook to.
+        tower: open_clip name, local-dir:PATH, hf-hub:ID or timm:NAME.
+        pretrained: Tag or local file; 'none' for random weights (default: openai, or timm's own).
+        layer: Index into forward_intermediates, negative from the end.
+        final_norm: Take ViT features after the final norm.
+        image_size: Pixels (default: the tower's own).
+        precision: Precision of the tower, float32 or bfloat16.
+        k: Number of centroids, at most 65,536.
+        patches: Patch features to sample (default: 512 per centroid, or all if there are fewer).
+        iterations: Iterations of k-means.
+        restarts: Restarts of k-means; the best one is kept.
+        metric: l2, or cosine (features of length one, spherical k-means).
+        seed: Seed of the sample and of k-means.
+        init: First centroids: random patches, or k-means++.
+        max_images: Use a seeded subset of this many images.
+        on_error: At an unreadable image, stop, or skip it (it is counted and listed).
+        features_cache: Folder that keeps the sampled features, so that another K needs no second extraction.
+        memory: Memory for the sample and k-means, such as 8GB (default: 3/4 of what is free).
+        batch_size: Images per forward pass.
+        workers: Processes that decode images (default: 0 on the CPU, up to 16 on CUDA).
+        device: auto, cpu or cuda.
+
+    Returns:
+        The codebook in `out`.
 
     Raises:
-        UsageError for settings that cannot be, DataError for images, weights, memory or a sample that do not suffice,
-        or a features cache of something else.
+        UsageError: An option is invalid, or `out` holds a codebook made with other settings.
+        DataError: Images, weights, memory, disk space or the sample are insufficient, or the features cache belongs to
+            other features.
     """
     settings = TowerSettings(tower, pretrained, image_size, layer, final_norm, precision)
     kmeans = KMeansSettings(k, iterations, restarts, metric, seed, init)
     kmeans.check_faiss()
-    skip = skips(on_error)
+    options = _Options(settings, kmeans, patches, skips(on_error), memory, batch_size, workers, device)
     memory_budget(memory)
-    out, clock = Path(out), _Clock()
+    path, clock = Path(out), _Clock()
     with joined_world() as world:
         shards = open_source(images)
-        found = survey(shards, world, skip)
-        chosen = choose_images(found.all_keys(), max_images, seed)
-        request = {**asdict(settings), **asdict(kmeans), "patches": patches, "keys_sha256": keys_sha256(chosen)}
-        if world.on_rank_zero(lambda: _already_built(out, request)):
-            return Codebook.load(out)
-        opened = open_tower(settings, choose_device(device))
-        height, width = opened.grid
-        say(f"{tower}: {height}x{width} patches, {opened.dim} features, on {opened.device}; {len(chosen)} images.")
-        folder = Path(features_cache) if features_cache else _work_folder(out) / "features"
-        cache = FeatureCache(folder, opened.dim, owned=not features_cache)
-        plan = world.on_rank_zero(lambda: plan_codebook(opened, found, chosen, patches, kmeans, request, memory, cache))
-        some = None if len(chosen) == len(found.all_keys()) else frozenset(chosen)
-        processes = choose_workers(workers, opened.device.type)
-        sampler = Sampler(opened, plan.extracted, some, metric, skip, batch_size, processes)
-        sampler.fill(cache, shards, found, world)
+        keys = read_keys(shards, world, options.skip)
+        image_keys = choose_images(keys.all_keys(), max_images, seed)
+        request = {**asdict(settings), **asdict(kmeans), "patches": patches, "keys_sha256": keys_sha256(image_keys)}
+        if world.on_rank_zero(lambda: _already_built(path, request)):
+            return Codebook.load(path)
+        plan, cache = _extract(path, shards, keys, image_keys, request, features_cache, options, world)
         clock.lap("extract")
-        opened = sampler = None  # the tower's memory is for k-means now
-        world.on_rank_zero(lambda: _train(out, plan, kmeans, cache, found, skip, memory, world, clock))
-        return Codebook.load(out)
+        world.on_rank_zero(lambda: _train(path, plan, cache, keys, options, world, clock))
+        return Codebook.load(path)
 
 
+@dataclass(frozen=True)
+class _Options:
+    """The validated options of the command."""
+
+    tower: TowerSettings
+    kmeans: KMeansSettings
+    patches: int | None
+    skip: bool
+    memory: str | None
+    batch_size: int
+    workers: int | None
+    device: str
+
+
+@dataclass
 class _Clock:
-    def __init__(self):
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
+    """Seconds from lap to lap."""
+
+    laps: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.monotonic)
 
     def lap(self, name: str) -> None:
         now = time.monotonic()
@@ -127,7 +141,7 @@ class _Clock:
 
 
 def _work_folder(out: Path) -> Path:
-    """What is kept until the codebook is whole, so that the same command can go on."""
+    """The hidden folder that is kept until the codebook is whole, so that the same command can resume."""
     return out.with_name(f".{out.name}.work")
 
 
@@ -146,35 +160,62 @@ def _already_built(out: Path, request: dict[str, Any]) -> bool:
     return True
 
 
+def _extract(
+    out: Path,
+    shards: Sequence[SourceShard],
+    keys: SourceKeys,
+    image_keys: Sequence[str],
+    request: dict[str, Any],
+    features_cache: str | Path | None,
+    options: _Options,
+    world: World,
+) -> tuple[CodebookPlan, FeatureCache]:
+    """Plans the sample and extracts its features into the cache. The tower's memory is free again afterwards."""
+    tower, kmeans = open_tower(options.tower, choose_device(options.device)), options.kmeans
+    height, width = tower.grid
+    name = options.tower.tower
+    say(f"{name}: {height}x{width} patches, {tower.dim} features, on {tower.device}; {len(image_keys)} images.")
+    folder = Path(features_cache) if features_cache else _work_folder(out) / "features"
+    cache = FeatureCache(folder, tower.dim, owned=not features_cache)
+    plan = world.on_rank_zero(
+        lambda: plan_codebook(tower, keys, image_keys, options.patches, kmeans, request, options.memory, cache)
+    )
+    subset = None if len(image_keys) == len(keys.all_keys()) else frozenset(image_keys)
+    workers = choose_workers(options.workers, tower.device.type)
+    unit_length = kmeans.metric == "cosine"
+    sampler = Sampler(tower, plan.extracted, subset, unit_length, options.skip, options.batch_size, workers)
+    sampler.fill(cache, shards, keys, world)
+    return plan, cache
+
+
 def _train(
     out: Path,
     plan: CodebookPlan,
-    kmeans: KMeansSettings,
     cache: FeatureCache,
-    found: Survey,
-    skip: bool,
-    memory: str | None,
+    keys: SourceKeys,
+    options: _Options,
     world: World,
     clock: _Clock,
 ) -> None:
-    """From the features to the codebook's folder, in the first process."""
+    """Trains k-means on the extracted features and writes the codebook, in the first process."""
+    kmeans = options.kmeans
     unreadable = cache.skipped()
-    if unreadable and not skip:
+    if unreadable and not options.skip:
         key, reason = unreadable[0]
         raise DataError(f"{cache.path} was filled with --on-error skip and lacks image {key!r} ({reason}).")
     rows = cache.features(plan.sample.most)
     train = cache.features(plan.sample.most_train)
     if len(train) < kmeans.k:
         raise DataError(f"--k {kmeans.k} is more than the {len(train)} patches that could be read; use a smaller --k.")
-    gc.collect()  # the tower goes, and with it what memory it had
+    gc.collect()  # frees the tower's memory
     _use_all_cores(world)
     work = _work_folder(out)
     work.mkdir(parents=True, exist_ok=True)
-    of_what = canonical_json({**plan.identity, "most": plan.sample.most_train})
+    rows_identity = canonical_json({**plan.identity, "most": plan.sample.most_train})
     state = work / "kmeans.safetensors"
-    run = train_kmeans(train, kmeans, memory=memory_budget(memory), state=state, about=of_what)
+    run = train_kmeans(train, kmeans, memory=memory_budget(options.memory), state=state, rows_identity=rows_identity)
     clock.lap("k-means")
-    skipped = [*found.skipped, *unreadable]
+    skipped = [*keys.skipped, *unreadable]
     codebook = describe_codebook(plan, kmeans, run, train, rows[len(train) :], skipped, len(unreadable))
     clock.lap("statistics")
     with written_whole(out) as partial:
@@ -185,28 +226,29 @@ def _train(
 
 
 def _use_all_cores(world: World) -> None:
-    """torchrun gives each of its processes one thread; now that the others wait, the first one may have all."""
+    """Lets FAISS use all cores: torchrun gives each process one thread, and the other processes are waiting now."""
     if world.size > 1 and hasattr(os, "sched_getaffinity"):
         import_faiss().omp_set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def _summary(codebook: Codebook, out: Path) -> None:
-    about = codebook.description
-    opened, training, held_out, best = (about[n] for n in ("preprocess", "training", "held_out", "best_restart"))
-    how = f"K={about['k']}, {about['metric']}, {about['restarts']} restarts, on {about['faiss_device'].upper()}"
-    split = sum(sum(run) for run in about["empty_clusters_split"])
-    sample = about["sample"]
+    made_by = codebook.description
+    preprocess, training, held_out, best = (made_by[n] for n in ("preprocess", "training", "held_out", "best_restart"))
+    how = f"K={made_by['k']}, {made_by['metric']}, {made_by['restarts']} restarts, on {made_by['faiss_device'].upper()}"
+    split = sum(sum(run) for run in made_by["empty_clusters_split"])
+    sample = made_by["sample"]
+    tower = f"layer {made_by['layer']}, {preprocess['image_size']} px, {made_by['precision']}"
     rows = [
-        ("tower", f"{about['tower']} (layer {about['layer']}, {opened['image_size']} px, {about['precision']})"),
-        ("images seen", f"{sample['images']:,}"),
+        ("tower", f"{made_by['tower']} ({tower})"),
+        ("images", f"{sample['images']:,}"),
         ("patches sampled", f"{sample['patches']:,} (+ {sample['held_out']:,} held out)"),
         ("k-means", how),
-        ("objective per iteration", " ".join(f"{value:.4g}" for value in about["objective"][best])),
-        ("empty clusters split", f"{split} in all restarts, {about['empty_clusters_split'][best][-1]} at the end"),
+        ("objective per iteration", " ".join(f"{value:.4g}" for value in made_by["objective"][best])),
+        ("empty clusters split", f"{split} in all restarts, {made_by['empty_clusters_split'][best][-1]} at the end"),
         ("codes used / dead", f"{training['used']} / {training['dead']}"),
         ("imbalance", f"{training['imbalance']:.3g} (1 is even)"),
-        ("perplexity, training", f"{training['perplexity']:.1f} of {about['k']}"),
-        ("perplexity, held out", f"{held_out['perplexity']:.1f} of {about['k']} ({held_out['used']} codes used)"),
+        ("perplexity, training", f"{training['perplexity']:.1f} of {made_by['k']}"),
+        ("perplexity, held out", f"{held_out['perplexity']:.1f} of {made_by['k']} ({held_out['used']} codes used)"),
         ("fingerprint", codebook.fingerprint),
         ("written to", str(out)),
     ]

@@ -1,7 +1,4 @@
-"""import: centroids and tokens that were computed elsewhere -> a codebook and a token store like our own.
-
-Rows are joined to images by the names in a CSV; nothing is taken by its position among the images.
-"""
+"""import: centroids or tokens that were computed elsewhere -> a codebook or a token store."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +12,10 @@ from .importing.tokens import import_store
 from .towers.tower import TowerSettings
 
 
-def import_tokens(
+def import_codebook(
     out: str | Path,
     *,
-    centroids: str | Path | None = None,
+    centroids: str | Path,
     tower: str = "RN50x64",
     pretrained: str | None = None,
     layer: int = -1,
@@ -27,44 +24,76 @@ def import_tokens(
     precision: str = "float32",
     metric: str = "l2",
     device: str = "auto",
-    tokens: str | Path | None = None,
-    csv: str | Path | None = None,
-    images: str | Path | Sequence[str | Path] | None = None,
-    codebook: str | Path | None = None,
-) -> Codebook | TokenStore:
-    """Takes centroids into a codebook, or (in another call) tokens into a token store.
+) -> Codebook:
+    """Takes centroids that were computed elsewhere into a codebook.
 
     Args:
-        out: folder to write: a codebook with `centroids`, a token store with `tokens`.
-        centroids: .npy, floats (K, dim).
-        tower, pretrained, layer, final_norm, image_size, precision: what gave the features, as for `build_codebook`.
-        metric: "l2", or "cosine" (centroids of length one).
-        device: where the tower is opened.
-        tokens: .npy, integers (n, H * W) or (n, H, W); row i belongs to the image that row i of `csv` names.
-        csv: list of images; the column path, file, filename, image or key, or else the first one, holds a key or a
-            path whose key (in a folder: relative to it) is one of the source's.
-        images: the source, local, as for `build_codebook`; crops are the tower's centre crops.
-        codebook: the codebook of the tokens.
+        out: Folder to write the codebook to.
+        centroids: .npy of floats (K, dim).
+        tower: open_clip name, local-dir:PATH, hf-hub:ID or timm:NAME of the tower whose features were clustered.
+        pretrained: Tag or local file; 'none' for random weights (default: openai, or timm's own).
+        layer: Index into forward_intermediates, negative from the end.
+        final_norm: Take ViT features after the final norm.
+        image_size: Pixels (default: the tower's own).
+        precision: Precision of the tower, float32 or bfloat16.
+        metric: Metric of the centroids, l2, or cosine (of length one).
+        device: auto, cpu or cuda.
+
+    Returns:
+        The codebook in `out`.
 
     Raises:
-        DataError for arrays of another shape or with impossible values, and for images that are missing, foreign or
-        named twice; UsageError for options that do not fit together or an `out` that holds something else.
+        DataError: The centroids have the wrong shape, type or length, or do not fit the tower.
+        UsageError: An option is invalid, or `out` holds something else.
     """
     refuse_many_processes()
+    settings = TowerSettings(tower, pretrained, image_size, layer, final_norm, precision)
+    return import_centroids(Path(centroids), Path(out), settings, metric, device)
+
+
+def import_tokens(
+    out: str | Path,
+    *,
+    tokens: str | Path,
+    csv: str | Path,
+    images: str | Path | Sequence[str | Path],
+    codebook: str | Path,
+) -> TokenStore:
+    """Takes tokens that were computed elsewhere into a token store.
+
+    Rows are joined to images by the names in the CSV and never by their order in the source.
+
+    Args:
+        out: Folder to write the token store to.
+        tokens: .npy of integers (n, H*W) or (n, H, W).
+        csv: CSV that names the image of each row of the tokens by key or path, in its column path, file, filename,
+            image or key, or else in the first one.
+        images: The images of the tokens, a local tar, a folder, or a pattern of tars; crops are their centre crops.
+        codebook: The codebook of the tokens.
+
+    Returns:
+        The token store in `out`.
+
+    Raises:
+        DataError: The tokens have the wrong shape or are not below K, or an image is missing, foreign or named twice.
+        UsageError: `out` holds something else.
+    """
+    refuse_many_processes()
+    return import_store(Path(tokens), Path(csv), images, codebook, Path(out))
+
+
+def which_import(*, centroids: object, tokens: object, csv: object, images: object, codebook: object) -> str:
+    """Which import the options of `mapet tokenize import` ask for: "codebook" or "tokens".
+
+    An option that was not given is None. Raises UsageError unless either `centroids` alone or all others are given.
+    """
     parts = {"--tokens": tokens, "--csv": csv, "--images": images, "--codebook": codebook}
     missing = [name for name, value in parts.items() if value is None]
     if centroids is not None and len(missing) == len(parts):
-        settings = TowerSettings(tower, pretrained, image_size, layer, final_norm, precision)
-        return import_centroids(Path(centroids), Path(out), settings, metric, device)
+        return "codebook"
     if centroids is None and not missing:
-        return import_store(Path(tokens), Path(csv), images, codebook, Path(out))
+        return "tokens"
     raise UsageError(
         "import takes either --centroids (a codebook) or all of --tokens, --csv, --images and --codebook (a token "
         f"store){'; missing: ' + ', '.join(missing) if centroids is None else ''}."
     )
-
-
-# Centroids
-
-
-# Tokens

@@ -1,7 +1,7 @@
-"""inspect: what made a codebook or a token store, how its codes are used, and whether it is any good."""
+"""inspect: what made a codebook or a token store, how its codes are used, and what is wrong with it."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upath import UPath
 
@@ -10,11 +10,15 @@ from ..shared.storage.remote import as_path, exists
 from ..shared.tokens.codebook import Codebook
 from ..shared.tokens.rows import NO_LABEL
 from ..shared.tokens.store import TokenStore
-from .inspection.centroids import codebook_figures
-from .inspection.compare import Kept, compare_codebooks, compare_stores
+from .inspection.centroids import codebook_statistics
+from .inspection.compare import KeptTokens, compare_codebooks, compare_stores
 from .inspection.counting import count_store
+from .inspection.faults import codebook_findings, store_findings
 from .inspection.terminal import show
-from .inspection.warnings import merged, suspect_codebook, suspect_store
+from .inspection.warnings import as_warnings, merged
+
+if TYPE_CHECKING:
+    from .pages.page import StorePage
 
 __all__ = ["inspect", "show"]
 
@@ -31,91 +35,97 @@ def inspect(
     seed: int = 0,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Describes a codebook or a token store as plain JSON values; its shards are read once, one in memory at a time.
+    """Shows what made a codebook or a token store, how its codes are used, and what is suspicious about it.
 
-    A store's figures are those of `figures.StoreFigures`, a codebook's those of `centroids.codebook_figures` beside its
-    description. "warnings" lists what a sound one does not show (`suspicions.Suspicion`).
+    Each shard of a store is read once, one in memory at a time.
 
     Args:
-        path: a codebook or a token store, local or a URL.
-        key: the answer also holds that image's "image": its token grid(s), crop, flip, size and label.
-        against: another artifact of the same kind; the answer's "against" says what changed from it to `path`.
-        html: a file to write the same to as a page, with pictures of a store's images and codes. With `key`, that image
-            is the first one.
-        images: of the page: what the tokens were made of, or some of its tars; not needed where the store holds them.
-        codebook: of the page: what made the tokens. Similar codes get similar colours, and the patches that are shown
-            of a code are those nearest its centroid, for which at most 256 images go through the tower again.
-        tower: where the codebook's tower is now, if it moved.
-        seed: of the images and patches that the page shows.
-        device: "auto", "cpu" or "cuda", for the tower.
+        path: A codebook or a token store, local or a URL.
+        key: Also show the token grids, crops and label of this image of a store.
+        against: Say what changed from this codebook or store to PATH; both must be of the same kind.
+        html: Also write a page to look at: one file that needs no network.
+        images: Pictures for the page, all or some tars of the tokens' source (not needed if the store holds them).
+        codebook: For the page, show the patches nearest each centroid; up to 256 images go through the tower again.
+        tower: Where the codebook's tower is now, if it moved.
+        seed: Seed of the images and patches that the page shows.
+        device: auto, cpu or cuda.
 
-    Raises DataError if `path` is neither or is damaged, or no image has that key; UsageError for a key in a codebook,
-    a store against a codebook, or an option of the page without one; FingerprintMismatch for another codebook or tower.
+    Returns:
+        Plain JSON values. Those of a store are `schema.StoreStatistics`, those of a codebook
+        `centroids.codebook_statistics` beside its description; "warnings" lists `warnings.InspectionWarning`; "image"
+        is there with `key`, "against" with `against`.
+
+    Raises:
+        DataError: `path` is neither a codebook nor a store, is damaged, or has no image with that key.
+        UsageError: `key` is given for a codebook, `against` is of the other kind, or an option of the page is given
+            without a page.
+        FingerprintMismatch: `codebook` or `tower` did not make the tokens.
     """
-    path = as_path(path)
-    shown = {name: value for name, value in (("images", images), ("codebook", codebook), ("tower", tower)) if value}
-    if shown and html is None:
-        raise UsageError(f"--{min(shown)} belongs to a page; give --html FILE, too.")
+    place = as_path(path)
     other = None if against is None else as_path(against)
-    for one in (path, other):
-        if one is not None and not _is_store(one) and not exists(one / "codebook.json"):
-            raise DataError(f"{one} is neither a codebook nor a token store (no codebook.json, no manifest.json).")
-    if _is_store(path):
-        if other is not None and not _is_store(other):
-            raise UsageError(f"--against {other}: it is no token store, and {path} is one; give two of the same kind.")
-        store = TokenStore(path)
-        page = None if html is None else _store_page(store, html, **shown, seed=seed, device=device)
-        about = _inspect_store(store, key, None if other is None else TokenStore(other))
-        if page:
-            page.write(about)
-        return about
-    if key is not None:
-        raise UsageError(f"--key {key}: {path} is a codebook; give a token store to see an image's tokens.")
-    if other is not None and _is_store(other):
-        raise UsageError(
-            f"--against {other}: it is a token store, and {path} is a codebook; give two of the same kind."
-        )
-    if shown:
-        raise UsageError(f"--{min(shown)} belongs to the page of a token store; {path} is a codebook.")
-    about = _inspect_codebook(path, other)
-    if html is not None:
-        from .pages.page import write_codebook_page
-
-        write_codebook_page(about, html)
-    return about
+    options = {name: value for name, value in (("images", images), ("codebook", codebook), ("tower", tower)) if value}
+    if options and html is None:
+        raise UsageError(f"--{min(options)} belongs to a page; give --html FILE, too.")
+    is_store = _is_store(place, other)
+    if not is_store:
+        if key is not None:
+            raise UsageError(f"--key {key}: {place} is a codebook; give a token store to see an image's tokens.")
+        if options:
+            raise UsageError(f"--{min(options)} belongs to the page of a token store; {place} is a codebook.")
+        return _inspect_codebook(place, other, html)
+    store = TokenStore(place)
+    page = None if html is None else _store_page(store, html, **options, seed=seed, device=device)
+    report = _inspect_store(store, key, None if other is None else TokenStore(other))
+    if page:
+        page.write(report)
+    return report
 
 
-def _store_page(store: TokenStore, html: str | Path, **options: Any):
-    from .pages.page import StorePage  # it may open a tower; figures alone need not wait for torch
+def _is_store(path: Path | UPath, other: Path | UPath | None) -> bool:
+    """Whether `path` and `other` are stores and not codebooks; refuses anything else."""
+    kinds = []
+    for place in (path,) if other is None else (path, other):
+        kinds.append(exists(place / "manifest.json") or exists(place / "shards"))
+        if not kinds[-1] and not exists(place / "codebook.json"):
+            raise DataError(f"{place} is neither a codebook nor a token store (no codebook.json, no manifest.json).")
+    if len(set(kinds)) > 1:
+        names = ["a token store" if kind else "a codebook" for kind in kinds]
+        raise UsageError(f"--against {other} is {names[1]} and {path} is {names[0]}; give two of the same kind.")
+    return kinds[0]
+
+
+def _store_page(store: TokenStore, html: str | Path, **options: Any) -> "StorePage":
+    from .pages.page import StorePage  # it imports torch, which takes seconds
 
     return StorePage(store, html, **options)
 
 
-def _is_store(path: Path | UPath) -> bool:
-    return exists(path / "manifest.json") or exists(path / "shards")
-
-
-def _inspect_codebook(path: Path | UPath, other: Path | UPath | None) -> dict[str, Any]:
+def _inspect_codebook(path: Path | UPath, other: Path | UPath | None, html: str | Path | None) -> dict[str, Any]:
     codebook = Codebook.load(path)
-    figures = codebook_figures(codebook)
-    about = {
+    statistics = codebook_statistics(codebook)
+    report = {
         "kind": "codebook",
         "path": str(path),
         "fingerprint": codebook.fingerprint,
         **codebook.description,
-        **figures,
-        "warnings": suspect_codebook(figures, codebook.k),
+        **statistics,
+        "warnings": as_warnings(codebook_findings(statistics, codebook.k)),
     }
     if other is not None:
-        about["against"] = compare_codebooks(codebook, Codebook.load(other), str(other))
-    return about
+        report["against"] = compare_codebooks(codebook, Codebook.load(other), str(other))
+    if html is not None:
+        from .pages.page import write_codebook_page
+
+        write_codebook_page(report, html)
+    return report
 
 
 def _inspect_store(store: TokenStore, key: str | None, other: TokenStore | None) -> dict[str, Any]:
-    image = {} if key is None else {"image": _image(store, key)}  # before all is read: it may not be there
-    kept = None if other is None else Kept(store)
-    figures = count_store(store, [] if kept is None else [kept])
-    about = {
+    image = {} if key is None else {"image": _image(store, key)}  # first, as the key may not exist
+    kept = None if other is None else KeptTokens(store)
+    statistics = count_store(store, [] if kept is None else [kept])
+    warnings = as_warnings(store_findings(statistics))
+    report: dict[str, Any] = {
         "kind": "token store",
         "path": str(store.path),
         "fingerprint": store.fingerprint,
@@ -127,14 +137,14 @@ def _inspect_store(store: TokenStore, key: str | None, other: TokenStore | None)
         "skipped": [{"shard": shard, "key": key, "reason": reason} for shard, key, reason in store.skipped()],
         "bytes": sum(entry["bytes"] for entry in store.entries.values()),
         "view": store.view,
-        **figures,
-        "warnings": suspect_store(figures),
+        **statistics,
+        "warnings": warnings,
         **image,
     }
     if kept is not None and other is not None:
-        about["against"], found = compare_stores(store, figures, kept, other)
-        about["warnings"] = merged([*about["warnings"], *found])
-    return about
+        report["against"], more = compare_stores(store, statistics, kept, other)
+        report["warnings"] = merged([*warnings, *more])
+    return report
 
 
 def _image(store: TokenStore, key: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""verify: is a codebook or a token store whole, unchanged, and made of what it names?"""
+"""verify: checks that a codebook or a token store is whole and unchanged, and fits its codebook and its images."""
 
 import time
 from collections.abc import Mapping
@@ -6,10 +6,12 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from upath import UPath
+from zlib_ng.zlib_ng import crc32
 
 from ..shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
 from ..shared.images.keys import Skipped
-from ..shared.images.records import ImageRecord, crc32, read_bytes
+from ..shared.images.records import ImageRecord, read_bytes
 from ..shared.images.sources import SourceShard, open_source
 from ..shared.runtime.console import progress, say, table
 from ..shared.storage.files import sha256_file
@@ -18,6 +20,7 @@ from ..shared.tokens.codebook import Codebook, read_description
 from ..shared.tokens.rows import ShardRows
 from ..shared.tokens.store import TokenStore, read_entry, shard_files
 from .encoding.reencode import Reencoding, encode_again
+from .tokenizers.opening import SavedTokenizer, read_tokenizer
 
 Sources = Mapping[str, SourceShard]
 
@@ -34,46 +37,52 @@ def verify(
     workers: int | None = None,
     device: str = "auto",
 ) -> int:
-    """Checks a token store, or a codebook; returns the number of images (or centroids) that were checked.
+    """Checks that every shard is present, whole, checksummed and made with the codebook it names.
 
-    Every file must be there with the digest that the manifest states, every shard's rows must be consistent, its
-    tokens below K, its keys unique, and its codebook the embedded one.
+    Every file must have the digest that the manifest states, every shard's rows must be consistent, its tokens below
+    K, its keys unique, and its codebook the embedded one.
 
     Args:
-        tokens: folder of a token store or of a codebook.
-        codebook: compare the store's codebook with this one, centroids included.
-        images: check the source's digests and every image's bytes (CRC32); each image must be stored or listed as
-            skipped.
-        reencode: compute this many random images again, all their views, and compare tokens, crops and flips; needs
-            `codebook` and `images`. If one known fault (`suspicions.FAULTS`) explains what differs, it is told first.
-        seed: of the choice of images to compute again.
-        tower: where the codebook's tower is now, if it moved.
-        batch_size, workers, device: how to run the tower.
+        tokens: A token store or a codebook, local or a URL.
+        codebook: Also check that the tokens were made with this codebook, centroids included.
+        images: Also check the source, every image's bytes included; each image must be stored or listed as skipped.
+        reencode: Also encode this many random images again and compare all their views; needs --images and --codebook.
+        seed: Seed of the choice of images that are encoded again.
+        tower: Where the codebook's tower is now, if it moved.
+        batch_size: Views per forward pass.
+        workers: Processes that decode images (default: 0 on the CPU, up to 16 on CUDA).
+        device: auto, cpu or cuda.
 
-    Raises DataError naming everything that is wrong, FingerprintMismatch for another codebook, UsageError for options
-    that do not fit together.
+    Returns:
+        The number of images (or centroids) that were checked.
+
+    Raises:
+        DataError: Something is wrong; the message gives the first problem, and all are printed. If one known fault
+            (`inspection.warnings.FAULTS`) explains all wrong tokens, it comes first.
+        FingerprintMismatch: The store was made with another codebook.
+        UsageError: The options do not fit together.
     """
-    tokens = as_path(tokens)
+    path = as_path(tokens)
     _refuse_options(codebook, images, reencode)
     began = time.monotonic()
-    of_a_store = (tokens / name for name in ("manifest.json", "shards"))
-    if exists(tokens / "codebook.json") and not any(map(exists, of_a_store)):
-        return _verify_codebook(tokens, codebook or images)
-    store = TokenStore(tokens)
-    book = None if codebook is None else _same_codebook(store, codebook)
+    if exists(path / "codebook.json") and not any(exists(path / name) for name in ("manifest.json", "shards")):
+        return _verify_codebook(path, codebook or images)
+    store = TokenStore(path)
+    saved = None if codebook is None else _same_codebook(store, codebook)
     sources = {shard.name: shard for shard in open_source(images)} if images is not None else None
-    seen, problems = _check_store(store, sources)
+    images_checked, problems = _check_store(store, sources)
     seconds = time.monotonic() - began
     again = None
-    if reencode and book and sources and not problems:
-        again = encode_again(store, book, sources, reencode, seed, tower, batch_size, workers, device)
+    if reencode and saved and sources and not problems:
+        tokenizer = saved.open(tower=tower, device=device)
+        again = encode_again(store, tokenizer, sources, reencode, seed, batch_size, workers)
         problems += again.problems
     if problems:
         for problem in problems:
             say(f"- {problem}")
-        raise DataError(f"{store.path} is not sound: {len(problems)} problem(s), the first: {problems[0]}.")
-    _summary(store, seen, codebook, sources, again, seconds)
-    return seen
+        raise DataError(f"{store.path} is damaged or wrong: {len(problems)} problem(s), the first: {problems[0]}.")
+    _summary(store, images_checked, codebook, sources, again, seconds)
+    return images_checked
 
 
 def _refuse_options(codebook: str | Path | None, images: str | None, reencode: int) -> None:
@@ -87,11 +96,11 @@ def _refuse_options(codebook: str | Path | None, images: str | None, reencode: i
         )
 
 
-def _verify_codebook(path: Path, more: object) -> int:
-    if more is not None:
+def _verify_codebook(path: Path | UPath, other_option: object) -> int:
+    if other_option is not None:
         raise UsageError(f"{path} is a codebook; --codebook and --images go with a token store.")
     book = Codebook.load(path)
-    k, dim = book.centroids.shape if book.centroids.ndim == 2 else (0, 0)
+    k, dim = map(int, book.centroids.shape) if book.centroids.ndim == 2 else (0, 0)
     if (k, dim) != (book.description["k"], book.description["dim"]) or book.counts.shape != (k,):
         raise DataError(f"{path} holds centroids of shape {book.centroids.shape}, which is not what it describes.")
     if book.centroids.dtype != np.float32 or not np.isfinite(book.centroids).all():
@@ -109,21 +118,21 @@ def _verify_codebook(path: Path, more: object) -> int:
 
 
 def _check_store(store: TokenStore, sources: Sources | None) -> tuple[int, list[str]]:
-    """The number of different keys, and everything that is wrong with the store and its source."""
+    """Returns the number of different keys, and the problems of the store and its source."""
     problems = _check_embedded(store)
-    seen: set[str] = set()
+    keys: set[str] = set()
     with progress("verifying", len(store.entries), "shards") as advance:
         for name in store.entries:
-            problems += _check_shard(store, name, seen, sources)
+            problems += _check_shard(store, name, keys, sources)
             advance(1)
     if sources is not None:
         problems += [f"{name} of --images is not in the store" for name in sources if name not in store.entries]
     listed = {entry["file"] for entry in store.entries.values()}
     foreign = sorted(shard_files(store.path) - listed)
     problems += [f"{store.path / name} is not in the manifest" for name in foreign]
-    if len(seen) != len(store) and not problems:
-        problems.append(f"the manifest states {len(store)} images and the shards hold {len(seen)}")
-    return len(seen), problems
+    if len(keys) != len(store) and not problems:
+        problems.append(f"the manifest states {len(store)} images and the shards hold {len(keys)}")
+    return len(keys), problems
 
 
 def _summary(
@@ -152,13 +161,13 @@ def _summary(
     table("Verified", rows)
 
 
-def _same_codebook(store: TokenStore, path: str | Path) -> Codebook:
-    codebook = Codebook.load(path)
-    if codebook.fingerprint != store.fingerprint:
+def _same_codebook(store: TokenStore, path: str | Path) -> SavedTokenizer:
+    saved = read_tokenizer(path)
+    if saved.fingerprint != store.fingerprint:
         raise FingerprintMismatch(
-            f"{store.path} was made with codebook {store.fingerprint[:12]}; --codebook is {codebook.fingerprint[:12]}."
+            f"{store.path} was made with codebook {store.fingerprint[:12]}; --codebook is {saved.fingerprint[:12]}."
         )
-    return codebook
+    return saved
 
 
 def _check_embedded(store: TokenStore) -> list[str]:
@@ -171,16 +180,18 @@ def _check_embedded(store: TokenStore) -> list[str]:
     return problems
 
 
-def _check_shard(store: TokenStore, name: str, seen: set[str], sources: Sources | None) -> list[str]:
+def _check_shard(store: TokenStore, name: str, keys: set[str], sources: Sources | None) -> list[str]:
+    """Lists the problems of a shard and its source. Adds its keys to `keys`, which holds those of earlier shards."""
     try:
         if read_entry(store.path, name) != store.entries[name]:
-            return [f"shards/{name}.json says other things than the manifest"]
+            return [f"shards/{name}.json differs from its entry in the manifest"]
         rows = store.read_rows(name, every_byte=True)
         problems = _check_rows(store, name, rows)
-        doubled = [key for key in rows.keys if key in seen]
-        seen.update(rows.keys)
-        if doubled:
-            problems.append(f"{name} holds {len(doubled)} keys that another shard holds too, such as {doubled[0]!r}")
+        duplicates = [key for key in rows.keys if key in keys]
+        keys.update(rows.keys)
+        if duplicates:
+            example = duplicates[0]
+            problems.append(f"{name} holds {len(duplicates)} keys that another shard holds too, such as {example!r}")
         if sources is not None:
             problems += _check_source(store, name, rows, sources.get(name))
     except MapetError as error:
@@ -209,7 +220,9 @@ def _check_rows(store: TokenStore, name: str, rows: ShardRows) -> list[str]:
 def _check_source(store: TokenStore, name: str, rows: ShardRows, source: SourceShard | None) -> list[str]:
     if source is None:
         return [f"{name} has no source in --images"]
-    entry, problems, unusable = store.entries[name], [], Skipped()
+    entry = store.entries[name]
+    problems: list[str] = []
+    unusable: Skipped = []
     listed = {tuple(pair) for pair in entry.get("skipped", ())}
     with source.staged() as here:
         if here.sha256(skip=bool(listed)) != entry["source"]["sha256"]:

@@ -18,6 +18,7 @@ from mapet.shared.errors import DataError, UsageError
 from mapet.shared.images.decode import read_image
 from mapet.shared.images.sources import read_records
 from mapet.shared.images.views import center_view, to_array
+from mapet.shared.storage.files import read_sealed_json, write_sealed_json
 from mapet.shared.tokens.code_usage import usage
 from mapet.shared.tokens.codebook import Codebook
 from mapet.tokenize_stage.build_codebook import build_codebook
@@ -301,9 +302,26 @@ def test_a_cache_of_other_images_or_another_tower_is_refused(
 def test_a_folder_that_is_no_features_cache_is_not_touched(chain, tower: str, tmp_path: Path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("all of it")
-    with pytest.raises(UsageError, match="not empty and no features cache"):
+    with pytest.raises(UsageError, match="not empty and not a features cache"):
         build_codebook(chain.images, tmp_path / "book", tower=tower, **FAST, features_cache=tmp_path / "mine")
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
+
+
+def test_a_cache_that_was_written_under_the_old_id_still_opens(
+    chain, cache: Path, built: Path, tower: str, tmp_path: Path, monkeypatch
+):
+    """The id was once that of another artifact, the features that `mapet train features` writes."""
+    sheet = read_sealed_json(cache / "sample.json", format="mapet-feature-cache", version=1)
+    old = Path(shutil.copytree(cache, tmp_path / "old"))
+    write_sealed_json(old / "sample.json", {**sheet, "format": "mapet-features"})
+    before = (old / "sample.json").read_bytes()
+    monkeypatch.setattr(Tower, "features", None)
+    build_codebook(chain.images, tmp_path / "book", tower=tower, **FAST, features_cache=old)
+    assert bytes_of(tmp_path / "book") == bytes_of(built)
+    assert (old / "sample.json").read_bytes() == before
+    write_sealed_json(old / "sample.json", {**sheet, "format": "mapet-run"})
+    with pytest.raises(DataError, match=r"sample\.json is not a mapet-feature-cache"):
+        build_codebook(chain.images, tmp_path / "other", tower=tower, **FAST, features_cache=old)
 
 
 def test_a_damaged_features_cache_is_refused(chain, cache: Path, tower: str, tmp_path: Path):

@@ -27,7 +27,7 @@ from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.rows import NO_LABEL, ShardRows
 from mapet.shared.tokens.store import TokenStore, read_entry, write_shard
 from mapet.tokenize_stage.build_codebook import build_codebook
-from mapet.tokenize_stage.encode_shards import encode_shards
+from mapet.tokenize_stage.encode_shards import encode_shards, encode_shards_dry_run, show_estimate
 from mapet.tokenize_stage.towers.opening import open_tower
 from mapet.tokenize_stage.towers.tower import TowerSettings
 from PIL import Image
@@ -258,7 +258,7 @@ def test_an_unknown_crop_and_a_foreign_folder_are_usage_errors(chain, tmp_path: 
     with pytest.raises(UsageError, match="--crop random is unknown"):
         encode_shards(chain.images, chain.codebook, tmp_path / "tokens", crop="random")
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(UsageError, match="is not empty and no token store"):
+    with pytest.raises(UsageError, match="is not empty and not a token store"):
         encode_shards(chain.images, chain.codebook, tmp_path)
     assert os.listdir(tmp_path) == ["notes.txt"]
 
@@ -407,14 +407,34 @@ def test_views_are_added_to_all_shards_of_a_store_or_to_none(chain, tmp_path: Pa
 
 def test_a_dry_run_says_hours_bytes_and_rows_and_writes_nothing(chain, tmp_path: Path, capsys):
     out = tmp_path / "tokens"
-    assert encode_shards(chain.images, chain.codebook, out, views=2, crop="random-resized", dry_run=True) is None
+    estimate = encode_shards_dry_run(chain.images, chain.codebook, out, views=2, crop="random-resized")
     assert not out.exists()
+    assert capsys.readouterr().out == ""
+    show_estimate(estimate)
     printed = " ".join(capsys.readouterr().out.split())
     assert "96 images x 2 views in 3 shards" in printed
     encode_shards(chain.images, chain.codebook, out, views=2, crop="random-resized", batch_size=8)
     stated = int(re.search(r"bytes │ ([\d,]+)", printed).group(1).replace(",", ""))
     written = sum(entry["bytes"] for entry in TokenStore(out).entries.values())
-    assert stated == pytest.approx(written, rel=0.5)
+    assert stated == estimate.bytes == pytest.approx(written, rel=0.5)
+
+
+def test_a_dry_run_where_nothing_is_left_estimates_zero(chain, capsys):
+    estimate = encode_shards_dry_run(chain.images, chain.codebook, chain.tokens)
+    assert (estimate.shards, estimate.images, estimate.seconds, estimate.bytes) == (0, 0, 0.0, 0)
+    capsys.readouterr()
+    show_estimate(estimate)
+    assert "nothing is left to do" in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_what_is_left_only(chain, store: Path):
+    (store / f"shards/{chain.tars[1].stem}.json").unlink()
+    before = files_of(store)
+    estimate = encode_shards_dry_run(chain.images, chain.codebook, store, batch_size=8)
+    assert (estimate.shards, estimate.images, estimate.views, estimate.processes) == (1, 32, 1, 1)
+    assert estimate.batches == 3
+    assert estimate.seconds == pytest.approx(32 / estimate.images_per_second)
+    assert files_of(store) == before
 
 
 # Many processes

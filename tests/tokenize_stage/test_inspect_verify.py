@@ -155,7 +155,7 @@ def test_verify_finds_a_missing_or_resealed_entry(chain, store: Path):
     content = json.loads(entry.read_text())
     content.pop("sha256_of_the_rest")
     write_sealed_json(entry, {**content, "images": 31})
-    expect_problem(store, rf"{chain.tars[0].stem}\.json says other things than the manifest")
+    expect_problem(store, rf"{chain.tars[0].stem}\.json differs from its entry in the manifest")
     entry.unlink()
     expect_problem(store, rf"{chain.tars[0].stem}\.json does not exist")
 
@@ -331,7 +331,7 @@ def test_tokens_between_equally_near_centroids_count_as_rounding(chain, tmp_path
     verify(tmp_path / "out", **options)
     rewrite(tmp_path / "out", name, with_one_changed(0, 16))
     verify(tmp_path / "out", **options)
-    assert "1 differ, 1 of them between centroids that are equally near" in capsys.readouterr().out
+    assert "1 differ, 1 of them between codes that match equally well" in capsys.readouterr().out
     rewrite(tmp_path / "out", name, lambda rows: replace(rows, tokens=np.where(rows.tokens == 0, 16, rows.tokens)))
     expect_problem(tmp_path / "out", "too many tokens differ", **options)
 

@@ -1,1 +1,1 @@
-"""Images in, rows of the token store out."""
+"""From images to the rows of a token store."""

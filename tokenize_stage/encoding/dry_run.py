@@ -1,15 +1,14 @@
-"""encode-shards --dry-run: hours, bytes and rows of an encoding, from measured batches."""
+"""Estimates hours, bytes and rows of an encoding from a few measured batches."""
 
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from datetime import timedelta
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from ...shared.images.sources import KeyLedger, SourceShard
-from ...shared.runtime.console import say, table
 from ...shared.tokens.rows import ShardRows, concatenate_rows, empty_rows
 from ...shared.tokens.store import WEBDATASET, write_shard
 from ...shared.tokens.tar_shard import bytes_of_tar
@@ -19,35 +18,71 @@ from .shards import Encoder, as_rows
 _BATCHES = 10
 
 
-def estimate(encoder: Encoder, shards: Sequence[SourceShard], ledger: KeyLedger, processes: int, storage: str) -> None:
-    """Encodes ten batches, after one that is not timed, and prints what all shards would take.
+@dataclass(frozen=True)
+class EncodingEstimate:
+    """An estimate of the work to encode the shards that a token store lacks; zero where it lacks none."""
 
-    Nothing is written to the store. The bytes are those of a shard that holds the measured rows.
+    store: str
+    """Path or URL of the token store."""
+    shards: int
+    """Source shards that are still to be encoded."""
+    images: int
+    """Their images."""
+    views: int
+    """Views per image."""
+    processes: int
+    """Processes that share the work, all as fast as the measured one."""
+    batches: int
+    """Batches that were timed."""
+    images_per_second: float
+    """Of one process."""
+    seconds: float
+    """Of all processes together, by the clock."""
+    bytes: int
+    """Size of the new shards on disk."""
+    bytes_per_image: float
+    uncounted_shards: int
+    """Remote shards that were not opened; each is assumed to hold as many images as the others on average."""
+
+
+def nothing_left(store: str, views: int, processes: int) -> EncodingEstimate:
+    """The estimate for a store that lacks no shard."""
+    return EncodingEstimate(store, 0, 0, views, processes, 0, 0.0, 0.0, 0, 0.0, 0)
+
+
+def estimate_encoding(
+    encoder: Encoder, store: str, shards: Sequence[SourceShard], ledger: KeyLedger, processes: int, storage: str
+) -> EncodingEstimate:
+    """Encodes one batch untimed and ten timed, and extrapolates to all of `shards`; writes nothing to the store.
+
+    `ledger` holds the keys of the shards whose headers were read, `storage` is the format of the store. Bytes are
+    measured on a temporary shard that holds the encoded rows.
     """
     rows, rate, batches = _measure(encoder, shards)
-    a_shard = _bytes_on_disk(empty_rows(encoder.policy.views, encoder.tower.grid), storage)
-    an_image = (_bytes_on_disk(rows, storage) - a_shard) / max(len(rows), 1)
-    surveyed = [ledger.count(shard.name) for shard in shards if shard.name in ledger]
-    total = sum(surveyed)
-    if len(surveyed) < len(shards):
-        say("Remote shards were not opened; they are taken to hold as many images as the others.")
-        total = round(len(shards) * (total / len(surveyed) if surveyed else len(rows)))
-    views = encoder.policy.views
-    duration = timedelta(seconds=round(total / rate / processes))
-    table(
-        "Dry run: nothing was written",
-        [
-            ("measured", f"{batches} batches, {rate:,.1f} images/s ({rate * views:,.1f} views/s) in one process"),
-            ("rows", f"{total:,} images x {views} views in {len(shards)} shards"),
-            ("time", f"{duration} (h:mm:ss) with {processes} process(es) like this one"),
-            ("bytes", f"{round(an_image * total + a_shard * len(shards)):,} ({an_image:,.0f} an image)"),
-        ],
+    bytes_per_shard = _bytes_on_disk(empty_rows(encoder.policy.views, encoder.tokenizer.grid), storage)
+    bytes_per_image = (_bytes_on_disk(rows, storage) - bytes_per_shard) / max(len(rows), 1)
+    counts = [ledger.count(shard.name) for shard in shards if shard.name in ledger]
+    images = sum(counts)
+    if len(counts) < len(shards):
+        images = round(len(shards) * (images / len(counts) if counts else len(rows)))
+    return EncodingEstimate(
+        store=store,
+        shards=len(shards),
+        images=images,
+        views=encoder.policy.views,
+        processes=processes,
+        batches=batches,
+        images_per_second=rate,
+        seconds=images / rate / processes,
+        bytes=round(bytes_per_image * images + bytes_per_shard * len(shards)),
+        bytes_per_image=bytes_per_image,
+        uncounted_shards=len(shards) - len(counts),
     )
 
 
 def _measure(encoder: Encoder, shards: Sequence[SourceShard]) -> tuple[ShardRows, float, int]:
-    """(rows, images a second, batches timed) of the first batches, from as many shards as that needs."""
-    asked: list[SourceShard] = []
+    """(rows, images per second, batches timed) of the first batches, from as many shards as they need."""
+    batch_shards: list[SourceShard] = []
     with ExitStack() as files:
 
         def groups() -> Iterator[Sequence[Request]]:
@@ -55,14 +90,15 @@ def _measure(encoder: Encoder, shards: Sequence[SourceShard]) -> tuple[ShardRows
                 here = files.enter_context(shard.staged())
                 requests = [Request(record) for record in here.index([] if encoder.skip else None)]
                 for group in group_requests(requests, encoder.policy, encoder.batch_size):
-                    asked.append(here)
+                    batch_shards.append(here)
                     yield group
 
-        parts, times = [], [time.monotonic()]
+        parts: list[ShardRows] = []
+        times = [time.monotonic()]
         for batch, tokens in encoder.batches(islice(groups(), _BATCHES + 1)):
-            parts.append(as_rows(asked[len(parts)], batch, tokens))
+            parts.append(as_rows(batch_shards[len(parts)], batch, tokens))
             times.append(time.monotonic())
-    # The first batch also pays for starting; a source of one batch has no other.
+    # The first batch includes the start of the workers, but a source of one batch has no other to measure.
     first = 1 if len(parts) > 1 else 0
     images = sum(map(len, parts[first:]))
     return concatenate_rows(parts), images / (times[-1] - times[first]), len(parts) - first

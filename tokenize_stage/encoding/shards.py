@@ -1,4 +1,4 @@
-"""A tower, a codebook and a view policy together: images in, rows of the token store out."""
+"""Encodes shards of images: a tokenizer and a view policy turn them into rows of the token store."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...shared.errors import DataError, MapetError
 from ...shared.images.keys import Skipped
@@ -14,39 +15,55 @@ from ...shared.images.records import ImageRecord
 from ...shared.images.sources import SourceShard
 from ...shared.images.views import ViewPolicy
 from ...shared.runtime.console import Advance
-from ...shared.tokens.codebook import Codebook
 from ...shared.tokens.rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
+from ..tokenizers.base import Tokenizer
 from ..towers.features import ExtractedBatch, Request, extract_groups, group_requests
-from ..towers.tower import Tower
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Computes the tokens of images. With `skip`, what cannot be read is listed; without, it raises a DataError."""
+    """Computes the tokens of images.
 
-    book: Codebook
-    tower: Tower
+    With `skip`, unreadable images are listed; without it, the first one raises a DataError. `batch_size` counts views
+    per forward pass, `workers` processes that decode images.
+    """
+
+    tokenizer: Tokenizer
     policy: ViewPolicy
     skip: bool
     batch_size: int
     workers: int
 
-    def batches(self, groups: Iterable[Sequence[Request]]) -> Iterator[tuple[ExtractedBatch, np.ndarray]]:
-        """Yields (batch, tokens (B, V, H, W) uint16) of one group of images after the other."""
-        metric = self.book.description["metric"]
+    def batches(self, groups: Iterable[Sequence[Request]]) -> Iterator[tuple[ExtractedBatch, NDArray[np.uint16]]]:
+        """Yields (batch, tokens (B, V, H, W) uint16) of one group of images after another."""
+        tokenizer = self.tokenizer
         for batch in extract_groups(
-            self.tower, groups, self.policy, self.batch_size, self.workers, metric, skip=self.skip
+            tokenizer,
+            groups,
+            self.policy,
+            self.batch_size,
+            self.workers,
+            unit_length=tokenizer.unit_length,
+            skip=self.skip,
         ):
-            tokens, _ = self.book.assign(batch.features.reshape(-1, self.tower.dim))
-            yield batch, tokens.reshape(*batch.flips.shape, *self.tower.grid)
+            tokens, _ = tokenizer.assign(batch.features.reshape(-1, tokenizer.dim))
+            yield batch, tokens.reshape(*batch.flips.shape, *tokenizer.grid)
 
     def encode(
         self, shards: Iterable[SourceShard], stored: Callable[[str], ShardRows | None], advance: Advance
     ) -> Iterator["EncodedShard"]:
-        """Yields one shard after the other; the images of the next are decoded while the tower still sees this one.
-        A shard's images can be read until the next one is asked for.
+        """Yields one encoded shard after another; workers decode the next shard while the tower finishes this one.
 
-        `stored(name)` gives the rows of a shard that has some of the views; only the others are computed.
+        The images of a shard can be read until the next shard is asked for.
+
+        Args:
+            shards: the shards to encode.
+            stored: returns the rows of a shard that has some of the views already, so that only the others are
+                computed; None for a shard without any.
+            advance: is called with the number of images that are done.
+
+        Raises:
+            DataError: an image or a shard cannot be read; the shards before it are yielded first.
         """
         opened: deque[_OpenShard] = deque()
         failed: list[MapetError] = []
@@ -81,7 +98,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """A shard's rows in its order, where their images lie, what was skipped, and what the source was."""
+    """One encoded shard: its rows in the source's order, their images, what was skipped, and a digest of the source."""
 
     name: str
     rows: ShardRows
@@ -91,31 +108,32 @@ class EncodedShard:
 
 
 class _OpenShard:
-    """A shard between the staging of its source and the last of its batches."""
+    """A shard from the moment its source is staged until its last batch is encoded."""
 
     def __init__(self, encoder: Encoder, shard: SourceShard, before: ShardRows | None):
-        self._before, self._skip, self._skipped = before, encoder.skip, Skipped()
+        self._before, self._skip = before, encoder.skip
+        self._skipped: Skipped = []
         first_view = before.flips.shape[1] if before else 0
         with ExitStack() as files:
             self.shard = files.enter_context(shard.staged())
             records = self.shard.index(self._skipped if encoder.skip else None)
             self._files = files.pop_all()
         self.requests = [Request(record, first_view) for record in records]
-        self._parts = [empty_rows(encoder.policy.views - first_view, encoder.tower.grid)]
+        self._parts = [empty_rows(encoder.policy.views - first_view, encoder.tokenizer.grid)]
         self._images: list[ImageRecord] = []
-        self._seen = 0
+        self._done = 0
 
-    def add(self, batch: ExtractedBatch, tokens: np.ndarray) -> None:
+    def add(self, batch: ExtractedBatch, tokens: NDArray[np.uint16]) -> None:
         self._parts.append(as_rows(self.shard, batch, tokens))
         self._images += batch.records
         self._skipped += batch.skipped
-        self._seen += len(batch.records) + len(batch.skipped)
+        self._done += len(batch.records) + len(batch.skipped)
 
     def is_whole(self) -> bool:
-        return self._seen == len(self.requests)
+        return self._done == len(self.requests)
 
     def finish(self) -> Iterator[EncodedShard]:
-        """Yields the one shard; its images can be read until the next step."""
+        """Yields the encoded shard; its images can be read until the next step of the iterator."""
         with self._files:
             shard, rows = self.shard, concatenate_rows(self._parts)
             rows = _add_views(shard, self._before, rows) if self._before else rows
@@ -125,8 +143,8 @@ class _OpenShard:
         self._files.close()
 
 
-def as_rows(shard: SourceShard, batch: ExtractedBatch, tokens: np.ndarray) -> ShardRows:
-    """A batch of images of a shard, and their tokens, as rows of the store."""
+def as_rows(shard: SourceShard, batch: ExtractedBatch, tokens: NDArray[np.uint16]) -> ShardRows:
+    """Puts a batch of a shard's images and their tokens (B, V, H, W) uint16 into rows of the store."""
     records = batch.records
     paths = ["" if shard.is_tar else record.path.relative_to(shard.root).as_posix() for record in records]
     labels = [NO_LABEL if record.label is None else record.label for record in records]
@@ -145,7 +163,7 @@ def as_rows(shard: SourceShard, batch: ExtractedBatch, tokens: np.ndarray) -> Sh
 
 
 def _add_views(shard: SourceShard, before: ShardRows, new: ShardRows) -> ShardRows:
-    """The rows with the new views behind the old ones; the images must still be the same."""
+    """Appends the new views to the stored ones. Raises DataError if the images changed in between."""
     if not (np.array_equal(before.keys, new.keys) and np.array_equal(before.crc32, new.crc32)):
         raise DataError(
             f"{shard.root} has other images than when its first views were encoded; restore it, or encode all views "

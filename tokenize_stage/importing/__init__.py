@@ -1,1 +1,1 @@
-"""Centroids and tokens that were computed elsewhere."""
+"""Imports centroids and tokens that were computed elsewhere."""

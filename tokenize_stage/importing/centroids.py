@@ -1,10 +1,11 @@
-"""Centroids that were computed elsewhere -> a codebook."""
+"""Imports centroids that were computed elsewhere into a codebook."""
 
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...shared.errors import DataError, UsageError
 from ...shared.runtime.console import say, table
@@ -20,6 +21,7 @@ _LENGTH_TOLERANCE = 1e-3
 
 
 def import_centroids(file: Path, out: Path, settings: TowerSettings, metric: str, device: str) -> Codebook:
+    """Writes the codebook of the centroids in `file` to `out`; see `import_tokens.import_codebook`."""
     if metric not in METRICS:
         raise UsageError(f"--metric {metric} is unknown; choose {' or '.join(METRICS)}.")
     centroids = _read_centroids(file, metric)
@@ -43,22 +45,23 @@ def import_centroids(file: Path, out: Path, settings: TowerSettings, metric: str
         "request": request,
         "versions": {name: version(name) for name in ("torch", "open_clip_torch", "timm", "numpy", "pillow")},
     }
-    book = Codebook(centroids, np.zeros(len(centroids), dtype=np.int64), description)
-    book.save(out)
+    codebook = Codebook(centroids, np.zeros(len(centroids), dtype=np.int64), description)
+    codebook.save(out)
     table(
         "Codebook, imported",
         [
             ("tower", f"{settings.tower} (layer {settings.layer}, {settings.precision})"),
-            ("centroids", f"{book.k:,} of {opened.dim:,} dimensions, {metric}, from {file.name}"),
-            ("grid", f"{book.grid[0]}x{book.grid[1]}"),
-            ("fingerprint", book.fingerprint),
+            ("centroids", f"{codebook.k:,} of {opened.dim:,} dimensions, {metric}, from {file.name}"),
+            ("grid", f"{codebook.grid[0]}x{codebook.grid[1]}"),
+            ("fingerprint", codebook.fingerprint),
             ("written to", str(out)),
         ],
     )
-    return book
+    return codebook
 
 
-def _read_centroids(file: Path, metric: str) -> np.ndarray:
+def _read_centroids(file: Path, metric: str) -> NDArray[np.float32]:
+    """The centroids (K, dim). Raises DataError for another shape or type, or for values that cannot be centroids."""
     array = open_array(file, "--centroids")
     if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] == 0:
         raise DataError(f"--centroids {file} holds {array.dtype} of shape {array.shape}; it must be floats (K, dim).")
@@ -66,14 +69,15 @@ def _read_centroids(file: Path, metric: str) -> np.ndarray:
         raise DataError(f"--centroids {file} holds {len(array)} centroids; there must be 2 to {MAX_K}.")
     with np.errstate(over="ignore"):
         centroids = np.ascontiguousarray(array, dtype=np.float32)
-    bad = np.flatnonzero(~np.isfinite(centroids).all(axis=1))
-    if len(bad):
-        raise DataError(f"--centroids {file} holds values that are not finite, first in row {bad[0]}.")
+    infinite = np.flatnonzero(~np.isfinite(centroids).all(axis=1))
+    if len(infinite):
+        raise DataError(f"--centroids {file} holds values that are not finite, first in row {infinite[0]}.")
     lengths = np.linalg.norm(centroids, axis=1)
-    odd = np.flatnonzero(abs(lengths - 1) > _LENGTH_TOLERANCE)
-    if metric == "cosine" and len(odd):
+    not_unit = np.flatnonzero(abs(lengths - 1) > _LENGTH_TOLERANCE)
+    if metric == "cosine" and len(not_unit):
+        row = not_unit[0]
         raise DataError(
-            f"--centroids {file}: row {odd[0]} has length {lengths[odd[0]]:.4g}, and --metric cosine compares "
+            f"--centroids {file}: row {row} has length {lengths[row]:.4g}, and --metric cosine compares "
             "centroids of length one; give --metric l2 or normalise them."
         )
     return centroids

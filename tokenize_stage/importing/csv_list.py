@@ -1,4 +1,4 @@
-"""A CSV that names images in the order of an array: which row belongs to which key?"""
+"""Reads a CSV that names the images of an array's rows, and finds the row of each key."""
 
 import csv
 import os
@@ -15,8 +15,11 @@ Named = tuple[int, str]
 
 
 def read_listing(file: Path, rows: int) -> list[Named]:
-    """The images that a CSV names; the first line is a header if it holds a known name, or there is one line more than
-    there are `rows`."""
+    """The images that a CSV names.
+
+    The first line is a header if it contains one of `COLUMNS`, or if there is one line more than `rows`. Raises
+    DataError for a file that is not a CSV in UTF-8 or has too few columns.
+    """
     try:
         with open(file, newline="", encoding="utf-8-sig") as opened:
             reader = csv.reader(opened)
@@ -24,7 +27,7 @@ def read_listing(file: Path, rows: int) -> list[Named]:
     except OSError as error:
         raise DataError(f"--csv {file} cannot be read ({error.strerror}).") from None
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"--csv {file} is no CSV in UTF-8 ({error}).") from None
+        raise DataError(f"--csv {file} is not a CSV in UTF-8 ({error}).") from None
     header = [cell.strip().lower() for cell in lines[0][1]] if lines else []
     column = next((header.index(name) for name in COLUMNS if name in header), None)
     if column is not None or len(lines) == rows + 1:
@@ -37,7 +40,7 @@ def read_listing(file: Path, rows: int) -> list[Named]:
 
 
 def _spellings(name: str, root: Path | None) -> Iterator[str]:
-    """The keys that a name in a list may mean."""
+    """Yields the keys that a name in a list may refer to."""
     yield name
     yield key_of(name)
     yield key_of(posixpath.normpath(name))
@@ -46,8 +49,20 @@ def _spellings(name: str, root: Path | None) -> Iterator[str]:
 
 
 def rows_of_keys(named: Sequence[Named], keys: Sequence[str], root: Path | None, listing: Path) -> dict[str, int]:
-    """The row of each key; DataError naming what is foreign, doubled or missing."""
-    known, row_of, foreign = set(keys), {}, []
+    """The row of each key.
+
+    Args:
+        named: the images that the rows belong to.
+        keys: the keys of the source.
+        root: the folder of the source, to which paths may be relative; None for tars.
+        listing: the CSV, for messages.
+
+    Raises:
+        DataError: an image is missing, foreign or named twice.
+    """
+    known = set(keys)
+    row_of: dict[str, int] = {}
+    foreign = []
     for row, (line, name) in enumerate(named):
         key = next((key for key in _spellings(name, root) if key in known), None)
         if key is None:
@@ -58,12 +73,12 @@ def rows_of_keys(named: Sequence[Named], keys: Sequence[str], root: Path | None,
             row_of[key] = row
     missing = [key for key in keys if key not in row_of]
     if foreign:
-        raise DataError(f"--csv {listing} names {_some(foreign)} not in --images.")
+        raise DataError(f"--csv {listing} names {_examples(foreign)} not in --images.")
     if missing:
-        raise DataError(f"--images holds {_some(missing)} not in --csv {listing}.")
+        raise DataError(f"--images holds {_examples(missing)} not in --csv {listing}.")
     return row_of
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:3]))
-    return f"{len(names)} image(s) ({shown}{' ...' if len(names) > 3 else ''}) that are"
+def _examples(names: Sequence[str]) -> str:
+    examples = ", ".join(map(repr, names[:3]))
+    return f"{len(names)} image(s) ({examples}{' ...' if len(names) > 3 else ''}) that are"

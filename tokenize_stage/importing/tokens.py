@@ -1,14 +1,16 @@
-"""Tokens that were computed elsewhere -> a token store. Rows are joined to images by the names in a CSV."""
+"""Imports tokens that were computed elsewhere into a token store; a CSV says which row belongs to which image."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from zlib_ng.zlib_ng import crc32
 
 from ...shared.errors import DataError, UsageError
 from ...shared.images.decode import upright_size
-from ...shared.images.records import ImageRecord, crc32, read_bytes
+from ...shared.images.records import ImageRecord, read_bytes
 from ...shared.images.sources import SourceShard, open_source, read_records
 from ...shared.images.views import CENTER, Preprocess, center_box
 from ...shared.runtime.console import progress, table
@@ -27,6 +29,7 @@ _ROWS_AT_ONCE = 65_536
 def import_store(
     file: Path, listing: Path, images: str | Path | Sequence[str | Path], codebook: str | Path, out: Path
 ) -> TokenStore:
+    """Writes the tokens in `file`, whose rows the CSV `listing` names, to the store `out`; see `import_tokens`."""
     book = Codebook.load(codebook)
     tokens = _read_tokens(file, book)
     named = read_listing(listing, len(tokens))
@@ -44,8 +47,8 @@ def import_store(
     entries = []
     with progress("importing", len(records)) as advance:
         for shard in shards:
-            about = {**attributes, "source": shard.describe()}
-            entries.append(_import_shard(out, shard, book, tokens, row_of, about))
+            shard_attributes = {**attributes, "source": shard.describe()}
+            entries.append(_import_shard(out, shard, book, tokens, row_of, shard_attributes))
             advance(entries[-1]["images"])
     write_manifest(out, read_description(out / "codebook.json"), sorted(entries, key=lambda entry: entry["name"]))
     store = TokenStore(out)
@@ -53,7 +56,7 @@ def import_store(
         "Token store, imported",
         [
             ("images", f"{len(store):,} in {len(shards)} shards"),
-            ("tokens", f"{store.grid[0]}x{store.grid[1]} a view, K={store.k}, from {file.name} and {listing.name}"),
+            ("tokens", f"{store.grid[0]}x{store.grid[1]} per view, K={store.k}, from {file.name} and {listing.name}"),
             ("codebook", store.fingerprint),
             ("written to", str(out)),
         ],
@@ -61,12 +64,12 @@ def import_store(
     return store
 
 
-def _read_tokens(file: Path, book: Codebook) -> np.ndarray:
-    """The tokens on disk as (n, H, W), every one below K."""
+def _read_tokens(file: Path, book: Codebook) -> NDArray[np.integer[Any]]:
+    """The tokens (n, H, W), memory-mapped. Raises DataError for another shape, or if one is not below K."""
     array, (height, width) = open_array(file, "--tokens"), book.grid
     if array.dtype.kind not in "iu" or array.shape[1:] not in ((height * width,), (height, width)):
         raise DataError(
-            f"--tokens {file} holds {array.dtype} of shape {array.shape}; the codebook's grid wants integers "
+            f"--tokens {file} holds {array.dtype} of shape {array.shape}; the codebook's grid needs integers "
             f"(n, {height * width}) or (n, {height}, {width})."
         )
     for start in range(0, len(array), _ROWS_AT_ONCE):
@@ -91,21 +94,26 @@ def _begin(out: Path, book: Codebook, codebook: str | Path) -> None:
 
 
 def _import_shard(
-    out: Path, shard: SourceShard, book: Codebook, tokens: np.ndarray, row_of: dict[str, int], about: dict[str, Any]
+    out: Path,
+    shard: SourceShard,
+    book: Codebook,
+    tokens: NDArray[np.integer[Any]],
+    row_of: dict[str, int],
+    attributes: dict[str, Any],
 ) -> dict[str, Any]:
-    """Writes one shard, unless an interrupted import wrote it; returns its entry of the manifest."""
+    """Writes one shard, unless an interrupted import already did; returns its entry of the manifest."""
     if entry_path(out, shard.name).exists():
         entry = read_entry(out, shard.name)
-        if about.items() <= entry.items() and (out / entry["file"]).is_file():
+        if attributes.items() <= entry.items() and (out / entry["file"]).is_file():
             return entry
     records = shard.index()
     grids = tokens[[row_of[record.key] for record in records]].astype(np.uint16)[:, None]
-    write_shard(out, shard.name, _rows(shard, records, book, grids), about)
+    write_shard(out, shard.name, _rows(shard, records, book, grids), attributes)
     return read_entry(out, shard.name)
 
 
-def _rows(shard: SourceShard, records: list[ImageRecord], book: Codebook, tokens: np.ndarray) -> ShardRows:
-    """What encoding the centre views would store, but for the tokens: from the images' bytes and headers."""
+def _rows(shard: SourceShard, records: list[ImageRecord], book: Codebook, tokens: NDArray[np.uint16]) -> ShardRows:
+    """The rows that encoding the centre views would store, with the given tokens (n, 1, H, W)."""
     preprocess = Preprocess.from_json(book.description["preprocess"])
     count = len(records)
     crops, sizes = np.empty((count, 1, 4)), np.empty((count, 2), dtype=np.int32)

@@ -1,1 +1,1 @@
-"""The figures of a token store or a codebook, and what is suspicious about them."""
+"""The statistics of a token store or a codebook, and warnings about them."""

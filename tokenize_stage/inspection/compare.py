@@ -1,92 +1,109 @@
-"""inspect A --against B: what changed from one token store or codebook (B) to another (A)."""
+"""Compares two token stores or two codebooks: what changed from B to A in `inspect A --against B`."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ...shared.tokens.code_usage import usage
 from ...shared.tokens.codebook import TOKEN_FIELDS, Codebook
 from ...shared.tokens.rows import ShardRows
 from ...shared.tokens.store import TokenStore
 from .centroids import distances, nearest_others, spread
 from .counting import Counter, count_store
-from .faults import fault_of
-from .warnings import Suspicion, suspect_difference, suspect_fault
+from .faults import Fault, find_difference, find_fault
+from .schema import code_usage
+from .warnings import InspectionWarning, difference_warning, fault_warning
 
-# Tokens of A that are kept to be compared with B's, with those of the rows around them.
+# Tokens of A that are kept to be compared with those of B, not counting those of the rows around them.
 _MOST_TOKENS = 8_000_000
-# Boxes are stored as float64, computed alike; a tenth of a pixel is no other crop.
+# Boxes are float64, so that the same crop may be computed with a small error; a tenth of a pixel is the same crop.
 _SAME_BOX = 0.1
 
 
-class Kept(Counter):
-    """The tokens of a part of the images of A: every n-th, so that memory stays bounded; and the names of all."""
+@dataclass(frozen=True)
+class _KeptRow:
+    """One image of A."""
+
+    tokens: NDArray[np.uint16]
+    """(3, V, H, W): of the image itself, and of the rows before and after it in its shard."""
+    crops: NDArray[np.float64]
+    """(V, 4)."""
+    flips: NDArray[np.bool_]
+    """(V,)."""
+
+
+class KeptTokens(Counter):
+    """Keeps the tokens of every n-th image of A, so that memory stays bounded, and a hash of every key."""
 
     def __init__(self, store: TokenStore):
-        a_row = store.views * store.grid[0] * store.grid[1]
-        self.step = max(-(-len(store) * a_row // _MOST_TOKENS), 1)
-        self.names: list[np.ndarray] = []
-        self.rows: dict[str, tuple[np.ndarray, ...]] = {}
+        per_row = store.views * store.grid[0] * store.grid[1]
+        self.step = max(-(-len(store) * per_row // _MOST_TOKENS), 1)
+        self.key_hashes: list[NDArray[np.uint64]] = []
+        self.rows: dict[str, _KeptRow] = {}
         self._seen = 0
 
     def add(self, rows: ShardRows) -> None:
-        self.names.append(_hashes(rows))
+        self.key_hashes.append(_hashes(rows))
         for at in range(-self._seen % self.step, len(rows), self.step):
-            # The rows around the end of a shard are its first and last.
-            around = rows.tokens[[at, at - 1, (at + 1) % len(rows)]]
+            # The neighbours of a shard's last row wrap around to its first.
+            tokens = rows.tokens[[at, at - 1, (at + 1) % len(rows)]]
             # Copies, as a view would keep the whole shard in memory.
-            self.rows[rows.keys[at]] = (around, rows.crops[at].copy(), rows.flips[at].copy())
+            self.rows[rows.keys[at]] = _KeptRow(tokens, rows.crops[at].copy(), rows.flips[at].copy())
         self._seen += len(rows)
 
 
-class _Compared(Counter):
-    """Compares the tokens that were kept of A with those of B, told shard by shard."""
+class _TokenComparison(Counter):
+    """Compares the kept tokens of A with those of B, shard by shard of B."""
 
-    def __init__(self, kept: Kept, comparable: bool):
+    def __init__(self, kept: KeptTokens, comparable: bool):
         self.kept, self.comparable = kept, comparable
-        self.names: list[np.ndarray] = []
+        self.key_hashes: list[NDArray[np.uint64]] = []
         self.images = self.views = self.other_views = self.equal_images = 0
-        self.equal: np.ndarray | None = None
-        self.differing: list[tuple[np.ndarray, ...]] = []
+        self.equal: NDArray[np.int64] | None = None
+        self.differing: list[tuple[NDArray[Any], ...]] = []
 
     def add(self, rows: ShardRows) -> None:
-        self.names.append(_hashes(rows))
+        self.key_hashes.append(_hashes(rows))
         if not self.comparable:
             return
         for at, key in enumerate(rows.keys):
             if key in self.kept.rows:
-                self._compare(rows, at, *self.kept.rows[key])
+                self._compare(rows, at, self.kept.rows[key])
 
-    def _compare(self, rows: ShardRows, at: int, around: np.ndarray, crops: np.ndarray, flips: np.ndarray) -> None:
-        views = min(len(flips), rows.flips.shape[1])
-        same = (np.abs(rows.crops[at, :views] - crops[:views]) < _SAME_BOX).all(-1) & (
-            rows.flips[at, :views] == flips[:views]
+    def _compare(self, rows: ShardRows, at: int, kept: _KeptRow) -> None:
+        views = min(len(kept.flips), rows.flips.shape[1])
+        flips = kept.flips[:views]
+        same = (np.abs(rows.crops[at, :views] - kept.crops[:views]) < _SAME_BOX).all(-1) & (
+            rows.flips[at, :views] == flips
         )
         self.images += 1
         self.other_views += int((~same).sum())
         if not same.any():
             return
-        right, stored = rows.tokens[at, :views][same], around[:, :views][:, same]
+        right, stored = rows.tokens[at, :views][same], kept.tokens[:, :views][:, same]
         equal = right == stored[0]
         self.views += len(right)
         self.equal = equal.sum(0) if self.equal is None else self.equal + equal.sum(0)
         self.equal_images += int(equal.all())
         if not equal.all():
-            # A view at a time, as images may have different numbers of views that are comparable.
-            self.differing += [(right[view], *stored[:, view], flips[:views][same][view]) for view in range(len(right))]
+            # View by view, as images may differ in how many of their views are comparable.
+            self.differing += [(right[view], *stored[:, view], flips[same][view]) for view in range(len(right))]
 
-    def fault(self) -> tuple[str, dict[str, float]] | None:
+    def fault(self) -> Fault | None:
+        """The known fault that explains the tokens that differ, if there is one."""
         if not self.differing:
             return None
-        *grids, flips = (np.array(part) for part in zip(*self.differing, strict=True))
-        return fault_of(*(grid[:, None] for grid in grids), flips[:, None])
+        right, stored, before, after, flips = (np.array(part) for part in zip(*self.differing, strict=True))
+        return find_fault(right[:, None], stored[:, None], before[:, None], after[:, None], flips[:, None])
 
-    def figures(self, places: int) -> dict[str, Any] | None:
+    def result(self, positions: int) -> dict[str, Any] | None:
+        """The result as JSON; None if no view was comparable. `positions` is H * W."""
         if self.equal is None:
             return None
-        compared, equal = self.views * places, int(self.equal.sum())
+        compared, equal = self.views * positions, int(self.equal.sum())
         return {
             "images": self.images,
             "sampled_every": self.kept.step,
@@ -101,42 +118,46 @@ class _Compared(Counter):
 
 
 def compare_stores(
-    store: TokenStore, figures: Mapping[str, Any], kept: Kept, other: TokenStore
-) -> tuple[dict[str, Any], list[Suspicion]]:
-    """What changed from `other` to `store`, whose figures and kept tokens are given, and what is suspicious in it."""
+    store: TokenStore, statistics: Mapping[str, Any], kept: KeptTokens, other: TokenStore
+) -> tuple[dict[str, Any], list[InspectionWarning]]:
+    """Compares `store`, of which `statistics` and `kept` were collected before, with `other`.
+
+    Returns what changed from `other` to `store` as JSON, and warnings about it.
+    """
     notes = _not_comparable(store, other)
     same_codes = store.fingerprint == other.fingerprint
-    compared = _Compared(kept, comparable=same_codes and store.grid == other.grid)
-    theirs = count_store(other, [compared])
-    places = store.grid[0] * store.grid[1]
-    tokens = compared.figures(places)
-    if compared.other_views:
-        notes.append(f"tokens: {compared.other_views:,} views of common images have another crop or flip there")
-    found = {
+    comparison = _TokenComparison(kept, comparable=same_codes and store.grid == other.grid)
+    other_statistics = count_store(other, [comparison])
+    tokens = comparison.result(store.grid[0] * store.grid[1])
+    if comparison.other_views:
+        notes.append(f"tokens: {comparison.other_views:,} views of common images have another crop or flip there")
+    counts, other_counts = (np.array(counted["counts"]) for counted in (statistics, other_statistics))
+    report = {
         "path": str(other.path),
         "fingerprint": other.fingerprint,
         "same_codebook": same_codes,
         "k": other.k,
         "grid": list(other.grid),
         "not_compared": notes,
-        "keys": _keys(kept.names, compared.names),
-        "usage": {"here": figures["usage"], "there": theirs["usage"]},
-        "drift": drift(np.array(figures["counts"]), np.array(theirs["counts"])) if same_codes else None,
-        "neighbours": {"here": figures["neighbours"], "there": theirs["neighbours"]},
+        "keys": _compare_keys(kept.key_hashes, comparison.key_hashes),
+        "usage": {"here": statistics["usage"], "there": other_statistics["usage"]},
+        "drift": drift(counts, other_counts) if same_codes else None,
+        "neighbours": {"here": statistics["neighbours"], "there": other_statistics["neighbours"]},
         "tokens": tokens,
     }
-    return found, _suspicions(compared, tokens, other)
+    return report, _warnings(comparison, tokens, str(other.path))
 
 
-def _suspicions(compared: _Compared, tokens: dict[str, Any] | None, other: TokenStore) -> list[Suspicion]:
-    fault, images = compared.fault(), compared.images - compared.equal_images
+def _warnings(comparison: _TokenComparison, tokens: dict[str, Any] | None, other: str) -> list[InspectionWarning]:
+    fault = comparison.fault()
     if fault:
-        return [suspect_fault(*fault, images, str(other.path))]
-    return suspect_difference(tokens, str(other.path)) if tokens else []
+        return [fault_warning(fault, comparison.images - comparison.equal_images, other)]
+    difference = find_difference(tokens["share"]) if tokens else None
+    return [difference_warning(difference, other)] if difference else []
 
 
 def _not_comparable(store: TokenStore, other: TokenStore) -> list[str]:
-    """Why what is not compared is not."""
+    """Notes about parts that cannot be compared, with the reasons."""
     notes = []
     if store.fingerprint != other.fingerprint:
         fields = [name for name in TOKEN_FIELDS if store.codebook.get(name) != other.codebook.get(name)]
@@ -146,7 +167,7 @@ def _not_comparable(store: TokenStore, other: TokenStore) -> list[str]:
             "means two things; compare the codebooks with each other"
         )
     if store.grid != other.grid:
-        notes.append(f"places: the grid is {_by(store.grid)} here and {_by(other.grid)} there")
+        notes.append(f"positions: the grid is {_by(store.grid)} here and {_by(other.grid)} there")
     return notes
 
 
@@ -154,22 +175,22 @@ def _by(grid: tuple[int, int]) -> str:
     return f"{grid[0]}x{grid[1]}"
 
 
-def _hashes(rows: ShardRows) -> np.ndarray:
-    """8 bytes for each key, (n,) uint64: all keys of a large store as text would fill memory."""
+def _hashes(rows: ShardRows) -> NDArray[np.uint64]:
+    """A hash of each key (n,), as all keys of a large store would fill the memory."""
     return np.array([int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) for key in rows.keys], np.uint64)
 
 
-def _keys(ours: list[np.ndarray], theirs: list[np.ndarray]) -> dict[str, int]:
-    here, there = (np.unique(np.concatenate([np.empty(0, np.uint64), *parts])) for parts in (ours, theirs))
+def _compare_keys(hashes: list[NDArray[np.uint64]], other_hashes: list[NDArray[np.uint64]]) -> dict[str, int]:
+    here, there = (np.unique(np.concatenate([np.empty(0, np.uint64), *parts])) for parts in (hashes, other_hashes))
     common = len(np.intersect1d(here, there, assume_unique=True))
     return {"common": common, "only_here": len(here) - common, "only_there": len(there) - common}
 
 
-def drift(counts: np.ndarray, before: np.ndarray) -> dict[str, Any]:
+def drift(counts: NDArray[np.int64], before: NDArray[np.int64]) -> dict[str, Any]:
     """How the usage of codes changed from counts `before` (K,) to `counts` (K,).
 
     Total variation is half the sum of absolute differences of shares; the Jensen-Shannon distance is the square root
-    of the divergence in bits; both are 0 for equal usage and 1 for codes that have nothing in common.
+    of the divergence in bits; both are 0 for equal usage and 1 for disjoint sets of codes.
     """
     p, q = (part / max(part.sum(), 1) for part in (counts, before))
     middle = (p + q) / 2
@@ -182,43 +203,40 @@ def drift(counts: np.ndarray, before: np.ndarray) -> dict[str, Any]:
     }
 
 
-def compare_codebooks(book: Codebook, other: Codebook, path: str) -> dict[str, Any]:
-    """Which centroids of `book` are which of `other` (at `path`), and how far they are apart."""
-    fields = [name for name in TOKEN_FIELDS if book.description.get(name) != other.description.get(name)]
-    found: dict[str, Any] = {
+def compare_codebooks(codebook: Codebook, other: Codebook, path: str) -> dict[str, Any]:
+    """Matches the centroids of `codebook` with those of `other` (at `path`), and measures how far they moved."""
+    fields = [name for name in TOKEN_FIELDS if codebook.description.get(name) != other.description.get(name)]
+    imported = "imported" in (codebook.description | other.description)
+    report: dict[str, Any] = {
         "path": path,
         "fingerprint": other.fingerprint,
-        "same_codebook": book.fingerprint == other.fingerprint,
+        "same_codebook": codebook.fingerprint == other.fingerprint,
         "k": other.k,
         "not_compared": [f"{name}: it is {other.description.get(name)!r} there" for name in fields],
-        "usage": None if "imported" in (book.description | other.description) else _both_usages(book, other),
+        "usage": None if imported else {"here": code_usage(codebook.counts), "there": code_usage(other.counts)},
         "centroids": None,
     }
-    if book.centroids.shape[1] != other.centroids.shape[1]:
-        return found
+    if codebook.centroids.shape[1] != other.centroids.shape[1]:
+        return report
     if any(name in fields for name in ("architecture", "weights_sha256", "layer", "final_norm", "metric")):
-        found["not_compared"].append("centroids: features of two kinds have no distance from each other")
-        return found
-    return {**found, "centroids": _matched(book, other)}
+        report["not_compared"].append("centroids: they belong to different features, which have no common distance")
+        return report
+    return {**report, "centroids": _match_centroids(codebook, other)}
 
 
-def _both_usages(book: Codebook, other: Codebook) -> dict[str, Any]:
-    return {"here": usage(book.counts), "there": usage(other.counts)}
-
-
-def _matched(book: Codebook, other: Codebook) -> dict[str, Any]:
-    there = other.nearest(book.centroids, 1)[0][:, 0]
-    here = book.nearest(other.centroids, 1)[0][:, 0]
-    apart = distances(book.centroids, other.centroids[there])
-    own = nearest_others(book)[1] if book.k > 1 else np.full(book.k, np.inf)
-    mutual = here[there] == np.arange(book.k)
+def _match_centroids(codebook: Codebook, other: Codebook) -> dict[str, Any]:
+    there = other.nearest(codebook.centroids, 1)[0][:, 0]
+    here = codebook.nearest(other.centroids, 1)[0][:, 0]
+    apart = distances(codebook.centroids, other.centroids[there])
+    to_next = nearest_others(codebook)[1] if codebook.k > 1 else np.full(codebook.k, np.inf)
+    mutual = here[there] == np.arange(codebook.k)
     return {
         "equal": int((apart == 0).sum()),
-        "same_number": int((there == np.arange(book.k)).sum()),
+        "same_number": int((there == np.arange(codebook.k)).sum()),
         "mutual": int(mutual.sum()),
         # Farther from every centroid there than half way to the next one here: its cell is another one.
-        "moved": int((apart > own / 2).sum()),
+        "moved": int((apart > to_next / 2).sum()),
         "distance": spread(apart),
-        "own_distance": spread(own) if book.k > 1 else None,
+        "own_distance": spread(to_next) if codebook.k > 1 else None,
         "nearest": there.tolist(),
     }

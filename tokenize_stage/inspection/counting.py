@@ -1,64 +1,67 @@
-"""One pass over a token store, a shard at a time, that counts everything `mapet tokenize inspect` says (`figures`)."""
+"""Counts all statistics that `mapet tokenize inspect` reports, in one pass over a token store (`schema`)."""
 
 from collections import Counter as Counts
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...shared.errors import DataError
 from ...shared.runtime.console import progress
-from ...shared.tokens.code_usage import usage
 from ...shared.tokens.rows import NO_LABEL, ShardRows
 from ...shared.tokens.store import TokenStore
+from .count_table import CountTable
 from .overlaps import OverlapCounter
 from .schema import (
     Agreement,
     Labels,
     Neighbours,
     Positions,
-    StoreFigures,
+    StoreStatistics,
     agreement,
-    code_figures,
+    code_statistics,
+    code_usage,
     collision,
     information,
 )
-from .tally import Tally
 
 
 class Counter:
-    """Something that is told the rows of every shard, one after the other."""
+    """Counts something over the rows of all shards."""
 
     def add(self, rows: ShardRows) -> None:
+        """Counts the rows of the next shard."""
         raise NotImplementedError
 
 
-def count_store(store: TokenStore, more: Iterable[Counter] = ()) -> StoreFigures:
-    """Reads every shard once and counts; each of `more` is told the same rows.
+def count_store(store: TokenStore, more: Iterable[Counter] = ()) -> StoreStatistics:
+    """Reads every shard once and counts; the counters in `more` get the same rows.
 
-    Raises DataError for a shard that is damaged or holds a token that its codebook does not have.
+    Raises DataError for a shard that is damaged or has a token that is not below K.
     """
-    places, neighbours, labels = _Places(store), _Neighbours(store.grid), _Labels(store)
+    positions, neighbours, labels = _Positions(store), _Neighbours(store.grid), _Labels(store)
     overlaps = OverlapCounter()
-    counters = [places, neighbours, labels, overlaps, *more]
+    counters: list[Counter | OverlapCounter] = [positions, neighbours, labels, overlaps, *more]
     with progress("reading tokens", len(store.entries), "shards") as advance:
         for name, rows in store.shards():
             _refuse_foreign(store, name, rows)
             for counter in counters:
                 counter.add(rows)
             advance(1)
-    table = places.tally.table()
+    table = positions.table.counts()
     counts = table.sum(0, dtype=np.int64)
     return {
         "images": len(store),
-        "views": places.views,
+        "views": positions.views,
         "tokens": int(counts.sum()),
         "labelled": labels.images,
-        **code_figures(counts),
-        "positions": _positions(table, store.grid),
+        **code_statistics(counts),
+        "positions": _by_position(table, store.grid),
         "same_place": _same_place(table, counts),
-        "neighbours": neighbours.figures(table),
-        "overlaps": overlaps.figures(collision(counts)) if store.views > 1 else None,
-        "labels": labels.figures(),
+        "neighbours": neighbours.result(table),
+        "overlaps": overlaps.result(collision(counts)) if store.views > 1 else None,
+        "labels": labels.result(),
     }
 
 
@@ -70,78 +73,83 @@ def _refuse_foreign(store: TokenStore, name: str, rows: ShardRows) -> None:
         )
 
 
-class _Places(Counter):
-    """How often each place of the grid has each code."""
+class _Positions(Counter):
+    """How often each code occurs at each position of the grid."""
 
     def __init__(self, store: TokenStore):
-        self.places = store.grid[0] * store.grid[1]
-        self.tally = Tally(self.places, store.k)
+        self.positions = store.grid[0] * store.grid[1]
+        self.table = CountTable(self.positions, store.k)
         self.views = 0
 
     def add(self, rows: ShardRows) -> None:
-        tokens = rows.tokens.reshape(-1, self.places)
+        tokens = rows.tokens.reshape(-1, self.positions)
         self.views += len(tokens)
-        self.tally.add(np.broadcast_to(np.arange(self.places), tokens.shape), tokens)
+        self.table.add(np.broadcast_to(np.arange(self.positions), tokens.shape), tokens)
 
 
-def _positions(table: np.ndarray, grid: tuple[int, int]) -> Positions:
+def _by_position(table: NDArray[np.uint32], grid: tuple[int, int]) -> Positions:
     views = max(int(table[0].sum()), 1)
 
-    def over_grid(values: list) -> list[list]:
-        return np.array(values).reshape(grid).tolist()
+    def over_grid(values: list[Any]) -> list[list[Any]]:
+        rows: list[list[Any]] = np.array(values).reshape(grid).tolist()
+        return rows
 
-    figures = [usage(counts) for counts in table]
+    usages = [code_usage(counts) for counts in table]
     return {
-        "perplexity": over_grid([one["perplexity"] for one in figures]),
-        "entropy_bits": over_grid([one["entropy_bits"] for one in figures]),
-        "used": over_grid([one["used"] for one in figures]),
+        "perplexity": over_grid([usage["perplexity"] for usage in usages]),
+        "entropy_bits": over_grid([usage["entropy_bits"] for usage in usages]),
+        "used": over_grid([usage["used"] for usage in usages]),
         "top_code": over_grid([int(counts.argmax()) for counts in table]),
         "top_share": over_grid([int(counts.max()) / views for counts in table]),
     }
 
 
-def _same_place(table: np.ndarray, counts: np.ndarray) -> Agreement:
+def _same_place(table: NDArray[np.uint32], counts: NDArray[np.int64]) -> Agreement:
     views = int(table[0].sum())
     equal = sum(_pairs(row) for row in table)
     return agreement(equal, len(table) * views * (views - 1) // 2, collision(counts))
 
 
-def _pairs(counts: np.ndarray) -> int:
-    """In how many ways two tokens of the same code can be taken."""
-    counts = counts.astype(np.int64)
-    return int((counts * (counts - 1) // 2).sum())
+def _pairs(counts: NDArray[np.uint32]) -> int:
+    """Number of pairs of tokens that have the same code."""
+    wide = counts.astype(np.int64)
+    return int((wide * (wide - 1) // 2).sum())
 
 
 class _Neighbours(Counter):
     """How often patches that touch have the same code, and any two patches of a view."""
 
     def __init__(self, grid: tuple[int, int]) -> None:
-        place = np.arange(grid[0] * grid[1]).reshape(grid)
+        position = np.arange(grid[0] * grid[1]).reshape(grid)
         self.sides = {
-            "horizontal": (place[:, :-1].reshape(-1), place[:, 1:].reshape(-1)),
-            "vertical": (place[:-1].reshape(-1), place[1:].reshape(-1)),
+            "horizontal": (position[:, :-1].reshape(-1), position[:, 1:].reshape(-1)),
+            "vertical": (position[:-1].reshape(-1), position[1:].reshape(-1)),
         }
-        self.places = place.size
+        self.positions = position.size
         self.equal, self.anywhere, self.views = dict.fromkeys(self.sides, 0), 0, 0
 
     def add(self, rows: ShardRows) -> None:
-        views = rows.tokens.reshape(-1, self.places)
+        views = rows.tokens.reshape(-1, self.positions)
         self.views += len(views)
-        for way, (one, other) in self.sides.items():
-            self.equal[way] += int((views[:, one] == views[:, other]).sum())
+        for way, (first, second) in self.sides.items():
+            self.equal[way] += int((views[:, first] == views[:, second]).sum())
         self.anywhere += _pairs_in_rows(views)
 
-    def figures(self, table: np.ndarray) -> Neighbours:
-        found = {
-            way: agreement(self.equal[way], self.views * len(one), _chance(table, one, other))
-            for way, (one, other) in self.sides.items()
+    def result(self, table: NDArray[np.uint32]) -> Neighbours:
+        pairs = self.views * self.positions * (self.positions - 1) // 2
+        return {
+            "horizontal": self._side("horizontal", table),
+            "vertical": self._side("vertical", table),
+            "anywhere": agreement(self.anywhere, pairs, _chance_anywhere(table)),
         }
-        pairs = self.views * self.places * (self.places - 1) // 2
-        return {**found, "anywhere": agreement(self.anywhere, pairs, _chance_anywhere(table))}
+
+    def _side(self, way: str, table: NDArray[np.uint32]) -> Agreement:
+        first, second = self.sides[way]
+        return agreement(self.equal[way], self.views * len(first), _chance(table, first, second))
 
 
-def _pairs_in_rows(values: np.ndarray) -> int:
-    """In how many ways two equal values can be taken from one row of (n, m), over all rows."""
+def _pairs_in_rows(values: NDArray[np.uint16]) -> int:
+    """Number of pairs of equal values within a row of (n, m), over all rows."""
     ordered = np.sort(values, axis=1)
     starts = np.ones(values.shape, dtype=bool)  # of the runs of equal values
     starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
@@ -149,27 +157,27 @@ def _pairs_in_rows(values: np.ndarray) -> int:
     return int((runs * (runs - 1) // 2).sum())
 
 
-def _chance_anywhere(table: np.ndarray) -> float | None:
-    """`_chance` over all pairs of places: those of the sum of all places, less each place with itself."""
-    places, views = len(table), float(table[0].sum())
-    if not views or places < 2:
+def _chance_anywhere(table: NDArray[np.uint32]) -> float | None:
+    """`_chance` over all pairs of positions: that of the sum over positions, less each position with itself."""
+    positions, views = len(table), float(table[0].sum())
+    if not views or positions < 2:
         return None
-    whole = table.sum(0, dtype=np.float64)
-    own = sum(float((counts.astype(np.float64) ** 2).sum()) for counts in table)
-    return float(((whole**2).sum() - own) / views**2 / (places * (places - 1)))
+    total = table.sum(0, dtype=np.float64)
+    with_itself = sum(float((counts.astype(np.float64) ** 2).sum()) for counts in table)
+    return float(((total**2).sum() - with_itself) / views**2 / (positions * (positions - 1)))
 
 
-def _chance(table: np.ndarray, ones: np.ndarray, others: np.ndarray) -> float | None:
-    """How often the codes at places `ones` are those at `others` in views that have nothing to do with each other."""
+def _chance(table: NDArray[np.uint32], first: NDArray[np.intp], second: NDArray[np.intp]) -> float | None:
+    """How often two unrelated views have the same code, one at a position in `first`, the other at its fellow."""
     views = float(table[0].sum())
-    if not views or not len(ones):
+    if not views or not len(first):
         return None
-    equal = sum(table[a].astype(np.float64) @ table[b] for a, b in zip(ones, others, strict=True))
-    return float(equal / views**2 / len(ones))
+    equal = sum(table[a].astype(np.float64) @ table[b] for a, b in zip(first, second, strict=True))
+    return float(equal / views**2 / len(first))
 
 
 class _Labels(Counter):
-    """How often each class has each code; in a sample also with the labels of images nearby."""
+    """How often each class has each code; in a sample of shards also with the labels of images nearby."""
 
     # Four bytes a cell: 268 MB for the one table, 34 MB for each of the six of the sample.
     _MOST_CELLS, _MOST_CELLS_OF_SAMPLE = 1 << 26, 1 << 23
@@ -182,8 +190,8 @@ class _Labels(Counter):
         self.classes: dict[int, int] = {}
         self.sizes: Counts[int] = Counts()
         self.codes = np.zeros(store.k, dtype=np.int64)
-        self.tally: Tally | None = Tally(0, store.k)
-        self.by_offset = {offset: Tally(0, store.k) for offset in self._OFFSETS}
+        self.table: CountTable | None = CountTable(0, store.k)
+        self.by_offset = {offset: CountTable(0, store.k) for offset in self._OFFSETS}
 
     def add(self, rows: ShardRows) -> None:
         labelled = rows.labels != NO_LABEL
@@ -193,29 +201,32 @@ class _Labels(Counter):
             return
         tokens = rows.tokens[labelled]
         tokens = tokens.reshape(len(tokens), -1)
-        numbers = self._numbers(rows.labels[labelled])
-        self.sizes.update(numbers.tolist())
+        classes = self._numbered(rows.labels[labelled])
+        self.sizes.update(classes.tolist())
         self.codes += np.bincount(tokens.reshape(-1), minlength=self.k)
         cells = len(self.classes) * self.k
-        self.tally = self.tally if cells <= self._MOST_CELLS else None
+        self.table = self.table if cells <= self._MOST_CELLS else None
         self.by_offset = self.by_offset if cells <= self._MOST_CELLS_OF_SAMPLE else {}
-        tallies = [(0, self.tally)] if self.tally else []
+        tables = [(0, self.table)] if self.table else []
         if (self.shards - 1) % self.every == 0:
-            tallies += self.by_offset.items()
-        for offset, tally in tallies:
-            tally.grow(len(self.classes))
-            tally.add(np.broadcast_to(np.roll(numbers, -offset)[:, None], tokens.shape), tokens)
+            tables += self.by_offset.items()
+        for offset, table in tables:
+            table.grow(len(self.classes))
+            table.add(np.broadcast_to(np.roll(classes, -offset)[:, None], tokens.shape), tokens)
 
-    def _numbers(self, labels: np.ndarray) -> np.ndarray:
-        """Labels as classes from 0 on, in the order in which they were seen."""
-        found, back = np.unique(labels, return_inverse=True)
-        return np.array([self.classes.setdefault(label, len(self.classes)) for label in found.tolist()])[back]
+    def _numbered(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Labels as class numbers from 0 on, in the order in which they first occurred."""
+        distinct, back = np.unique(labels, return_inverse=True)
+        numbers = [self.classes.setdefault(label, len(self.classes)) for label in distinct.tolist()]
+        return np.array(numbers)[back]
 
-    def figures(self) -> Labels | None:
+    def result(self) -> Labels | None:
         if not self.images:
             return None
-        of_codes, of_classes = (usage(np.array(part))["entropy_bits"] for part in (self.codes, [*self.sizes.values()]))
-        mutual, nmi = information(self.tally.table())[2:] if self.tally else (None, None)
+        of_codes, of_classes = (
+            code_usage(np.array(counts))["entropy_bits"] for counts in (self.codes, [*self.sizes.values()])
+        )
+        mutual, nmi = information(self.table.counts())[2:] if self.table else (None, None)
         return {
             "classes": len(self.classes),
             "images": self.images,
@@ -224,5 +235,5 @@ class _Labels(Counter):
             "code_entropy_bits": of_codes,
             "mutual_information_bits": mutual,
             "nmi": nmi,
-            "nmi_by_offset": {str(at): information(tally.table())[3] for at, tally in self.by_offset.items()},
+            "nmi_by_offset": {str(at): information(table.counts())[3] for at, table in self.by_offset.items()},
         }

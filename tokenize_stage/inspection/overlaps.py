@@ -1,21 +1,33 @@
-"""Where two views of one image see the same patch, and whether it got the same code in both."""
+"""Finds where two views of one image show the same patch, and compares its codes."""
 
 from itertools import combinations
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...shared.tokens.rows import ShardRows, take_rows
 from .faults import arrangements
+from .schema import Agreement, Overlaps, Supposition, agreement
 
 
 def seen_in(
-    crops: np.ndarray, flips: np.ndarray, other_crops: np.ndarray, other_flips: np.ndarray, grid: tuple[int, int]
-) -> np.ndarray:
-    """Which patch of another view holds the centre of each patch of this one, for n pairs of views.
+    crops: NDArray[np.float64],
+    flips: NDArray[np.bool_],
+    other_crops: NDArray[np.float64],
+    other_flips: NDArray[np.bool_],
+    grid: tuple[int, int],
+) -> NDArray[np.int64]:
+    """Finds the patch of another view that contains the centre of each patch of this one, for n pairs of views.
 
-    `crops` are (n, 4) boxes (top, left, height, width) in source pixels, `flips` (n,) bool. Returns (n, H * W) int64:
-    the other view's patches, counted row by row, -1 where the centre lies outside its box.
+    Args:
+        crops: (n, 4) boxes of the views: top, left, height, width in source pixels.
+        flips: (n,) whether the views are mirrored.
+        other_crops: (n, 4) boxes of the other views.
+        other_flips: (n,) whether the other views are mirrored.
+        grid: rows and columns (H, W) of patches.
+
+    Returns:
+        (n, H * W) the other view's patches, counted row by row; -1 where the centre lies outside its box.
     """
     height, width = grid
     down = (np.arange(height) + 0.5) / height
@@ -26,13 +38,14 @@ def seen_in(
     share = (x - other_crops[:, 1:2]) / other_crops[:, 3:]
     column = np.floor(np.where(other_flips[:, None], 1 - share, share) * width).astype(np.int64)
     inside = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None, :]
-    return np.where(inside, row[:, :, None] * width + column[:, None, :], -1).reshape(len(crops), -1)
+    patches: NDArray[np.int64] = np.where(inside, row[:, :, None] * width + column[:, None, :], -1)
+    return patches.reshape(len(crops), -1)
 
 
 class OverlapCounter:
-    """How often a patch that two views of one image see has the same code in both, all pairs of views."""
+    """How often a patch that two views of one image show has the same code in both, over all pairs of views."""
 
-    # Of each shard, for what is asked of a sample only: whether tokens would fit better if they were stored otherwise.
+    # Images per shard for which the faults are tried.
     _SAMPLE = 256
 
     def __init__(self) -> None:
@@ -44,10 +57,10 @@ class OverlapCounter:
         if rows.tokens.shape[1] < 2:
             return
         tokens = rows.tokens.reshape(*rows.tokens.shape[:2], -1)
-        for one, other in combinations(range(tokens.shape[1]), 2):
-            there = _there(rows, one, other)
-            pairs, equal = (there >= 0).sum(1), _equal(tokens[:, one], tokens[:, other], there)
-            mirrored = (rows.flips[:, one] != rows.flips[:, other]).astype(int)
+        for first, second in combinations(range(tokens.shape[1]), 2):
+            patches = _patches_in(rows, first, second)
+            pairs, equal = (patches >= 0).sum(1), _equal(tokens[:, first], tokens[:, second], patches)
+            mirrored = (rows.flips[:, first] != rows.flips[:, second]).astype(int)
             self.view_pairs += int((pairs > 0).sum())
             self.pairs += np.bincount(mirrored, pairs, minlength=2).astype(np.int64)
             self.equal += np.bincount(mirrored, equal, minlength=2).astype(np.int64)
@@ -55,49 +68,42 @@ class OverlapCounter:
 
     def _suppose(self, rows: ShardRows) -> None:
         if len(rows) < 4:
-            return  # no other image to compare with
+            return  # too few other images to compare with
         as_stored = None
-        theres = {pair: _there(rows, *pair) for pair in combinations(range(rows.tokens.shape[1]), 2)}
-        pairs = int(sum((there >= 0).sum() for there in theres.values()))
-        # Codes that depend on the place in the grid agree in any two images; only what is beyond that counts.
-        own, foreign = (_arranged(rows, by) for by in (0, len(rows) // 2))
-        for sign, tokens in own.items():
-            equal, chance = (
-                sum(_equal(tokens[:, one], second[:, other], there) for (one, other), there in theres.items())
-                for second in (tokens, foreign[sign])
-            )
+        overlaps = {pair: _patches_in(rows, *pair) for pair in combinations(range(rows.tokens.shape[1]), 2)}
+        pairs = int(sum((patches >= 0).sum() for patches in overlaps.values()))
+        # Codes that depend on the position in the grid agree in any two images; only what exceeds that counts.
+        arranged, of_others = (_arranged(rows, by) for by in (0, len(rows) // 2))
+        for sign, tokens in arranged.items():
+            equal, chance = (_equal_in_all(tokens, others, overlaps) for others in (tokens, of_others[sign]))
             beyond = (equal - chance).astype(np.float64)
             as_stored = beyond if as_stored is None else as_stored
             self.supposed.setdefault(sign, _Supposed()).add(pairs, equal, chance, beyond - as_stored)
 
-    def figures(self, chance: float | None) -> dict[str, Any]:
-        """`usage.Overlaps`."""
+    def result(self, chance: float | None) -> Overlaps:
+        """The counts as JSON; `chance` is the share of equal codes among unrelated tokens."""
 
-        def agreement(pairs: int, equal: int) -> dict[str, Any]:
-            return {
-                "pairs": int(pairs),
-                "equal": int(equal),
-                "share": float(equal / pairs) if pairs else None,
-                "chance": chance,
-            }
+        def agreement_of(pairs: np.int64, equal: np.int64) -> Agreement:
+            return agreement(int(equal), int(pairs), chance)
 
         return {
             "view_pairs": self.view_pairs,
-            "all": agreement(self.pairs.sum(), self.equal.sum()),
-            "same_flip": agreement(self.pairs[0], self.equal[0]),
-            "other_flip": agreement(self.pairs[1], self.equal[1]),
-            "supposing": {sign: supposed.figures() for sign, supposed in self.supposed.items() if supposed.pairs},
+            "all": agreement_of(self.pairs.sum(), self.equal.sum()),
+            "same_flip": agreement_of(self.pairs[0], self.equal[0]),
+            "other_flip": agreement_of(self.pairs[1], self.equal[1]),
+            "supposing": {sign: supposed.result() for sign, supposed in self.supposed.items() if supposed.pairs},
         }
 
 
 class _Supposed:
-    """How well the views of a sample of images agree, if their tokens were stored in a certain way."""
+    """How well the views of a sample of images agree if a certain fault is undone."""
 
     def __init__(self) -> None:
         self.images = self.pairs = self.equal = self.chance = 0
         self.gain = self.gain_squared = 0.0
 
-    def add(self, pairs: int, equal: np.ndarray, chance: np.ndarray, gain: np.ndarray) -> None:
+    def add(self, pairs: int, equal: NDArray[np.int64], chance: NDArray[np.int64], gain: NDArray[np.float64]) -> None:
+        """Counts the images of one shard: arrays (images,) but for `pairs`, which is their total."""
         self.images += len(equal)
         self.pairs += pairs
         self.equal += int(equal.sum())
@@ -105,7 +111,7 @@ class _Supposed:
         self.gain += float(gain.sum())
         self.gain_squared += float((gain**2).sum())
 
-    def figures(self) -> dict[str, Any]:
+    def result(self) -> Supposition:
         # Images, not patches, are independent of each other.
         variance = max(self.gain_squared - self.gain**2 / self.images, 0.0)
         return {
@@ -118,19 +124,32 @@ class _Supposed:
         }
 
 
-def _arranged(rows: ShardRows, by: int) -> dict[str, np.ndarray]:
-    """`arrangements` of the tokens of the rows `by` further back, laid out by each row's own flips, (n, V, H * W)."""
+def _arranged(rows: ShardRows, by: int) -> dict[str, NDArray[np.uint16]]:
+    """`arrangements` (n, V, H * W) of the tokens `by` rows further back, with each row's own flips."""
     before, tokens, after = (np.roll(rows.tokens, by + step, axis=0) for step in (1, 0, -1))
-    found = arrangements(tokens, before, after, rows.flips)
-    return {sign: tokens.reshape(*tokens.shape[:2], -1) for sign, tokens in found.items()}
+    arranged = arrangements(tokens, before, after, rows.flips)
+    return {sign: tokens.reshape(*tokens.shape[:2], -1) for sign, tokens in arranged.items()}
 
 
-def _there(rows: ShardRows, one: int, other: int) -> np.ndarray:
+def _patches_in(rows: ShardRows, view: int, other: int) -> NDArray[np.int64]:
+    """`seen_in` for two of the views of each row."""
     crops, flips = rows.crops, rows.flips
-    return seen_in(crops[:, one], flips[:, one], crops[:, other], flips[:, other], rows.tokens.shape[2:])
+    height, width = rows.tokens.shape[2:]
+    return seen_in(crops[:, view], flips[:, view], crops[:, other], flips[:, other], (height, width))
 
 
-def _equal(tokens: np.ndarray, others: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """For each of n pairs of views, how many patches of the one (n, H * W) have their code in the other, too."""
-    found = np.take_along_axis(others, np.maximum(there, 0), axis=1)
-    return ((found == tokens) & (there >= 0)).sum(1)
+def _equal(tokens: NDArray[np.uint16], others: NDArray[np.uint16], patches: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each of n pairs of views (n, H * W), how many patches have the same code in both; `patches` as `seen_in`."""
+    same = np.take_along_axis(others, np.maximum(patches, 0), axis=1) == tokens
+    counts: NDArray[np.int64] = (same & (patches >= 0)).sum(1)
+    return counts
+
+
+def _equal_in_all(
+    tokens: NDArray[np.uint16], others: NDArray[np.uint16], overlaps: dict[tuple[int, int], NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """`_equal` summed over all pairs of views, of tokens and others (n, V, H * W)."""
+    counts = np.zeros(len(tokens), dtype=np.int64)
+    for (view, other), patches in overlaps.items():
+        counts += _equal(tokens[:, view], others[:, other], patches)
+    return counts

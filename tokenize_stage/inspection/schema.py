@@ -1,18 +1,19 @@
-"""What `mapet tokenize inspect --json` holds of a token store, and the arithmetic of its figures.
+"""The schema of `mapet tokenize inspect --json` for a token store, and the arithmetic of its statistics.
 
-A store's report is {kind: "token store", path, fingerprint, codebook, k, grid, shards, storage, bytes, skipped, view,
-**StoreFigures, warnings: [suspicions.Suspicion]}, and with --key `image`, with --against `against`. All are plain JSON
-values; a share of nothing is None, never NaN.
+The report of a store is {kind: "token store", path, fingerprint, codebook, k, grid, shards, storage, bytes, skipped,
+view, **StoreStatistics, warnings: [warnings.InspectionWarning]}, with --key also `image`, with --against also
+`against`. All values are plain JSON; a share of nothing is None, never NaN.
 """
 
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...shared.tokens.code_usage import usage
 
-_EXTREMES = 10
-_COVER = (0.5, 0.9, 0.99)
+_MOST_LISTED = 10
+_COVERED_SHARES = (0.5, 0.9, 0.99)
 
 
 class Agreement(TypedDict):
@@ -23,11 +24,11 @@ class Agreement(TypedDict):
     share: float | None
     """equal / pairs."""
     chance: float | None
-    """The share that would be expected of two tokens that have nothing to do with each other."""
+    """The share expected of two unrelated tokens."""
 
 
 class Usage(TypedDict):
-    """How evenly codes are used (`shared.codebook.usage`)."""
+    """How evenly codes are used (`shared.tokens.code_usage`)."""
 
     codes: int
     used: int
@@ -37,7 +38,7 @@ class Usage(TypedDict):
 
 
 class Cover(TypedDict):
-    """The fewest codes that together are `share` of all tokens."""
+    """The smallest number of codes that together make up `share` of all tokens."""
 
     share: float
     codes: int
@@ -46,58 +47,58 @@ class Cover(TypedDict):
 
 
 class Positions(TypedDict):
-    """One value for each place of the grid, row by row (H lists of W), over all images and views."""
+    """One value per position of the grid, row by row (H lists of W), over all images and views."""
 
     perplexity: list[list[float]]
     entropy_bits: list[list[float]]
     used: list[list[int]]
     top_code: list[list[int]]
-    """The most used code there (the smallest of equals)."""
+    """The most used code there (the lowest of several)."""
     top_share: list[list[float]]
     """Its share of the tokens there."""
 
 
 class Neighbours(TypedDict):
-    """Two patches of one view; `chance` is two views drawn at random, at the same two places."""
+    """Two patches of one view; `chance` is for two views drawn at random, at the same two positions."""
 
     horizontal: Agreement
     """Side by side."""
     vertical: Agreement
     """One above the other."""
     anywhere: Agreement
-    """All pairs of places."""
+    """All pairs of positions."""
 
 
 class Supposition(TypedDict):
-    """How well overlapping views of a sample of images agree if their tokens had been stored with a certain fault."""
+    """How well overlapping views of a sample of images would agree if a certain fault were undone."""
 
     images: int
     pairs: int
     equal: int
     share: float
     chance: float
-    """The same patches, with the second view taken from another image: what the place in the grid alone gives."""
+    """The same patches with the second view taken from another image: what the position in the grid alone gives."""
     sigmas: float
-    """By how many standard errors (over images) share - chance is higher than that of the tokens as they are."""
+    """By how many standard errors (over images) share - chance exceeds that of the tokens as stored."""
 
 
 class Overlaps(TypedDict):
-    """Two views of one image: patches of the earlier one whose centre lies in the later one, through crop and flip."""
+    """Two views of one image: patches of the earlier view whose centre lies in the later one, by crop and flip."""
 
     view_pairs: int
     """Pairs of views of one image that have such a patch."""
     all: Agreement
     same_flip: Agreement
-    """Both views are mirrored, or neither."""
+    """Both views are mirrored, or neither is."""
     other_flip: Agreement
     """One of the two is mirrored."""
     supposing: dict[str, Supposition]
-    """as-stored; next, previous (tokens of the image after, before); mirrored; flips-ignored (mirrored views only);
-    transposed (rows and columns swapped)."""
+    """By fault: as-stored; next, previous (tokens of the image after, before); mirrored; flips-ignored (mirrored views
+    only); transposed (rows and columns swapped)."""
 
 
 class Labels(TypedDict):
-    """What a code says about the class of its image, over the tokens of all labelled images."""
+    """What codes say about the class of their image, over the tokens of all labelled images."""
 
     classes: int
     images: int
@@ -105,22 +106,18 @@ class Labels(TypedDict):
     class_entropy_bits: float
     code_entropy_bits: float
     mutual_information_bits: float | None
-    """None where classes x codes are too many to count in memory (67 million)."""
+    """None where classes x K exceeds 67 million, which is too much to count in memory."""
     nmi: float | None
-    """mutual information / mean of the two entropies."""
+    """Normalised mutual information: mutual information / mean of the two entropies."""
     nmi_by_offset: dict[str, float | None]
-    """The same with the label of the image that many rows further in the shard (around its end), over every n-th shard,
-    about 8 million tokens: "-1" and "1" are what a shift by one image would make of "0", the others what chance gives.
-    Empty where it would take too much memory."""
+    """The same with the labels of the images that many rows further on in the shard (wrapping around its end), over
+    every n-th shard, about 8 million tokens. A shift by one image would move the value of "0" to "-1" or "1"; the other
+    offsets show what chance gives. Empty where it would take too much memory."""
 
 
-class StoreFigures(TypedDict):
-    """All that is counted in one pass."""
+class CodeStatistics(TypedDict):
+    """How often each code is used."""
 
-    images: int
-    views: int
-    tokens: int
-    labelled: int
     counts: list[int]
     """Of each of the K codes."""
     usage: Usage
@@ -129,11 +126,21 @@ class StoreFigures(TypedDict):
     most_used: list[list[int]]
     """[code, count], at most ten."""
     least_used: list[list[int]]
-    """The same of the codes that are used at all, the rarest first."""
+    """The same for the codes that are used at all, the rarest first."""
     dead_codes: list[int]
+
+
+class StoreStatistics(CodeStatistics):
+    """Everything that is counted in one pass over a store."""
+
+    images: int
+    views: int
+    tokens: int
+    labelled: int
+    """Images that have a label."""
     positions: Positions
     same_place: Agreement
-    """Two different views drawn at random, at the same place; `chance` is at any two places."""
+    """Two different views drawn at random, at the same position; `chance` is for any two positions."""
     neighbours: Neighbours
     overlaps: Overlaps | None
     """None where one view of each image is stored."""
@@ -141,24 +148,29 @@ class StoreFigures(TypedDict):
     """None where no image has a label."""
 
 
-def code_figures(counts: np.ndarray) -> dict[str, Any]:
-    """`counts`, `usage`, `coverage`, `most_used`, `least_used` and `dead_codes` of counts (K,)."""
+def code_statistics(counts: NDArray[np.int64]) -> CodeStatistics:
+    """The usage of codes, from how many tokens each has (K,)."""
     order = np.argsort(-counts, kind="stable")
     order = order[counts[order] > 0]
-    pick = [[int(code), int(counts[code])] for code in order]
+    ranked = [[int(code), int(counts[code])] for code in order]
     covered = np.cumsum(counts[order])
-    needed = [int(np.searchsorted(covered, share * covered[-1])) + 1 if len(order) else 0 for share in _COVER]
+    needed = [int(np.searchsorted(covered, share * covered[-1])) + 1 if len(order) else 0 for share in _COVERED_SHARES]
     return {
         "counts": counts.tolist(),
-        "usage": usage(counts),
+        "usage": code_usage(counts),
         "coverage": [
             {"share": share, "codes": codes, "of_k": codes / len(counts)}
-            for share, codes in zip(_COVER, needed, strict=True)
+            for share, codes in zip(_COVERED_SHARES, needed, strict=True)
         ],
-        "most_used": pick[:_EXTREMES],
-        "least_used": pick[::-1][:_EXTREMES],
+        "most_used": ranked[:_MOST_LISTED],
+        "least_used": ranked[::-1][:_MOST_LISTED],
         "dead_codes": np.flatnonzero(counts == 0).tolist(),
     }
+
+
+def code_usage(counts: NDArray[np.integer[Any]]) -> Usage:
+    """How evenly codes are used, from how many tokens each has (K,)."""
+    return cast(Usage, usage(counts))
 
 
 def agreement(equal: int, pairs: int, chance: float | None) -> Agreement:
@@ -166,19 +178,23 @@ def agreement(equal: int, pairs: int, chance: float | None) -> Agreement:
     return {"pairs": int(pairs), "equal": int(equal), "share": equal / pairs if pairs else None, "chance": chance}
 
 
-def collision(counts: np.ndarray) -> float | None:
-    """How often two tokens, drawn with replacement, are the same code; None without tokens."""
+def collision(counts: NDArray[np.integer[Any]]) -> float | None:
+    """The probability that two tokens drawn with replacement are the same code, of counts (K,); None without tokens."""
     share = counts / max(counts.sum(), 1)
     return float((share**2).sum()) if counts.any() else None
 
 
-def information(table: np.ndarray) -> tuple[float, float, float, float | None]:
-    """Of counts (classes, K): entropy of codes, of classes, mutual information in bits; normalised by their mean."""
-    of_codes, of_classes = (usage(table.sum(axis, dtype=np.int64))["entropy_bits"] for axis in (0, 1))
-    whole = int(table.sum())
+def information(table: NDArray[np.uint32]) -> tuple[float, float, float, float | None]:
+    """Mutual information of classes and codes, from counts (classes, K).
+
+    Returns (entropy of codes, entropy of classes, mutual information), in bits, and the last one divided by the mean of
+    the two entropies; None where that mean is zero.
+    """
+    of_codes, of_classes = (code_usage(table.sum(axis, dtype=np.int64))["entropy_bits"] for axis in (0, 1))
+    total = int(table.sum())
     joint = 0.0
     for row in table:  # a class at a time, so that no second table of floats is held
-        share = row[row > 0] / whole
+        share = row[row > 0] / total
         joint -= float((share * np.log2(share)).sum())
     mutual = max(of_codes + of_classes - joint, 0.0)
     mean = (of_codes + of_classes) / 2

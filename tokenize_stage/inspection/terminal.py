@@ -1,4 +1,4 @@
-"""What `mapet tokenize inspect` prints: a table, a map of the grid, warnings; or JSON."""
+"""Prints the report of `inspect`: a table, a map of the grid, and warnings; or JSON."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,38 +12,45 @@ from rich.text import Text
 from ...shared.runtime.console import results, table
 from .centroids import objective_of
 
-_SHOWN = 10
+_MOST_SKIPPED = 10
 _WIDEST_IN_NUMBERS = 16
-# From dark to light in colours that colour-blind people can tell apart (matplotlib's viridis).
+# From dark to light, in colours that colour-blind readers can tell apart (matplotlib's viridis).
 _COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
 
 Rows = Iterator[tuple[str, str]]
 
 
-def show(about: dict[str, Any], *, as_json: bool = False) -> None:
+def show(report: dict[str, Any], *, as_json: bool = False) -> None:
     """Prints what `inspect` returned, as tables or as JSON."""
     if as_json:
-        print(json.dumps(about, indent=1, ensure_ascii=False))
+        print(json.dumps(report, indent=1, ensure_ascii=False))
         return
-    is_store = about["kind"] == "token store"
-    rows = [*_made_by(about["codebook"] if is_store else about, about), *(_store(about) if is_store else ())]
-    rows += _usage(about) if about["usage"] else ()
-    rows += _store_figures(about) if is_store else _codebook_figures(about)
-    table(f"{about['kind'].capitalize()} {about['path']}", [(name, escape(value)) for name, value in rows])
-    if is_store and about["tokens"]:
-        _show_map("Perplexity over the grid", about["positions"]["perplexity"])
-    if "against" in about:
-        title = f"Against {about['against']['path']}"
-        table(escape(title), [(name, escape(value)) for name, value in against_rows(about)])
-    for image in [about["image"]] if "image" in about else []:
-        _show_image(image)
-    for warning in about["warnings"]:
+    is_store = report["kind"] == "token store"
+    rows = [*_made_by(report["codebook"] if is_store else report, report), *(_store(report) if is_store else ())]
+    rows += _usage(report) if report["usage"] else ()
+    rows += _store_statistics(report) if is_store else _codebook_statistics(report)
+    table(f"{report['kind'].capitalize()} {report['path']}", [(name, escape(value)) for name, value in rows])
+    if is_store and report["tokens"]:
+        _show_map("Perplexity over the grid", report["positions"]["perplexity"])
+    if "against" in report:
+        title = f"Compared with {report['against']['path']}"
+        table(escape(title), [(name, escape(value)) for name, value in comparison_rows(report)])
+    if "image" in report:
+        _show_image(report["image"])
+    for warning in report["warnings"]:
         results.print(Text(f"\nWarning ({warning['sign']}): {warning['what']}.", style="bold yellow"), soft_wrap=True)
         results.print(Text(f"  Why: {warning['why']}.\n  What to do: {warning['do']}"), soft_wrap=True)
 
 
-def _made_by(made_by: Mapping[str, Any], about: Mapping[str, Any]) -> Rows:
-    yield "fingerprint", about["fingerprint"]
+def complete_description(description: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer's description with "-" for the fields of a tower that it lacks: not every tokenizer has a tower."""
+    fields = ("tower", "library", "pretrained", "weights_sha256", "layer", "dim", "precision", "metric")
+    return {**dict.fromkeys(fields, "-"), **description}
+
+
+def _made_by(description: Mapping[str, Any], report: Mapping[str, Any]) -> Rows:
+    made_by = complete_description(description)
+    yield "fingerprint", report["fingerprint"]
     yield "tower", f"{made_by['tower']} ({made_by['library']}, pretrained {made_by['pretrained']})"
     yield "weights", f"sha256 {made_by['weights_sha256']}"
     yield "features", f"layer {made_by['layer']}, {made_by['dim']} dimensions, {made_by['precision']}"
@@ -51,49 +58,51 @@ def _made_by(made_by: Mapping[str, Any], about: Mapping[str, Any]) -> Rows:
     if "imported" in made_by:
         origin = made_by["imported"]
         yield "imported", f"K={made_by['k']}, {made_by['metric']}, {origin['name']}, sha256 {origin['sha256']}"
-    else:
+    elif "sample" in made_by:
         faiss = made_by["versions"]["faiss"]
         yield "k-means", f"K={made_by['k']}, {made_by['metric']}, seed {made_by['seed']}, faiss {faiss}"
         yield "trained on", f"{made_by['sample']['patches']:,} patches of {made_by['sample']['images']:,} images"
-    yield "grid", f"{about['grid'][0]}x{about['grid'][1]}"
+    yield "grid", f"{report['grid'][0]}x{report['grid'][1]}"
 
 
-def _store(about: Mapping[str, Any]) -> Rows:
-    a_view = about["bytes"] / max(about["views"], 1)
-    yield "images", f"{about['images']:,} ({about['labelled']:,} with a label), {about['views']:,} views"
-    yield "tokens", f"{about['tokens']:,}"
-    yield "size", f"{about['bytes']:,} bytes in {about['shards']} {about['storage']} shards ({a_view:.0f} a view)"
-    if about["skipped"]:
-        yield "skipped", f"{len(about['skipped']):,} (--json lists them), the first:"
-        for at in about["skipped"][:_SHOWN]:
-            yield "", f"{at['shard']}: {at['key']}: {at['reason']}"
+def _store(report: Mapping[str, Any]) -> Rows:
+    bytes_per_view = report["bytes"] / max(report["views"], 1)
+    yield "images", f"{report['images']:,} ({report['labelled']:,} with a label), {report['views']:,} views"
+    yield "tokens", f"{report['tokens']:,}"
+    size = f"{report['bytes']:,} bytes in {report['shards']} {report['storage']} shards"
+    yield "size", f"{size} ({bytes_per_view:.0f} per view)"
+    if report["skipped"]:
+        yield "skipped", f"{len(report['skipped']):,} (--json lists them), the first:"
+        for entry in report["skipped"][:_MOST_SKIPPED]:
+            yield "", f"{entry['shard']}: {entry['key']}: {entry['reason']}"
 
 
-def _usage(about: Mapping[str, Any]) -> Rows:
-    codes = about["usage"]
+def _usage(report: Mapping[str, Any]) -> Rows:
+    codes = report["usage"]
     yield "codes used / dead", f"{codes['used']:,} / {codes['dead']:,}"
     yield "entropy", f"{codes['entropy_bits']:.3f} of {np.log2(codes['codes']):.3f} bits"
     yield "perplexity", f"{codes['perplexity']:.1f} of {codes['codes']:,}"
     yield (
         "codes that cover",
-        ", ".join(f"{cover['share']:.0%} of patches: {cover['codes']:,}" for cover in about["coverage"]),
+        ", ".join(f"{cover['share']:.0%} of patches: {cover['codes']:,}" for cover in report["coverage"]),
     )
-    yield "most used", ", ".join(f"{code} ({count:,})" for code, count in about["most_used"])
-    yield "least used", ", ".join(f"{code} ({count:,})" for code, count in about["least_used"])
+    yield "most used", ", ".join(f"{code} ({count:,})" for code, count in report["most_used"])
+    yield "least used", ", ".join(f"{code} ({count:,})" for code, count in report["least_used"])
 
 
-def _store_figures(about: Mapping[str, Any]) -> Rows:
-    yield "two images, one place", _agree(about["same_place"])
-    near = about["neighbours"]
-    yield "side by side", f"{_agree(near['horizontal'])}; anywhere in a view {_percent(near['anywhere']['share'])}"
-    yield "above each other", _agree(near["vertical"])
-    overlaps = about["overlaps"]
+def _store_statistics(report: Mapping[str, Any]) -> Rows:
+    yield "two images, same position", _agree(report["same_place"])
+    neighbours = report["neighbours"]
+    anywhere = _percent(neighbours["anywhere"]["share"])
+    yield "side by side", f"{_agree(neighbours['horizontal'])}; anywhere in a view {anywhere}"
+    yield "above each other", _agree(neighbours["vertical"])
+    overlaps = report["overlaps"]
     if overlaps and overlaps["all"]["pairs"]:
         yield "overlapping views", f"{_agree(overlaps['all'])}, in {overlaps['view_pairs']:,} pairs of views"
         yield "- one mirrored", _agree(overlaps["other_flip"])
         yield "- both or neither", _agree(overlaps["same_flip"])
-    if about["labels"]:
-        yield "code and class", _labels(about["labels"])
+    if report["labels"]:
+        yield "code and class", _labels(report["labels"])
 
 
 def _labels(labels: Mapping[str, Any]) -> str:
@@ -111,18 +120,18 @@ def _labels(labels: Mapping[str, Any]) -> str:
     )
 
 
-def _codebook_figures(about: Mapping[str, Any]) -> Rows:
-    apart = about["distances"]
-    if apart:
-        near = apart["nearest"]
+def _codebook_statistics(report: Mapping[str, Any]) -> Rows:
+    distances = report["distances"]
+    if distances:
+        near = distances["nearest"]
         names = ("min", "p10", "median", "p90", "max")
         yield "nearest centroid", ", ".join(f"{name} {near[name]:.4g}" for name in names)
-        if apart["of_a_patch"] is not None:
-            yield "patch to centroid", f"{apart['of_a_patch']:.4g} (root mean square)"
-        yield "closest pairs", ", ".join(f"{one}-{two} ({distance:.3g})" for one, two, distance in apart["closest"])
-        if apart["twins"]:
-            yield "equal centroids", f"{apart['twins']:,}"
-    for number, restart in enumerate(objective_of(about)):
+        if distances["of_a_patch"] is not None:
+            yield "patch to centroid", f"{distances['of_a_patch']:.4g} (root mean square)"
+        yield "closest pairs", ", ".join(f"{a}-{b} ({distance:.3g})" for a, b, distance in distances["closest"])
+        if distances["twins"]:
+            yield "equal centroids", f"{distances['twins']:,}"
+    for number, restart in enumerate(objective_of(report)):
         name = "objective" if not number else ""
         yield name, f"restart {number}: {restart[0]:.4g} -> {restart[-1]:.4g} in {len(restart)} iterations"
 
@@ -135,14 +144,14 @@ def _agree(agreement: Mapping[str, Any]) -> str:
     return f"{_percent(agreement['share'])} share a code (chance {_percent(agreement['chance'])})"
 
 
-def against_rows(about: Mapping[str, Any]) -> Rows:
-    """What `--against` found, in words: (name, value); nothing if it was not asked."""
-    if "against" in about:
-        yield from _against_store(about) if about["kind"] == "token store" else _against_codebook(about)
+def comparison_rows(report: Mapping[str, Any]) -> Rows:
+    """The result of `--against` as (name, value) rows of a table; none without that option."""
+    if "against" in report:
+        yield from _store_comparison(report) if report["kind"] == "token store" else _codebook_comparison(report)
 
 
-def _against_store(about: Mapping[str, Any]) -> Rows:
-    against = about["against"]
+def _store_comparison(report: Mapping[str, Any]) -> Rows:
+    against = report["against"]
     yield "codebook", "the same" if against["same_codebook"] else f"another: {against['fingerprint']}"
     keys = against["keys"]
     yield "keys", f"{keys['common']:,} common, {keys['only_here']:,} only here, {keys['only_there']:,} only there"
@@ -155,7 +164,7 @@ def _against_store(about: Mapping[str, Any]) -> Rows:
     if drift:
         yield (
             "drift of usage",
-            (f"total variation {drift['total_variation']:.4f}, Jensen-Shannon distance {drift['jensen_shannon']:.4f}"),
+            f"total variation {drift['total_variation']:.4f}, Jensen-Shannon distance {drift['jensen_shannon']:.4f}",
         )
         yield "codes", f"{len(drift['appeared']):,} appeared, {len(drift['vanished']):,} vanished"
     if tokens:
@@ -166,8 +175,8 @@ def _against_store(about: Mapping[str, Any]) -> Rows:
         yield "not compared", note
 
 
-def _against_codebook(about: Mapping[str, Any]) -> Rows:
-    against, k = about["against"], about["k"]
+def _codebook_comparison(report: Mapping[str, Any]) -> Rows:
+    against, k = report["against"], report["k"]
     yield (
         "codebook",
         "the same" if against["same_codebook"] else f"another: {against['fingerprint']}, K={against['k']:,}",
@@ -175,22 +184,22 @@ def _against_codebook(about: Mapping[str, Any]) -> Rows:
     if against["usage"]:
         here, there = (against["usage"][side]["perplexity"] for side in ("here", "there"))
         yield "perplexity", f"{here:.1f} of {k:,}; there {there:.1f} of {against['k']:,}"
-    found = against["centroids"]
-    if found:
-        yield "equal centroids", f"{found['equal']:,} of {k:,}"
-        yield "nearest there", f"of the same number {found['same_number']:,}, each other's nearest {found['mutual']:,}"
+    match = against["centroids"]
+    if match:
+        yield "equal centroids", f"{match['equal']:,} of {k:,}"
+        yield "nearest there", f"of the same number {match['same_number']:,}, each other's nearest {match['mutual']:,}"
         yield (
             "moved",
-            f"{found['moved']:,} of {k:,} ({found['moved'] / k:.1%}): farther than half way to the next one here",
+            f"{match['moved']:,} of {k:,} ({match['moved'] / k:.1%}): farther than half way to the next one here",
         )
-        apart = found["distance"]
-        yield "distance", ", ".join(f"{name} {apart[name]:.4g}" for name in ("min", "median", "max"))
+        distance = match["distance"]
+        yield "distance", ", ".join(f"{name} {distance[name]:.4g}" for name in ("min", "median", "max"))
     for note in against["not_compared"]:
         yield "not compared", note
 
 
 def _show_map(title: str, grid: list[list[float]]) -> None:
-    """Blocks of colour on a terminal; elsewhere the numbers, or digits from 0 to 9 where a row would be too long."""
+    """Prints coloured blocks on a terminal; elsewhere numbers, or digits from 0 to 9 where a row would be too long."""
     values = np.array(grid)
     low, high = float(values.min()), float(values.max())
     scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)

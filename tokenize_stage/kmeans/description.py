@@ -1,9 +1,10 @@
-"""The description of a trained codebook: statistics of k-means and of the sample."""
+"""Describes a trained codebook: how it was made, and statistics of k-means and of the sample."""
 
 from dataclasses import asdict
 from importlib.metadata import version
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...shared.images.keys import Skipped
 from ...shared.runtime.faiss_build import faiss_gpus, import_faiss
@@ -18,12 +19,24 @@ def describe_codebook(
     plan: CodebookPlan,
     kmeans: KMeansSettings,
     run: KMeansRun,
-    train: np.ndarray,
-    held_out: np.ndarray,
+    train: NDArray[np.float16],
+    held_out: NDArray[np.float16],
     skipped: Skipped,
     unreadable: int,
 ) -> Codebook:
-    draft = Codebook(run.centroids, np.zeros(kmeans.k, dtype=np.int64), {})
+    """Makes the codebook of a finished k-means run.
+
+    Args:
+        plan: the sample and the request.
+        kmeans: the settings of k-means.
+        run: its result.
+        train: (n, dim) the features that it was trained on.
+        held_out: (m, dim) features for the statistics of unseen patches.
+        skipped: (key, reason) of everything that was left out.
+        unreadable: how many of the planned images turned out to be unreadable.
+    """
+    centroids = run.best_centroids()
+    draft = Codebook(centroids, np.zeros(kmeans.k, dtype=np.int64), {})
     counts, distance = _assign(draft, train)
     held_out_counts, held_out_distance = _assign(draft, held_out)
     description = {
@@ -46,11 +59,11 @@ def describe_codebook(
         "versions": {name: version(name) for name in ("torch", "open_clip_torch", "timm", "numpy", "pillow")}
         | {"faiss": import_faiss().__version__},
     }
-    return Codebook(run.centroids, counts, description)
+    return Codebook(centroids, counts, description)
 
 
-def _assign(codebook: Codebook, rows: np.ndarray) -> tuple[np.ndarray, float | None]:
-    """How many of `rows` each code wins (K,) int64, and their mean squared distance; block by block."""
+def _assign(codebook: Codebook, rows: NDArray[np.float16]) -> tuple[NDArray[np.int64], float | None]:
+    """How many of `rows` are nearest each centroid (K,), and their mean squared distance; block by block."""
     counts, total = np.zeros(codebook.k, dtype=np.int64), 0.0
     for block in float_blocks(rows, block_rows(rows.shape[1])):
         tokens, distances = codebook.assign(block)
@@ -59,6 +72,6 @@ def _assign(codebook: Codebook, rows: np.ndarray) -> tuple[np.ndarray, float | N
     return counts, float(total / len(rows)) if len(rows) else None
 
 
-def _imbalance(counts: np.ndarray) -> float:
-    """FAISS's imbalance factor: 1 if all codes are used equally often, K if one has all."""
+def _imbalance(counts: NDArray[np.int64]) -> float:
+    """FAISS's imbalance factor: 1 if all codes are used equally often, K if a single one is used."""
     return float(len(counts) * (counts.astype(np.float64) ** 2).sum() / counts.sum() ** 2)

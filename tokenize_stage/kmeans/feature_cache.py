@@ -1,77 +1,87 @@
-"""Sampled patch features on disk: parts that appear whole, one a source shard, then one fp16 file in sample order."""
+"""Sampled patch features on disk: one part per source shard first, then a single fp16 file in the sample's order."""
 
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...shared.errors import DataError, UsageError
 from ...shared.runtime.console import say
 from ...shared.runtime.memory import as_text
 from ...shared.storage.files import read_sealed_json, write_sealed_json, written_whole
 
-FORMAT, VERSION = "mapet-features", 1
+FORMAT, VERSION = "mapet-feature-cache", 1
+_OLD_FORMAT = "mapet-features"
+"""The id of caches before they had their own; `mapet train features` writes another artifact of that id."""
 _SHEET, _FEATURES, _DRAWS, _SKIPPED, _PART = "sample.json", "features.f16", "draws.npy", "skipped.json", "part-"
 _BLOCK = 4096
 
-Rows = tuple[np.ndarray, np.ndarray]
-"""Features (m, dim) float16 of some patches and their draws (m,) uint64."""
+Rows = tuple[NDArray[np.float16], NDArray[np.uint64]]
+"""Features (m, dim) of some patches and their draws (m,)."""
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder that holds the features of a sample, or what has been extracted of them so far.
-
-    `owned` says that the folder is ours to empty: hidden beside a codebook, not one that the user named.
-    """
+    """A folder with the features of a sample, all or those that have been extracted so far."""
 
     path: Path
     dim: int
+    """Length of one patch's features."""
     owned: bool
+    """Whether the folder may be emptied: it is hidden beside a codebook and was not named by the user."""
 
     def begin(self, identity: dict[str, Any], shards: str, most: int, count: int) -> int:
-        """Prepares the folder for a sample of `count` patches, whose draws are at most `most`.
+        """Prepares the folder for a sample.
 
-        `identity` is what features depend on, `shards` a digest of which keys stand in which shard, on which parts
-        depend. Returns the largest draw that is to be extracted: that of a larger sample if the folder holds such a
-        one or has begun with it.
+        Args:
+            identity: everything that the features depend on.
+            shards: a digest of the assignment of keys to shards, on which the parts depend.
+            most: the largest draw of the sample.
+            count: its number of patches.
 
-        Raises DataError for a folder of other features or too little space, UsageError for one of something else.
+        Returns:
+            The largest draw to extract: that of a larger sample, if the folder holds or has begun one.
+
+        Raises:
+            DataError: the folder holds other features, or the disk has too little space.
+            UsageError: the folder holds something else.
         """
         sheet = self.path / _SHEET
         if sheet.exists():
-            about = read_sealed_json(sheet, format=FORMAT, version=VERSION)
-            if about["identity"] != identity:
-                self._refuse_other(about["identity"], identity)
-            elif about["most"] < most:
+            before = self._read_sheet()
+            if before["identity"] != identity:
+                self._refuse_other(before["identity"], identity)
+            elif before["most"] < most:
                 say(f"{self.path} holds a smaller sample; features are extracted again.")
-            elif about["rows"] is not None or about["shards"] == shards:
-                return about["most"]
+            elif before["rows"] is not None or before["shards"] == shards:
+                return int(before["most"])
         elif self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir()):
-            raise UsageError(f"{self.path} is not empty and no features cache; choose another --features-cache.")
+            raise UsageError(f"{self.path} is not empty and not a features cache; choose another --features-cache.")
         self._clear()
         self._refuse_full_disk(count)
         write_sealed_json(sheet, self._sheet(identity, shards, most, None, []))
         return most
 
     def is_whole(self) -> bool:
-        """Whether all features are there, in one file."""
-        return self._about()["rows"] is not None
+        """Whether all features have been extracted and joined into one file."""
+        return self._read_sheet()["rows"] is not None
 
     def skipped(self) -> list[tuple[str, str]]:
         """(key, reason) of the images that could not be read."""
-        return [(key, reason) for key, reason in self._about()["skipped"]]
+        return [(key, reason) for key, reason in self._read_sheet()["skipped"]]
 
     def unfinished(self, names: Sequence[str]) -> list[str]:
-        """Those of the source shards `names` that have no part yet."""
+        """The source shards among `names` that have no part yet."""
         return [] if self.is_whole() else [name for name in names if not self._part(name).exists()]
 
     def write_part(self, name: str, rows: Iterable[Rows], skipped: list[tuple[str, str]]) -> None:
-        """Writes the features of one source shard, as they come; `skipped` is read when `rows` is at its end."""
+        """Writes the features of one source shard as `rows` yields them; `skipped` is read after the last ones."""
         with written_whole(self._part(name)) as partial:
             partial.mkdir()
             draws = [np.empty(0, dtype=np.uint64)]
@@ -83,7 +93,7 @@ class FeatureCache:
             (partial / _SKIPPED).write_text(json.dumps(skipped))
 
     def assemble(self, names: Sequence[str]) -> None:
-        """Puts the parts of all source shards into one file, in the order of their draws, and removes them."""
+        """Joins the parts of all source shards into one file, in the order of their draws, and removes them."""
         if self.is_whole():
             self._remove_parts()
             return
@@ -105,14 +115,14 @@ class FeatureCache:
                 start += len(part)
             whole.flush()
         skipped = [pair for name in names for pair in json.loads((self._part(name) / _SKIPPED).read_text())]
-        about = self._about()
-        sheet = self._sheet(about["identity"], about["shards"], about["most"], len(draws), skipped)
+        begun = self._read_sheet()
+        sheet = self._sheet(begun["identity"], begun["shards"], begun["most"], len(draws), skipped)
         write_sealed_json(self.path / _SHEET, sheet)
         self._remove_parts()
 
-    def features(self, most: int) -> np.ndarray:
-        """The features whose draws are at most `most`, (n, dim) float16 in a file; DataError if it is damaged."""
-        rows, file = self._about()["rows"], self.path / _FEATURES
+    def features(self, most: int) -> NDArray[np.float16]:
+        """The features whose draws are at most `most`: (n, dim), memory-mapped. Raises DataError if damaged."""
+        rows, file = self._read_sheet()["rows"], self.path / _FEATURES
         try:
             draws = np.load(self.path / _DRAWS)
             if len(draws) != rows or file.stat().st_size != rows * self.dim * 2:
@@ -122,28 +132,36 @@ class FeatureCache:
         count = int(np.searchsorted(draws, np.uint64(most), side="right"))
         return np.memmap(file, dtype=np.float16, mode="r", shape=(rows, self.dim))[:count]
 
-    def _about(self) -> dict[str, Any]:
-        return read_sealed_json(self.path / _SHEET, format=FORMAT, version=VERSION)
+    def _read_sheet(self) -> dict[str, Any]:
+        sheet = self.path / _SHEET
+        try:
+            return read_sealed_json(sheet, format=FORMAT, version=VERSION)
+        except DataError:
+            with suppress(DataError):
+                return read_sealed_json(sheet, format=_OLD_FORMAT, version=1)
+            raise
 
     @staticmethod
-    def _sheet(identity: dict[str, Any], shards: str, most: int, rows: int | None, skipped: list) -> dict[str, Any]:
+    def _sheet(
+        identity: dict[str, Any], shards: str, most: int, rows: int | None, skipped: list[tuple[str, str]]
+    ) -> dict[str, Any]:
         fields = {"identity": identity, "shards": shards, "most": most, "rows": rows, "skipped": skipped}
         return {"format": FORMAT, "version": VERSION, **fields}
 
     def _part(self, name: str) -> Path:
         return self.path / f"{_PART}{name}"
 
-    def _blocks(self, file: Path, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    def _blocks(self, file: Path, count: int) -> Iterator[tuple[int, NDArray[np.float16]]]:
         if count:
             rows = np.memmap(file, dtype=np.float16, mode="r", shape=(count, self.dim))
             for at in range(0, count, _BLOCK):
                 yield at, rows[at : at + _BLOCK]
 
-    def _refuse_other(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    def _refuse_other(self, stored: dict[str, Any], needed: dict[str, Any]) -> None:
         if self.owned:
             return
-        changed = [name for name in ours if theirs.get(name) != ours[name]]
-        there, here = ("; ".join(f"{name} {_short(side.get(name))}" for name in changed) for side in (theirs, ours))
+        changed = [name for name in needed if stored.get(name) != needed[name]]
+        there, here = ("; ".join(f"{name} {_short(side.get(name))}" for name in changed) for side in (stored, needed))
         raise DataError(
             f"--features-cache {self.path} holds other features ({there}) than this command needs ({here}); "
             "choose another folder or delete it."
@@ -155,7 +173,7 @@ class FeatureCache:
         if needed > free:
             raise DataError(
                 f"The sample does not fit on the disk of {self.path}: {count} patches x {self.dim} x 2 bytes, twice "
-                f"for a while, = {as_text(needed)}, and {as_text(free)} are free; use fewer --patches, or "
+                f"while they are joined, = {as_text(needed)}, and {as_text(free)} are free; use fewer --patches, or "
                 "--features-cache on another disk."
             )
 

@@ -1,10 +1,11 @@
-"""A source's keys, and the features of its sampled patches, by all processes of the world."""
+"""Reads a source's keys and extracts the features of its sampled patches, with all processes of the world."""
 
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...shared.errors import DataError
 from ...shared.images.keys import Skipped
@@ -20,66 +21,70 @@ from .patch_sample import PatchSample
 
 
 @dataclass(frozen=True)
-class Survey:
-    """The keys of each shard, from its headers, and what cannot be used: (key, reason)."""
+class SourceKeys:
+    """The keys of all shards of a source, read from their headers."""
 
     keys: dict[str, list[str]]
+    """By shard, in the source's order."""
     skipped: Skipped
+    """(key, reason) of unusable entries."""
 
     def all_keys(self) -> list[str]:
         return [key for keys in self.keys.values() for key in keys]
 
     def shards_sha256(self) -> str:
-        """Digest of which keys stand in which shard, whatever the order of shards."""
-        whole = hashlib.sha256()
+        """Digest of the assignment of keys to shards; independent of the order of shards."""
+        digest = hashlib.sha256()
         for name in sorted(self.keys):
-            whole.update("\n".join([name, *self.keys[name], ""]).encode())
-        return whole.hexdigest()
+            digest.update("\n".join([name, *self.keys[name], ""]).encode())
+        return digest.hexdigest()
 
 
-def survey(shards: Sequence[SourceShard], world: World, skip: bool) -> Survey:
+def read_keys(shards: Sequence[SourceShard], world: World, skip: bool) -> SourceKeys:
     """Reads the headers of all shards, each process those of its share.
 
-    Raises DataError for what cannot be used, unless `skip`, and for a key that stands in two shards.
+    Raises DataError for unusable entries, unless `skip` is set, and for a key that is in two shards.
     """
-    own: dict[str, tuple[list[str], Skipped]] = {}
+    share: dict[str, tuple[list[str], Skipped]] = {}
     with progress("reading headers", len(shards), "shards") as advance:
         for shard in world.shard(shards):
             skipped: Skipped = []
             with shard.staged() as here:
-                own[shard.name] = ([record.key for record in here.index(skipped if skip else None)], skipped)
+                share[shard.name] = ([record.key for record in here.index(skipped if skip else None)], skipped)
             advance(world.size)
-    found = {name: entry for part in world.all_gather(own) for name, entry in part.items()}
-    keys = {shard.name: found[shard.name][0] for shard in shards}
+    entries = {name: entry for part in world.all_gather(share) for name, entry in part.items()}
+    keys = {shard.name: entries[shard.name][0] for shard in shards}
     ledger = KeyLedger()
-    for name, some in keys.items():
-        ledger.add(name, some)
+    for name, shard_keys in keys.items():
+        ledger.add(name, shard_keys)
     world.on_rank_zero(lambda: ledger.refuse_doubles(lambda name: keys[name]))
-    return Survey(keys, [pair for shard in shards for pair in found[shard.name][1]])
+    return SourceKeys(keys, [pair for shard in shards for pair in entries[shard.name][1]])
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Extracts the features of `sample` from the images `chosen` (None: all).
+    """Extracts the features of a sample.
 
-    With `skip`, images that cannot be read are listed; without, the first of them raises a DataError.
+    With `skip`, unreadable images are listed; without it, the first one raises a DataError.
     """
 
     tower: Tower
     sample: PatchSample
-    chosen: Collection[str] | None
-    metric: str
+    image_keys: Collection[str] | None
+    """Keys of the images that the sample is drawn from; None is all."""
+    unit_length: bool
+    """Whether features are scaled to length one."""
     skip: bool
     batch_size: int
     workers: int
 
-    def fill(self, cache: FeatureCache, shards: Sequence[SourceShard], found: Survey, world: World) -> None:
-        """Writes what the cache lacks, each process its share of the source's shards."""
+    def fill(self, cache: FeatureCache, shards: Sequence[SourceShard], keys: SourceKeys, world: World) -> None:
+        """Writes the features that the cache lacks, each process those of its share of the source's shards."""
         names = [shard.name for shard in shards]
-        left = set(world.on_rank_zero(lambda: cache.unfinished(names)))
-        todo = world.shard([shard for shard in shards if shard.name in left])
-        with progress("extracting features", sum(len(found.keys[shard.name]) for shard in todo)) as advance:
-            for shard in todo:
+        missing = set(world.on_rank_zero(lambda: cache.unfinished(names)))
+        share = world.shard([shard for shard in shards if shard.name in missing])
+        with progress("extracting features", sum(len(keys.keys[shard.name]) for shard in share)) as advance:
+            for shard in share:
                 skipped: Skipped = []
                 with shard.staged() as here:
                     records = here.index([] if self.skip else None)
@@ -88,23 +93,31 @@ class Sampler:
         world.on_rank_zero(lambda: cache.assemble(names))
 
     def _rows(self, records: Sequence[ImageRecord], skipped: Skipped, advance: Advance) -> Iterator[Rows]:
-        """The sampled patches of these images, image by image. Images without any are not decoded."""
-        picked = {
+        """Yields the sampled patches of these images, image by image. Images without any are not decoded."""
+        sampled = {
             record.key: self.sample.of_image(record.key)
             for record in records
-            if self.chosen is None or record.key in self.chosen
+            if self.image_keys is None or record.key in self.image_keys
         }
-        needed = [record for record in records if record.key in picked and len(picked[record.key][0])]
+        needed = [record for record in records if record.key in sampled and len(sampled[record.key][0])]
         advance(len(records) - len(needed))
-        for batch in extract(self.tower, needed, CENTER, self.batch_size, self.workers, self.metric, skip=self.skip):
+        for batch in extract(
+            self.tower,
+            needed,
+            CENTER,
+            self.batch_size,
+            self.workers,
+            unit_length=self.unit_length,
+            skip=self.skip,
+        ):
             for record, features in zip(batch.records, batch.features[:, 0], strict=True):
-                patches, draws = picked[record.key]
+                patches, draws = sampled[record.key]
                 yield _half(features[patches], record), draws
             skipped += batch.skipped
             advance(len(batch.records) + len(batch.skipped))
 
 
-def _half(features: np.ndarray, record: ImageRecord) -> np.ndarray:
+def _half(features: NDArray[np.float32], record: ImageRecord) -> NDArray[np.float16]:
     with np.errstate(over="ignore"):
         half = features.astype(np.float16)
     if not np.isfinite(half).all():

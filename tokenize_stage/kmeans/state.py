@@ -1,4 +1,4 @@
-"""What k-means has found so far, and the file that it goes on from."""
+"""The progress of k-means, and the file from which it resumes."""
 
 import json
 import time
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -16,20 +17,30 @@ from ...shared.storage.files import written_whole
 
 @dataclass
 class KMeansRun:
-    """What k-means has done: `history[restart][iteration]` holds objective, imbalance and empty clusters split.
+    """The progress of k-means over all restarts.
 
-    `centroids` (K, dim) float32 are those of the best restart so far, `best` its number. The objective is FAISS's: the
-    sum over all rows of squared distances, or with metric "cosine" of similarities, to six digits.
+    The objective is FAISS's: the sum over all rows of squared distances, or with metric "cosine" of similarities, to
+    six digits.
     """
 
     history: list[list[dict[str, float]]] = field(default_factory=list)
-    centroids: np.ndarray | None = None
+    """`history[restart][iteration]` holds objective, imbalance and empty clusters split."""
+    centroids: NDArray[np.float32] | None = None
+    """(K, dim), those of the best restart so far."""
     best: int | None = None
+    """The number of the best restart."""
     best_objective: float | None = None
-    current: np.ndarray | None = None
+    current: NDArray[np.float32] | None = None
+    """(K, dim), those of the restart in progress; None between restarts."""
+
+    def best_centroids(self) -> NDArray[np.float32]:
+        """(K, dim) of a run that has finished at least one restart."""
+        if self.centroids is None:
+            raise RuntimeError("k-means has not finished a restart")
+        return self.centroids
 
     def statistics(self) -> dict[str, Any]:
-        """The history as JSON fields, one list an iteration for each restart."""
+        """The history as JSON fields: for each restart a list with one value per iteration."""
         columns = ("objective", "imbalance", "empty_clusters_split")
         return {name: [[step[name] for step in run] for run in self.history] for name in columns} | {
             "best_restart": self.best
@@ -37,39 +48,43 @@ class KMeansRun:
 
 
 class SavedState:
-    """The run in one file, replaced whole: a killed process leaves the last state or the one before."""
+    """A file that holds the run. It is replaced atomically, so that a killed process leaves a complete state."""
 
     def __init__(self, path: Path | None, identity: dict[str, Any], every: float):
-        """`identity` says which k-means this is, `every` how many seconds may be lost. No path: nothing is kept."""
+        """Keeps the run at `path`; None keeps nothing.
+
+        `identity` names the rows and the settings; a state of another identity is not resumed. `every` is the number of
+        seconds between two saves.
+        """
         self.path, self.identity, self.every = path, identity, every
         self.saved = time.monotonic()
 
     def load(self) -> KMeansRun:
-        """The run that was kept, or a new one if there is none of this identity."""
+        """The saved run, or a new one if there is none of this identity."""
         if self.path is None or not self.path.exists():
             return KMeansRun()
         try:
             with safe_open(self.path, "numpy") as file:
-                about = json.loads((file.metadata() or {}).get("run", "{}"))
+                progress = json.loads((file.metadata() or {}).get("run", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError):
-            about, tensors = {}, {}
-        if about.pop("identity", None) != self.identity:
-            say(f"{self.path} is of another k-means; starting over.")
+            progress, tensors = {}, {}
+        if progress.pop("identity", None) != self.identity:
+            say(f"{self.path} belongs to another k-means; starting over.")
             return KMeansRun()
-        run = KMeansRun(**about, centroids=tensors.get("centroids"), current=tensors.get("current"))
-        say(f"k-means goes on after {sum(len(past) for past in run.history)} iterations.")
+        run = KMeansRun(**progress, centroids=tensors.get("centroids"), current=tensors.get("current"))
+        say(f"k-means resumes after {sum(len(past) for past in run.history)} iterations.")
         return run
 
     def keep(self, run: KMeansRun) -> None:
-        """Keeps the run, if it is time to."""
+        """Saves the run, if the last save is long enough ago."""
         began = time.monotonic()
         if self.path is None or began - self.saved < self.every:
             return
         tensors = {name: getattr(run, name) for name in ("centroids", "current") if getattr(run, name) is not None}
-        about = {"history": run.history, "best": run.best, "best_objective": run.best_objective}
+        progress = {"history": run.history, "best": run.best, "best_objective": run.best_objective}
         with written_whole(self.path) as partial:
-            save_file(tensors, partial, metadata={"run": json.dumps({**about, "identity": self.identity})})
+            save_file(tensors, partial, metadata={"run": json.dumps({**progress, "identity": self.identity})})
         self.saved = time.monotonic()
         # Large codebooks on slow disks: at most a twentieth of the time goes into saving.
         self.every = max(self.every, 20 * (self.saved - began)) if self.every else 0.0

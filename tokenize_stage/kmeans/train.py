@@ -1,4 +1,4 @@
-"""k-means over an fp16 sample, in memory or out of core: FAISS's clustering, one iteration at a time."""
+"""k-means over an fp16 sample, in memory or out of core: runs FAISS's clustering one iteration at a time."""
 
 import hashlib
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...shared.errors import DataError, UsageError
 from ...shared.runtime.console import progress
@@ -18,18 +19,19 @@ from .state import KMeansRun, SavedState
 
 METRICS = ("l2", "cosine")
 INITS = ("random", "k-means++")
-# What FAISS adds to the seed for each of its own restarts (`nredo`).
+# FAISS adds this to the seed for each of its own restarts (`nredo`).
 _SEED_STEP = 15486557
-# k-means++ costs rows x K x dim, one row after another: it looks at so many rows a centroid, whatever the memory.
+# k-means++ costs rows x K x dim without any batching, so that it uses only so many rows per centroid.
 SEEDING_ROWS_PER_CENTROID = 64
-# FAISS adds the objective up in float32: beyond this many rows it drifts (by 9 % at 30 million), too much to choose by.
+# FAISS sums the objective in float32, which drifts beyond this many rows (by 9 % at 30 million): too much to compare
+# restarts by.
 _MOST_ROWS_OF_A_FLOAT_SUM = 1 << 22
 _SAVE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class KMeansSettings:
-    """How centroids are trained. Defaults are the paper's."""
+    """The settings of k-means; the defaults are those of the paper."""
 
     k: int = 8192
     iterations: int = 20
@@ -38,7 +40,7 @@ class KMeansSettings:
     seed: int = 0
     init: str = "random"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 2 <= self.k <= MAX_K:
             raise UsageError(f"--k {self.k} must lie between 2 and {MAX_K} (tokens are stored as uint16).")
         if self.iterations < 1 or self.restarts < 1:
@@ -49,35 +51,40 @@ class KMeansSettings:
             raise UsageError(f"--init {self.init} is unknown; choose {' or '.join(INITS)}.")
 
     def check_faiss(self) -> None:
-        """UsageError if the installed FAISS cannot do what is asked for."""
+        """Raises UsageError if the installed FAISS does not support these settings."""
         faiss = import_faiss()
         if self.init == "k-means++" and not hasattr(faiss, "ClusteringInitialization"):
             raise UsageError(f"--init k-means++ needs a newer FAISS than {faiss.__version__}; use --init random.")
 
 
 def train_kmeans(
-    rows: np.ndarray,
+    rows: NDArray[np.float16],
     settings: KMeansSettings,
     *,
     memory: int,
     state: Path | None = None,
-    about: str = "",
+    rows_identity: str = "",
     save_seconds: float = _SAVE_SECONDS,
 ) -> KMeansRun:
-    """Trains centroids on `rows` (n, dim) float16, which may be a memory-mapped file.
+    """Trains centroids; the result is that of `faiss.Kmeans` on the same rows in float32.
 
-    What `faiss.Kmeans` gives on the same rows in float32. They are held so where that fits in `memory` bytes of
-    anonymous memory, and decoded block by block where it does not. For metric "cosine" they must have length one.
+    Args:
+        rows: (n, dim) float16, of length one if the metric is cosine; it may be a memory-mapped file.
+        settings: K, iterations, restarts, metric, seed and first centroids.
+        memory: bytes of anonymous memory to use. All rows are held in float32 if they fit, and are otherwise decoded
+            block by block.
+        state: a file that keeps the progress. A later call with the same rows and settings resumes from it with the
+            same result. The caller removes the file.
+        rows_identity: names the rows in `state`.
+        save_seconds: seconds between two saves.
 
-    With `state`, a file, progress is kept there every `save_seconds`, and a later call with the same rows (named by
-    `about`) and settings goes on from it to the same result. The caller removes the file.
-
-    Raises DataError for fewer distinct rows than K or too little memory.
+    Raises:
+        DataError: there are fewer distinct rows than K, or too little memory.
     """
     settings.check_faiss()
     refuse_few_distinct(rows, settings.k)
     steps = _Steps(rows, settings, memory)
-    saved = SavedState(state, {**asdict(settings), "shape": list(rows.shape), "about": about}, save_seconds)
+    saved = SavedState(state, {**asdict(settings), "shape": list(rows.shape), "about": rows_identity}, save_seconds)
     run = saved.load()
     done = settings.iterations * max(0, len(run.history) - 1) + (len(run.history[-1]) if run.history else 0)
     with progress(f"k-means {steps.where}", settings.iterations * settings.restarts, "iterations", done) as advance:
@@ -90,7 +97,7 @@ def train_kmeans(
 
 
 def _restart(run: KMeansRun, restart: int, steps: "_Steps", settings: KMeansSettings) -> Iterator[int]:
-    """Goes on with one restart to its end; yields how many iterations were finished each time."""
+    """Runs one restart to its end, from where it stopped; yields the number of iterations that each step finished."""
     if restart == len(run.history):
         run.history.append([])
         run.current = steps.first_centroids(restart)
@@ -100,24 +107,25 @@ def _restart(run: KMeansRun, restart: int, steps: "_Steps", settings: KMeansSett
         run.current, statistics = steps.iterate(before)
         past.append(statistics)
         converged = np.array_equal(before, run.current)
-        # Another iteration would only repeat this one.
-        left = 0 if converged else settings.iterations - len(past)
-        if left == 0:
-            _judge(run, restart, steps.objective(run.current, past[-1]["objective"]), settings)
+        # After convergence another iteration would only repeat this one.
+        remaining = 0 if converged else settings.iterations - len(past)
+        if remaining == 0:
+            _keep_if_best(run, restart, steps.objective(run.current, past[-1]["objective"]), settings)
         yield 1 + (settings.iterations - len(past) if converged else 0)
 
 
-def _judge(run: KMeansRun, restart: int, objective: float, settings: KMeansSettings) -> None:
-    lower = settings.metric == "l2"
-    if run.best_objective is None or (objective < run.best_objective if lower else objective > run.best_objective):
+def _keep_if_best(run: KMeansRun, restart: int, objective: float, settings: KMeansSettings) -> None:
+    """Ends a restart: its centroids become the run's if its objective is the best one so far."""
+    minimised = settings.metric == "l2"
+    if run.best_objective is None or (objective < run.best_objective if minimised else objective > run.best_objective):
         run.centroids, run.best, run.best_objective = run.current, restart, objective
     run.current = None
 
 
 class _Steps:
-    """FAISS's clustering of these rows, in memory or out of core."""
+    """The iterations of FAISS's clustering of given rows, in memory or out of core."""
 
-    def __init__(self, rows: np.ndarray, settings: KMeansSettings, memory: int):
+    def __init__(self, rows: NDArray[np.float16], settings: KMeansSettings, memory: int):
         self.faiss = import_faiss()
         self.rows, self.settings = rows, settings
         count, dim = rows.shape
@@ -134,36 +142,36 @@ class _Steps:
         device = f"{faiss_gpus()} GPU(s)" if faiss_gpus() else "the CPU"
         return f"on {device}, {'in memory' if self.in_memory else 'out of core'}"
 
-    def first_centroids(self, restart: int) -> np.ndarray:
-        """(K, dim) float32 rows, chosen as FAISS chooses them for this restart."""
-        # A negative seed means the clock to FAISS, and a larger one does not fit.
+    def first_centroids(self, restart: int) -> NDArray[np.float32]:
+        """(K, dim) rows, chosen as FAISS chooses them for this restart."""
+        # For a negative seed FAISS uses the clock, and a larger one does not fit.
         seed = (self.settings.seed + restart * _SEED_STEP) % (1 << 31) + 1
-        centroids = self._random_rows(seed) if self.settings.init == "random" else self._spread_rows(seed)
+        centroids = self._random_rows(seed) if self.settings.init == "random" else self._kmeans_plus_plus_rows(seed)
         return self._unit(centroids)
 
-    def _random_rows(self, seed: int) -> np.ndarray:
+    def _random_rows(self, seed: int) -> NDArray[np.float32]:
         order = np.empty(len(self.rows), dtype=np.int32)
         self.faiss.rand_perm(self.faiss.swig_ptr(order), len(order), seed)
         return self.rows[order[: self.settings.k]].astype(np.float32)
 
-    def _spread_rows(self, seed: int) -> np.ndarray:
+    def _kmeans_plus_plus_rows(self, seed: int) -> NDArray[np.float32]:
         k, dim = self.settings.k, self.rows.shape[1]
-        # Rows are in random order, so that the first ones are a fair sample.
-        some = self.rows[: SEEDING_ROWS_PER_CENTROID * k]
-        floats = np.ascontiguousarray(some, dtype=np.float32) if self.floats is None else self.floats[: len(some)]
-        chosen = self.faiss.ClusteringInitialization(dim, k)
-        chosen.method = self.faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
-        chosen.seed = seed
+        # Rows are in random order, so that the first ones are a uniform sample.
+        first = self.rows[: SEEDING_ROWS_PER_CENTROID * k]
+        floats = np.ascontiguousarray(first, dtype=np.float32) if self.floats is None else self.floats[: len(first)]
+        seeding = self.faiss.ClusteringInitialization(dim, k)
+        seeding.method = self.faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
+        seeding.seed = seed
         centroids = np.empty((k, dim), dtype=np.float32)
-        chosen.init_centroids(len(floats), self.faiss.swig_ptr(floats), self.faiss.swig_ptr(centroids))
+        seeding.init_centroids(len(floats), self.faiss.swig_ptr(floats), self.faiss.swig_ptr(centroids))
         return centroids
 
-    def iterate(self, centroids: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
-        """One iteration from these centroids: the next ones (K, dim) float32, and what FAISS says about it."""
+    def iterate(self, centroids: NDArray[np.float32]) -> tuple[NDArray[np.float32], dict[str, float]]:
+        """Runs one iteration from these centroids (K, dim); returns the next ones and FAISS's statistics."""
         faiss, (count, dim) = self.faiss, self.rows.shape
         clustering = faiss.Clustering(dim, self.settings.k)
         clustering.niter = 1
-        # FAISS would otherwise subsample without a word at 256 points a centroid, and warn below 39.
+        # Otherwise FAISS silently subsamples to 256 points per centroid, and warns below 39.
         clustering.max_points_per_centroid = math.ceil(count / self.settings.k) + 1
         clustering.min_points_per_centroid = 1
         clustering.decode_block_size = self.block
@@ -176,15 +184,16 @@ class _Steps:
             clustering.train_encoded(self.rows.view(np.uint8), _codec(dim), self.index)
         step = clustering.iteration_stats.at(0)
         statistics = {
-            # In blocks and at once the last digits of a float32 sum differ.
+            # The last digits of a float32 sum depend on whether it was computed in blocks.
             "objective": float(f"{step.obj:.6g}"),
             "imbalance": float(f"{step.imbalance_factor:.6g}"),
             "empty_clusters_split": int(step.nsplit),
         }
-        return self._unit(faiss.vector_float_to_array(clustering.centroids).reshape(-1, dim)), statistics
+        updated = faiss.vector_float_to_array(clustering.centroids).reshape(-1, dim)
+        return self._unit(updated), statistics
 
-    def objective(self, centroids: np.ndarray, reported: float) -> float:
-        """What restarts are compared by: FAISS's sum, or for very many rows one that does not drift."""
+    def objective(self, centroids: NDArray[np.float32], reported: float) -> float:
+        """The objective that restarts are compared by: FAISS's sum, or for very many rows an accurate one."""
         if self.settings.restarts == 1 or len(self.rows) <= _MOST_ROWS_OF_A_FLOAT_SUM:
             return reported
         self.index.reset()
@@ -192,48 +201,48 @@ class _Steps:
         blocks = (self.index.search(block, 1)[0] for block in float_blocks(self.rows, self.block))
         return float(sum(distances.sum(dtype=np.float64) for distances in blocks))
 
-    def _unit(self, centroids: np.ndarray) -> np.ndarray:
-        """Spherical k-means normalises here, not inside FAISS, which would do so twice an iteration."""
+    def _unit(self, centroids: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Normalises the centroids of spherical k-means; FAISS itself would do so twice per iteration."""
         if self.settings.metric == "cosine":
             self.faiss.normalize_L2(centroids)
         return centroids
 
 
 def block_rows(dim: int) -> int:
-    """Rows that are decoded at a time, up to 64 MiB of them; FAISS compares 4,096 at once."""
+    """Number of rows that are decoded at a time, up to 64 MiB of them; FAISS compares 4,096 at once."""
     return int(np.clip((1 << 24) // dim // 4096, 1, 8)) * 4096
 
 
 def fixed_bytes(count: int, dim: int, k: int) -> int:
-    """Anonymous memory of k-means besides the rows: FAISS's order, assignments and distances; copies of centroids."""
+    """Anonymous memory of k-means besides the rows: FAISS's order, assignments, distances and copies of centroids."""
     return 16 * count + 6 * 4 * k * dim
 
 
 def least_bytes(count: int, dim: int, k: int, init: str = "random") -> int:
-    """What k-means needs out of core: all but the rows, and those of them that are in float32 at a time."""
+    """Anonymous memory that k-means needs out of core: `fixed_bytes`, and the rows that are in float32 at a time."""
     seeding = 0 if init == "random" else min(count, SEEDING_ROWS_PER_CENTROID * k)
     return fixed_bytes(count, dim, k) + max(block_rows(dim), seeding) * dim * 4
 
 
 def refuse_little_memory(count: int, dim: int, settings: KMeansSettings, memory: int) -> None:
-    """DataError if not even k-means out of core of `count` rows fits in `memory` bytes."""
+    """Raises DataError if k-means of `count` rows does not even fit in `memory` bytes out of core."""
     needed = least_bytes(count, dim, settings.k, settings.init)
     if needed > memory:
-        other = "" if settings.init == "random" else ", or --init random"
+        alternative = "" if settings.init == "random" else ", or --init random"
         raise DataError(
             f"--memory {as_text(memory)} is too little: k-means of {count} patches x {dim} features and K={settings.k} "
-            f"needs {as_text(needed)} even out of core; give more, or use fewer --patches{other}."
+            f"needs {as_text(needed)} even out of core; give more, or use fewer --patches{alternative}."
         )
 
 
-def float_blocks(rows: np.ndarray, block: int) -> Iterator[np.ndarray]:
-    """`rows` in float32, `block` at a time."""
+def float_blocks(rows: NDArray[np.float16], block: int) -> Iterator[NDArray[np.float32]]:
+    """Yields `rows` in float32, `block` of them at a time."""
     for start in range(0, len(rows), block):
         yield np.asarray(rows[start : start + block], dtype=np.float32)
 
 
-def _as_floats(rows: np.ndarray, block: int) -> np.ndarray:
-    """All rows in float32; by FAISS, which uses all cores, where numpy would use one."""
+def _as_floats(rows: NDArray[np.float16], block: int) -> NDArray[np.float32]:
+    """All rows in float32, converted by FAISS on all cores; numpy would use one."""
     codec, floats = _codec(rows.shape[1]), np.empty(rows.shape, dtype=np.float32)
     for start in range(0, len(rows), block):
         codec.sa_decode(rows[start : start + block].view(np.uint8), floats[start : start + block])
@@ -245,11 +254,11 @@ def _codec(dim: int) -> Any:
     return faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16)
 
 
-def refuse_few_distinct(rows: np.ndarray, k: int) -> None:
-    """DataError if `rows` (n, dim) holds fewer than `k` different rows. Stops reading at the k-th."""
+def refuse_few_distinct(rows: NDArray[np.float16], k: int) -> None:
+    """Raises DataError if `rows` (n, dim) has fewer than `k` distinct rows. Stops reading at the k-th."""
     seen = set()
     for start in range(0, len(rows), 4096):
-        # Adding zero makes the two zeros one.
+        # Adding zero turns -0 into 0.
         for row in rows[start : start + 4096] + np.float16(0):
             seen.add(hashlib.blake2b(row.tobytes(), digest_size=16).digest())
         if len(seen) >= k:

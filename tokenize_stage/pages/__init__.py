@@ -1,1 +1,1 @@
-"""Stores and codebooks as pages to look at."""
+"""HTML pages that show a token store or a codebook."""

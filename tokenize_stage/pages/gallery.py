@@ -1,22 +1,23 @@
-"""What a store's page shows: which images, which codes, and for each code which patches."""
+"""Chooses what the page of a store shows: images, codes, and patches of each code."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...shared.errors import FingerprintMismatch
 from ...shared.images.views import ViewPolicy
 from ...shared.randomness import generator
 from ...shared.runtime.console import Advance, progress
-from ...shared.runtime.devices import choose_device, choose_workers
-from ...shared.tokens.codebook import Codebook
+from ...shared.runtime.devices import choose_workers
 from ...shared.tokens.rows import ShardRows
 from ...shared.tokens.store import TokenStore
 from ...shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
-from ..tokenizers.kclip import open_same_tower
+from ..tokenizers.base import Tokenizer
 from ..towers.features import extract
 
 _CANDIDATES = 16
@@ -26,32 +27,35 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class Patch:
-    """A patch of the store: `at` counts along the rows of its grid; its distance to its centroid where it is known."""
+    """A patch of the store: `at` counts row by row through the grid."""
 
     place: Place
     at: int
     distance: float | None = None
+    """Euclidean distance to its centroid; None where it was not computed."""
 
 
-def choose_codes(counts: np.ndarray, many: int) -> list[int]:
-    """At most `many` codes that are used, most used first: a quarter from the top, one from the bottom, the rest
-    evenly from between."""
+def choose_codes(counts: NDArray[np.int64], most: int) -> list[int]:
+    """At most `most` used codes, most used first, from counts (K,).
+
+    A quarter are the most used codes, a quarter the least used ones, and the rest are spread evenly between them.
+    """
     order = np.argsort(-counts, kind="stable")
-    order = order[counts[order] > 0]
-    if len(order) <= many:
-        return order.tolist()
-    ends = many // 4
-    between = np.linspace(ends, len(order) - ends - 1, many - 2 * ends).round().astype(int)
-    return [*order[:ends].tolist(), *order[between].tolist(), *order[len(order) - ends :].tolist()]
+    codes: list[int] = order[counts[order] > 0].tolist()
+    if len(codes) <= most:
+        return codes
+    ends = most // 4
+    between = np.linspace(ends, len(codes) - ends - 1, most - 2 * ends).round().astype(int)
+    return [*codes[:ends], *(codes[index] for index in between), *codes[len(codes) - ends :]]
 
 
 def sample_patches(
     store: TokenStore, shards: Iterable[str], codes: Sequence[int], seed: int, advance: Advance
 ) -> dict[int, list[Patch]]:
-    """For each of `codes` some patches that have it, at most one an image, drawn uniformly from all of `shards`."""
+    """For each of `codes` at most 16 patches that have it, one per image at most, drawn uniformly from `shards`."""
     wanted = np.zeros(store.k, dtype=bool)
     wanted[list(codes)] = True
-    best: dict[int, list[tuple[float, Patch]]] = defaultdict(list)
+    drawn: dict[int, list[tuple[float, Patch]]] = defaultdict(list)
     for name in shards:
         tokens = store.read_rows(name).tokens
         _, views, height, width = tokens.shape
@@ -61,16 +65,14 @@ def sample_patches(
         at, draws = at[np.argsort(draws)], np.sort(draws)
         image = at // (views * height * width)
         _, first = np.unique(flat[at] * np.int64(len(tokens)) + image, return_index=True)
-        for place in np.sort(first):
-            kept = best[int(flat[at[place]])]
-            view = int(at[place] // (height * width) % views)
-            kept.append(
-                (float(draws[place]), Patch(Place(name, int(image[place]), view), int(at[place] % (height * width))))
-            )
-        for code, kept in best.items():
-            best[code] = sorted(kept, key=lambda pair: pair[0])[:_CANDIDATES]
+        for index in np.sort(first):
+            view = int(at[index] // (height * width) % views)
+            patch = Patch(Place(name, int(image[index]), view), int(at[index] % (height * width)))
+            drawn[int(flat[at[index]])].append((float(draws[index]), patch))
+        for code, patches in drawn.items():
+            drawn[code] = sorted(patches, key=lambda pair: pair[0])[:_CANDIDATES]
         advance(1)
-    return {code: [patch for _, patch in best[code]] for code in codes}
+    return {code: [patch for _, patch in drawn[code]] for code in codes}
 
 
 @dataclass(frozen=True)
@@ -80,54 +82,50 @@ class Nearest:
     patches: dict[int, list[Patch]]
     images: int
     equal: float
-    """Share of their tokens that are those of the store."""
+    """Share of their tokens that are equal to the stored ones."""
 
 
 def nearest_patches(
     store: TokenStore,
     views: StoredViews,
-    book: Codebook,
+    tokenizer: Tokenizer,
     candidates: dict[int, list[Patch]],
-    many: int,
+    most: int,
     seed: int,
-    tower: str | None,
-    device: str,
 ) -> Nearest:
-    """Puts at most 256 images, those of `candidates` first, through the tower again: for each code its `many` nearest
-    patches.
+    """Encodes at most 256 images again, those of `candidates` first, and finds the `most` nearest patches of each code.
 
-    Raises FingerprintMismatch if codebook or tower are not those of the store.
+    Raises FingerprintMismatch if the tokenizer did not make the tokens of the store.
     """
-    refuse_other_codebook(store, book)
-    opened = open_same_tower(book, tower, choose_device(device))
-    policy, metric = ViewPolicy.from_json(store.view), book.description["metric"]
-    workers = choose_workers(None, opened.device.type)
+    refuse_other_codebook(store, tokenizer.fingerprint)
+    policy, workers = ViewPolicy.from_json(store.view), choose_workers(None, tokenizer.device.type)
     images = _images_of(candidates, choose_images(store, views.shards, _MOST_REENCODED, seed))
-    near: dict[int, list[Patch]] = defaultdict(list)
+    patches: dict[int, list[tuple[float, Patch]]] = defaultdict(list)
     compared = equal = 0
     with progress("measuring distances", len(images)) as advance:
-        for name, rows, chosen in by_shard(store, images):
-            records = [views.record(name, rows, row) for row in chosen]
-            done = iter(chosen)
-            for batch in extract(opened, records, policy, _BATCH, workers, metric):
-                tokens, distances = book.assign(batch.features.reshape(-1, opened.dim))
+        for name, rows, indices in by_shard(store, images):
+            records = [views.record(name, rows, row) for row in indices]
+            remaining = iter(indices)
+            for batch in extract(tokenizer, records, policy, _BATCH, workers, unit_length=tokenizer.unit_length):
+                tokens, distances = tokenizer.assign(batch.features.reshape(-1, tokenizer.dim))
                 shape = (len(batch.records), -1)
-                for again, far in zip(tokens.reshape(shape), distances.reshape(shape), strict=True):
-                    row = next(done)
+                for again, squared in zip(tokens.reshape(shape), distances.reshape(shape), strict=True):
+                    row = next(remaining)
                     stored = rows.tokens[row].reshape(-1)
                     compared, equal = compared + len(stored), equal + int((stored == again).sum())
                     for code in candidates.keys() & set(stored[stored == again].tolist()):
-                        near[code].append(_nearest(Place(name, row, 0), rows, code, stored, again, far))
+                        nearest = _nearest(Place(name, row, 0), rows, code, stored, again, squared)
+                        patches[code].append(nearest)
                 advance(len(batch.records))
-    patches = {code: sorted(found, key=lambda patch: patch.distance)[:many] for code, found in near.items()}
-    return Nearest({code: patches.get(code, []) for code in candidates}, len(images), equal / max(compared, 1))
+    closest = {code: [patch for _, patch in sorted(pairs, key=_distance)[:most]] for code, pairs in patches.items()}
+    return Nearest({code: closest.get(code, []) for code in candidates}, len(images), equal / max(compared, 1))
 
 
-def refuse_other_codebook(store: TokenStore, book: Codebook) -> None:
-    """FingerprintMismatch if `book` did not make the tokens of `store`."""
-    if book.fingerprint != store.fingerprint:
+def refuse_other_codebook(store: TokenStore, fingerprint: str) -> None:
+    """Raises FingerprintMismatch unless the tokenizer of that fingerprint made the tokens of `store`."""
+    if fingerprint != store.fingerprint:
         raise FingerprintMismatch(
-            f"{store.path} was made with codebook {store.fingerprint[:12]}, not {book.fingerprint[:12]}."
+            f"{store.path} was made with codebook {store.fingerprint[:12]}, not {fingerprint[:12]}."
         )
 
 
@@ -137,8 +135,23 @@ def _images_of(candidates: dict[int, list[Patch]], others: list[Place]) -> list[
     return list(dict.fromkeys((place.shard, place.row) for place in [*turns, *others]))[:_MOST_REENCODED]
 
 
-def _nearest(image: Place, rows: ShardRows, code: int, stored: np.ndarray, again: np.ndarray, far: np.ndarray) -> Patch:
-    """The patch of one image, in any of its views, that is nearest the centroid of `code`."""
-    at = int(np.where((stored == code) & (again == code), far, np.inf).argmin())
+def _distance(pair: tuple[float, Patch]) -> float:
+    return pair[0]
+
+
+def _nearest(
+    image: Place,
+    rows: ShardRows,
+    code: int,
+    stored: NDArray[np.uint16],
+    again: NDArray[np.uint16],
+    squared: NDArray[Any],
+) -> tuple[float, Patch]:
+    """(distance, patch) of the patch of one image, in any of its views, that is nearest the centroid of `code`.
+
+    `stored` and `again` are the image's tokens (V * H * W,), `squared` their squared distances.
+    """
+    at = int(np.where((stored == code) & (again == code), squared, np.inf).argmin())
     view, patch = divmod(at, rows.tokens[0, 0].size)
-    return Patch(Place(image.shard, image.row, view), patch, float(max(far[at], 0.0)) ** 0.5)
+    distance = float(max(squared[at], 0.0)) ** 0.5
+    return distance, Patch(Place(image.shard, image.row, view), patch, distance)

@@ -1,30 +1,31 @@
-"""inspect --html: a codebook or a token store as a page to look at."""
+"""Writes the HTML page of a codebook or a token store: inspect --html."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...shared.errors import DataError, UsageError
 from ...shared.report.pictures import data_uri, golden_colours, hex_colours
 from ...shared.report.render import write_page
 from ...shared.runtime.console import progress, say
-from ...shared.tokens.codebook import Codebook
 from ...shared.tokens.rows import NO_LABEL
 from ...shared.tokens.store import TokenStore
 from ...shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
-from ..inspection.terminal import against_rows
+from ..inspection.terminal import comparison_rows, complete_description
+from ..tokenizers.opening import read_tokenizer
 from .gallery import Patch, choose_codes, nearest_patches, refuse_other_codebook, sample_patches
 from .token_maps import code_colours
 
 IMAGES, CODES, PATCHES = 96, 48, 6
-"""The most images and codes that a page shows, and patches of each code."""
+"""The most images, codes, and patches of each code that a page shows."""
 _IMAGE_SIDE, _PATCH_SIDE = 256, 112
 
 
 class StorePage:
-    """The page of a token store: opened before the store is read, so that a wrong option is told at once."""
+    """The page of a token store. It is opened before the store is read, so that a wrong option is reported at once."""
 
     def __init__(
         self,
@@ -37,116 +38,118 @@ class StorePage:
         seed: int = 0,
         device: str = "auto",
     ):
-        """Options as `inspect` takes them.
+        """Takes the options of `inspect`.
 
-        Raises DataError for images that are not those of the store, FingerprintMismatch for another codebook,
-        UsageError for a page that cannot lie where it should.
+        Raises:
+            DataError: the images are not those of the store.
+            FingerprintMismatch: the codebook is not that of the store.
+            UsageError: the page would replace a folder.
         """
-        self.html, self.store, self.seed = _place(html), store, seed
+        self.html, self.store, self.seed = _page_path(html), store, seed
         self.views = StoredViews(store, images)
-        self.book = Codebook.load(codebook) if codebook else None
+        self.tokenizer = read_tokenizer(codebook) if codebook else None
         self.tower, self.device = tower, device
-        if self.book:
-            refuse_other_codebook(store, self.book)
+        if self.tokenizer:
+            refuse_other_codebook(store, self.tokenizer.fingerprint)
 
-    def write(self, about: dict[str, Any]) -> Path:
-        """Writes what `inspect` said of the store; an "image" in it is the first one on the page.
+    def write(self, report: dict[str, Any]) -> Path:
+        """Writes the page of a `report` by `inspect`; the image in its "image" comes first on the page.
 
-        Raises DataError for an image that cannot be read or is not the one that was encoded, FingerprintMismatch for
-        another tower.
+        Raises:
+            DataError: an image cannot be read or changed since it was encoded.
+            FingerprintMismatch: the tower is not that of the codebook.
         """
-        shown = self._galleries(about) if self.views.shards else _NOTHING
-        colours = code_colours(self.book) if self.book else golden_colours(self.store.k)
-        return _write(self.html, about, colours, shown)
+        galleries = self._galleries(report) if self.views.shards else _NO_GALLERIES
+        colours = code_colours(self.tokenizer.codebook) if self.tokenizer else golden_colours(self.store.k)
+        return _write(self.html, report, colours, galleries)
 
-    def _galleries(self, about: dict[str, Any]) -> dict[str, Any]:
+    def _galleries(self, report: dict[str, Any]) -> dict[str, Any]:
         store, views = self.store, self.views
         places = choose_images(store, views.shards, IMAGES, self.seed)
-        if "image" in about:
-            first = _place_of(store, about["image"]["key"], views)
+        if "image" in report:
+            first = _place_of(store, report["image"]["key"], views)
             others = [place for place in places if (place.shard, place.row) != (first.shard, first.row)]
             places = [first, *others[: IMAGES - 1]]
-        codes = choose_codes(np.array(about["counts"]), CODES)
+        codes = choose_codes(np.array(report["counts"]), CODES)
         with progress("choosing patches", len(views.shards), "shards") as advance:
             patches = sample_patches(store, views.shards, codes, self.seed, advance)
-        near = (
-            nearest_patches(store, views, self.book, patches, PATCHES, self.seed, self.tower, self.device)
-            if self.book
-            else None
-        )
-        patches = near.patches if near else {code: found[:PATCHES] for code, found in patches.items()}
+        nearest = None
+        if self.tokenizer:
+            tokenizer = self.tokenizer.open(tower=self.tower, device=self.device)
+            nearest = nearest_patches(store, views, tokenizer, patches, PATCHES, self.seed)
+        patches = nearest.patches if nearest else {code: drawn[:PATCHES] for code, drawn in patches.items()}
         return {
             "images": _image_cards(store, views, places),
-            "codes": _code_cards(about, store, views, patches),
-            "nearest": near and {"images": near.images, "equal": near.equal},
+            "codes": _code_cards(report, store, views, patches),
+            "nearest": nearest and {"images": nearest.images, "equal": nearest.equal},
         }
 
 
-_NOTHING: dict[str, Any] = {"images": [], "codes": [], "nearest": None}
+_NO_GALLERIES: dict[str, Any] = {"images": [], "codes": [], "nearest": None}
 
 
-def write_codebook_page(about: dict[str, Any], html: str | Path) -> Path:
-    """Writes what `inspect` said of a codebook; UsageError for a page that cannot lie where it should."""
-    return _write(_place(html), about, golden_colours(about["k"]), _NOTHING)
+def write_codebook_page(report: dict[str, Any], html: str | Path) -> Path:
+    """Writes the page of a codebook's `report` by `inspect`; UsageError if the page would replace a folder."""
+    return _write(_page_path(html), report, golden_colours(report["k"]), _NO_GALLERIES)
 
 
-def _place(html: str | Path) -> Path:
+def _page_path(html: str | Path) -> Path:
     path = Path(html)
     if path.is_dir():
         raise UsageError(f"--html {path} is a folder; give a file, such as {path / 'report.html'}.")
     return path
 
 
-def _write(path: Path, about: dict[str, Any], colours: np.ndarray, shown: dict[str, Any]) -> Path:
-    name = Path(about["path"]).name or about["path"]
-    write_page(path, "store", title=f"{name}: {about['kind']}", name=name, **_content(about, colours, shown))
+def _write(path: Path, report: dict[str, Any], colours: NDArray[np.uint8], galleries: dict[str, Any]) -> Path:
+    name = Path(report["path"]).name or report["path"]
+    write_page(path, "store", title=f"{name}: {report['kind']}", name=name, **_content(report, colours, galleries))
     say(f"The page is {path} ({path.stat().st_size / 1e6:.1f} MB); it opens in any browser, without a network.")
     return path
 
 
-def _content(about: dict[str, Any], colours: np.ndarray, shown: dict[str, Any]) -> dict[str, Any]:
-    """All that the template and its script see."""
-    made_by = about.get("codebook", about)
-    perplexity = about["positions"]["perplexity"] if "positions" in about else None
+def _content(report: dict[str, Any], colours: NDArray[np.uint8], galleries: dict[str, Any]) -> dict[str, Any]:
+    """The variables of the template and the data of its script."""
+    made_by = complete_description(report.get("codebook", report))
+    perplexity = report["positions"]["perplexity"] if "positions" in report else None
     data = {
-        "k": about["k"],
-        "grid": about["grid"],
-        # Of an imported codebook nobody knows them.
-        "counts": about["counts"] or [0] * about["k"],
+        "k": report["k"],
+        "grid": report["grid"],
+        # The counts of an imported codebook are not known.
+        "counts": report["counts"] or [0] * report["k"],
         "colours": hex_colours(colours),
         "perplexity": perplexity,
         "objective": made_by.get("objective"),
-        "images": [{"key": image["key"], "tokens": image["tokens"]} for image in shown["images"]],
+        "images": [{"key": image["key"], "tokens": image["tokens"]} for image in galleries["images"]],
     }
     return {
         "data": data,
-        "about": about,
+        "about": report,
         "made_by": made_by,
-        "against": list(against_rows(about)),
-        "most_bits": float(np.log2(about["k"])),
+        "against": list(comparison_rows(report)),
+        "most_bits": float(np.log2(report["k"])),
         "poorest": perplexity and float(np.min(perplexity)),
         "richest": perplexity and float(np.max(perplexity)),
-        **shown,
+        **galleries,
     }
 
 
 def _place_of(store: TokenStore, key: str, views: StoredViews) -> Place:
     """The first view of the image with that key."""
     for name in views.shards:
-        (found,) = np.nonzero(store.read_rows(name).keys == key)
-        if len(found):
-            return Place(name, int(found[0]), 0)
+        matches = np.flatnonzero(store.read_rows(name).keys == key)
+        if len(matches):
+            return Place(name, int(matches[0]), 0)
     raise DataError(f"--images has no image with key {key!r}; give the tars that hold it, too.")
 
 
 def _image_cards(store: TokenStore, views: StoredViews, places: Sequence[Place]) -> list[dict[str, Any]]:
-    """What the page says of each view in `places`, in their order, with its picture."""
+    """The text and the picture of each view in `places`, in their order."""
     wanted: dict[tuple[str, int], set[int]] = {}
     for place in places:
         wanted.setdefault((place.shard, place.row), set()).add(place.view)
     cards = {}
-    for shard, rows, chosen in by_shard(store, wanted):
-        for row, view in ((place, view) for place in chosen for view in wanted[shard, place]):
+    for shard, rows, indices in by_shard(store, wanted):
+        for row, view in ((index, view) for index in indices for view in wanted[shard, index]):
             label = int(rows.labels[row])
             cards[Place(shard, row, view)] = {
                 "key": str(rows.keys[row]),
@@ -161,24 +164,24 @@ def _image_cards(store: TokenStore, views: StoredViews, places: Sequence[Place])
 
 
 def _code_cards(
-    about: dict[str, Any], store: TokenStore, views: StoredViews, patches: dict[int, list[Patch]]
+    report: dict[str, Any], store: TokenStore, views: StoredViews, patches: dict[int, list[Patch]]
 ) -> list[dict[str, Any]]:
-    """What the page says of each code, in the order of `patches`, with the pictures that its patches lie in."""
-    drawn: dict[Place, tuple[str, str]] = {}
-    wanted = {patch.place for found in patches.values() for patch in found}
-    for shard, rows, chosen in by_shard(store, ((place.shard, place.row) for place in wanted)):
-        for place in (place for place in sorted(wanted) if place.shard == shard and place.row in chosen):
+    """The text of each code, in the order of `patches`, and the pictures that contain its patches."""
+    pictures: dict[Place, tuple[str, str]] = {}
+    wanted = {patch.place for code_patches in patches.values() for patch in code_patches}
+    for shard, rows, indices in by_shard(store, ((place.shard, place.row) for place in wanted)):
+        for place in (place for place in sorted(wanted) if place.shard == shard and place.row in indices):
             picture = data_uri(views.view(shard, rows, place.row, place.view, _PATCH_SIDE))
-            drawn[place] = str(rows.keys[place.row]), picture
-    ranks = np.argsort(np.argsort(-np.array(about["counts"]), kind="stable"))
+            pictures[place] = str(rows.keys[place.row]), picture
+    ranks = np.argsort(np.argsort(-np.array(report["counts"]), kind="stable"))
     return [
         {
             "code": code,
-            "count": about["counts"][code],
+            "count": report["counts"][code],
             "rank": int(ranks[code]) + 1,
-            "patches": [_patch_card(patch, *drawn[patch.place], store.grid) for patch in found],
+            "patches": [_patch_card(patch, *pictures[patch.place], store.grid) for patch in code_patches],
         }
-        for code, found in patches.items()
+        for code, code_patches in patches.items()
     ]
 
 

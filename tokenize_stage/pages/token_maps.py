@@ -1,9 +1,10 @@
-"""Token maps to look at: a few images beside their tokens, similar codes in similar colours."""
+"""Draws token maps: a few images beside their tokens, similar codes in similar colours."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ...shared.errors import FingerprintMismatch
@@ -18,8 +19,8 @@ _SIDE, _GAP, _HEADER = 160, 10, 22
 _BACKGROUND, _INK = (250, 250, 248), (40, 40, 44)
 
 
-def code_colours(codebook: Codebook) -> np.ndarray:
-    """An RGB colour for each code, uint8 (K, 3): the centroids' first three principal components, by rank."""
+def code_colours(codebook: Codebook) -> NDArray[np.uint8]:
+    """An RGB colour for each code, uint8 (K, 3): the ranks of the centroids' first three principal components."""
     centred = codebook.centroids - codebook.centroids.mean(0)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
     ranks = np.argsort(np.argsort(centred @ axes[:3].T, axis=0), axis=0)
@@ -28,9 +29,11 @@ def code_colours(codebook: Codebook) -> np.ndarray:
 
 
 def draw_token_maps(records: Sequence[ImageRecord], store: TokenStore, codebook: Codebook, out: Path) -> Path:
-    """Writes a PNG: for each image, the first view's crop and beside it the map of its tokens.
+    """Writes a PNG to `out`: for each image, the crop of the first view and beside it the map of its tokens.
 
-    Raises DataError for an image that cannot be read or has no tokens, FingerprintMismatch for another codebook.
+    Raises:
+        DataError: an image cannot be read or has no tokens.
+        FingerprintMismatch: the store was made with another codebook.
     """
     if codebook.fingerprint != store.fingerprint:
         raise FingerprintMismatch(
@@ -41,7 +44,7 @@ def draw_token_maps(records: Sequence[ImageRecord], store: TokenStore, codebook:
     rows = -(-len(records) // columns)
     cell = 2 * _SIDE + _GAP
     sheet = Image.new("RGB", (columns * (cell + 2 * _GAP) + _GAP, _HEADER + rows * (_SIDE + 2 * _GAP)), _BACKGROUND)
-    title = f"K={codebook.k} codes, {store.grid[0]}x{store.grid[1]} tokens an image; similar codes have similar colours"
+    title = f"K={codebook.k} codes, {store.grid[0]}x{store.grid[1]} tokens per image; similar codes, similar colours"
     ImageDraw.Draw(sheet).text((_GAP, 6), title, fill=_INK)
     for number, record in enumerate(records):
         left = _GAP + (number % columns) * (cell + 2 * _GAP)

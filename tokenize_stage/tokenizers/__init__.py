@@ -1,1 +1,1 @@
-"""Visual tokenizers: pixels of a view -> a grid of token indices."""
+"""Visual tokenizers: they turn the pixels of a view into a grid of token indices."""

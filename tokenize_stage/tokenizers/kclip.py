@@ -1,22 +1,58 @@
-"""k-CLIP: patch features of a frozen tower, and the nearest centroid of each."""
+"""k-CLIP and every other k-means tokenizer: patch features of a frozen tower, and the nearest centroid of each."""
 
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ...shared.errors import FingerprintMismatch
 from ...shared.tokens.codebook import TOKEN_FIELDS, Codebook
 from ..towers.opening import open_tower
 from ..towers.tower import Tower, TowerSettings
+from .base import Tokenizer, pixels_in_255
+
+# Another device or batch size rounds features differently: two centroids whose squared distances differ by no more
+# than this share of the squared lengths are equally near.
+_ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-def open_same_tower(book: Codebook, tower: str | None, device: str) -> Tower:
-    """The codebook's tower, opened where it was or at `tower`; FingerprintMismatch if that is another one."""
-    about = book.description
-    recorded = TowerSettings(**{name: about[name] for name in TowerSettings.__dataclass_fields__})
-    opened = open_tower(replace(recorded, tower=tower) if tower else recorded, device)
+class KClip(Tokenizer):
+    """The nearest centroid of each patch feature, by Euclidean distance or cosine (arXiv 2306.07346, section 3)."""
+
+    def __init__(self, tower: Tower, codebook: Codebook, description: dict[str, Any]):
+        """`description` is the JSON of the codebook's folder (`shared.tokens.codebook.read_description`)."""
+        self.tower, self.codebook, self.description = tower, codebook, description
+        self.preprocess, self.grid, self.dim, self.device = tower.preprocess, tower.grid, tower.dim, tower.device
+        self.k, self.fingerprint = codebook.k, codebook.fingerprint
+        self.unit_length = codebook.description["metric"] == "cosine"
+
+    def features(self, pixels: Tensor) -> Tensor:
+        return self.tower.features(pixels_in_255(pixels))
+
+    def assign(self, features: NDArray[np.float32]) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+        return self.codebook.assign(features)
+
+    def nearly_equal(
+        self, features: NDArray[np.float32], tokens: NDArray[np.uint16], nearest: NDArray[np.uint16]
+    ) -> NDArray[np.bool_]:
+        points, centroids = features.astype(np.float64), self.codebook.centroids.astype(np.float64)
+        far, near = (((points - centroids[codes]) ** 2).sum(-1) for codes in (tokens, nearest))
+        scale = (points**2).sum(-1) + (centroids[nearest] ** 2).sum(-1)
+        ties: NDArray[np.bool_] = far - near <= _ROUNDING[self.codebook.description["precision"]] * scale
+        return ties
+
+
+def open_same_tower(codebook: Codebook, tower: str | None, device: str) -> Tower:
+    """Opens the codebook's tower where it was, or at `tower`. Raises FingerprintMismatch if that is another tower."""
+    recorded = codebook.description
+    settings = TowerSettings(**{name: recorded[name] for name in TowerSettings.__dataclass_fields__})
+    opened = open_tower(replace(settings, tower=tower) if tower else settings, device)
     for name, value in opened.description().items():
-        if name in TOKEN_FIELDS and value != about[name]:
+        if name in TOKEN_FIELDS and value != recorded[name]:
             raise FingerprintMismatch(
                 f"--tower {opened.settings.tower} is not the tower of the codebook: its {name} is {value}, "
-                f"the codebook's {about[name]}."
+                f"the codebook's {recorded[name]}."
             )
     return opened

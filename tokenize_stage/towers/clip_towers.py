@@ -12,6 +12,7 @@ from .tower import OpenedModel, TowerSettings
 
 
 def open_clip_tower(settings: TowerSettings) -> OpenedModel:
+    """Opens the image tower of an open_clip model. Raises UsageError and DataError as `opening.open_tower` does."""
     import open_clip
 
     name, random = settings.tower, settings.pretrained == RANDOM
@@ -38,10 +39,11 @@ def open_clip_tower(settings: TowerSettings) -> OpenedModel:
 
     def intermediates(pixels: Tensor, layer: int, final_norm: bool) -> Tensor:
         # Without `intermediates_only` open_clip's ModifiedResNet fails when features are not pooled.
-        given = visual.forward_intermediates(
+        outputs = visual.forward_intermediates(
             pixels, indices=[layer], normalize_intermediates=final_norm, intermediates_only=True, stop_early=True
         )
-        return given["image_intermediates"][0]
+        maps: Tensor = outputs["image_intermediates"][0]
+        return maps
 
     return OpenedModel(visual, intermediates, "open_clip", _clip_preprocess(name, fields))
 

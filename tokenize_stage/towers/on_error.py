@@ -1,4 +1,4 @@
-"""The meaning of --on-error."""
+"""The values of --on-error."""
 
 from ...shared.errors import UsageError
 
@@ -6,7 +6,7 @@ ON_ERROR = ("stop", "skip")
 
 
 def skips(on_error: str) -> bool:
-    """Whether --on-error says to leave out what cannot be read; UsageError for what it cannot say."""
+    """Whether unreadable images are skipped. Raises UsageError unless `on_error` is "stop" or "skip"."""
     if on_error not in ON_ERROR:
         raise UsageError(f"--on-error {on_error} is unknown; choose {' or '.join(ON_ERROR)}.")
     return on_error == "skip"

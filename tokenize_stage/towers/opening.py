@@ -7,11 +7,16 @@ from .tower import PRECISIONS, Tower, TowerSettings
 
 
 def open_tower(settings: TowerSettings, device: str = "cpu") -> Tower:
-    """Opens a tower by the name that its library uses.
+    """Opens a tower on a device.
 
-    `settings.tower` is an open_clip model name, `local-dir:PATH`, `hf-hub:ID` or `timm:NAME`; `pretrained` a tag or a
-    file, or "none" for seeded random weights. Raises UsageError for an unknown name or tag and DataError for weights
-    that are missing or cannot be fetched.
+    Args:
+        settings: `tower` is an open_clip model name, `local-dir:PATH`, `hf-hub:ID` or `timm:NAME`; `pretrained` is a
+            tag or a file, or "none" for seeded random weights.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UsageError: the name, the tag, the layer or the precision is unknown.
+        DataError: the weights are missing or cannot be fetched.
     """
     if settings.precision not in PRECISIONS:
         raise UsageError(f"--precision {settings.precision} is unknown; choose from {', '.join(PRECISIONS)}.")

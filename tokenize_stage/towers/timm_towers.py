@@ -12,6 +12,7 @@ from .tower import OpenedModel, TowerSettings
 
 
 def open_timm_tower(settings: TowerSettings) -> OpenedModel:
+    """Opens a timm backbone. Raises UsageError and DataError as `opening.open_tower` does."""
     import timm
 
     name, random = settings.tower.removeprefix("timm:"), settings.pretrained == RANDOM
@@ -28,7 +29,8 @@ def open_timm_tower(settings: TowerSettings) -> OpenedModel:
             )
         name = f"{base}.{settings.pretrained}"
     with library_errors_explained(settings), seeded_if(random):
-        model = timm.create_model(
+        # Any: timm's models have methods that no common base class declares.
+        model: Any = timm.create_model(
             name,
             pretrained=not random,
             pretrained_cfg_overlay={"file": file} if file else None,
@@ -36,12 +38,13 @@ def open_timm_tower(settings: TowerSettings) -> OpenedModel:
         # Convolutional backbones take any size; transformers must resample their position embeddings.
         if settings.image_size and hasattr(model, "set_input_size"):
             model.set_input_size(img_size=settings.image_size)
-    config = timm.data.resolve_model_data_config(model)
+    config = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined, no-untyped-call]  # not exported
 
     def intermediates(pixels: Tensor, layer: int, final_norm: bool) -> Tensor:
-        return model.forward_intermediates(
+        maps: list[Tensor] = model.forward_intermediates(
             pixels, indices=[layer], norm=final_norm, intermediates_only=True, stop_early=True, output_fmt="NCHW"
-        )[0]
+        )
+        return maps[0]
 
     return OpenedModel(model, intermediates, "timm", _timm_preprocess(base, config, settings.image_size))
 

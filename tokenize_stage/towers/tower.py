@@ -1,4 +1,4 @@
-"""Frozen image towers: any open_clip or timm model, as a function from pixels to a grid of patch features."""
+"""A frozen image tower, any open_clip or timm model: a function from pixels to a grid of patch features."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,7 +17,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class TowerSettings:
-    """What to open, and which features to take from it. The first three say where; the rest changes tokens."""
+    """Which model to open, and which of its features to take; `layer` and what follows it change tokens."""
 
     tower: str = "RN50x64"
     pretrained: str | None = None
@@ -28,10 +28,11 @@ class TowerSettings:
 
 
 class Tower:
-    """A frozen tower on a device. `features` is the only way in.
+    """A frozen tower on a device, called through `features`.
 
-    `preprocess` says what it must see, `grid` (rows, columns) and `dim` what it gives, `identity` what makes it
-    this tower and no other (library, architecture, weights).
+    `preprocess` turns an image into the pixels that the tower takes; `grid` (rows, columns) is its grid of patches and
+    `dim` the length of a patch's features; `identity` (library, architecture, weights) differs between any two
+    towers.
     """
 
     def __init__(self, settings: TowerSettings, opened: "OpenedModel", device: str):
@@ -81,12 +82,18 @@ class Tower:
         return maps
 
     def features(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels (B, 3, image_size, image_size) -> float32 features (B, rows * columns, dim), raster order."""
+        """Computes patch features: pixels (B, 3, S, S) in [0, 255] -> float32 (B, rows * columns, dim), row by row.
+
+        S is `preprocess.image_size`; pixels are uint8 or float32, and float32 ones are changed in place.
+        """
         return self._maps(pixels).float().flatten(2).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class OpenedModel:
+    """A model as its library opened it: `intermediates` takes normalised pixels, a layer and whether to apply the
+    final norm, and returns feature maps (B, dim, rows, columns)."""
+
     module: nn.Module
     intermediates: Callable[[Tensor, int, bool], Tensor]
     library: str
@@ -94,8 +101,11 @@ class OpenedModel:
 
 
 def _weights_sha256(module: nn.Module, resized: bool) -> str:
-    """Over names and values of all weights; position embeddings resampled to another image size are left out, being
-    derived from the rest and not the same to the last bit on every machine."""
+    """SHA-256 over the names and values of all weights.
+
+    Position embeddings that were resampled to another image size are left out: they follow from the rest, and machines
+    differ in their last bits.
+    """
     whole = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if resized and "pos" in name:
@@ -106,8 +116,8 @@ def _weights_sha256(module: nn.Module, resized: bool) -> str:
 
 
 def _architecture(module: nn.Module) -> dict[str, Any]:
-    """What the weights alone do not say: the class, the kinds of its layers (GELU or QuickGELU, for one), how many
-    heads share the attention's weights, and the strides."""
+    """Properties that the weights do not show: the class, the types of its layers (such as GELU or QuickGELU), the
+    numbers of attention heads, and the strides."""
     parts = list(module.modules())
     return {
         "class": type(module).__name__,

@@ -19,7 +19,7 @@ from mapet.shared.images.records import ImageRecord, read_bytes
 from mapet.shared.images.sources import open_source, read_records
 from mapet.shared.tokens.rows import NO_LABEL, ShardRows
 from mapet.shared.tokens.store import TokenStore, write_shard
-from mapet.tokenize_stage.encode_shards import encode_shards
+from mapet.tokenize_stage.encode_shards import encode_shards, encode_shards_dry_run, show_estimate
 from mapet.tokenize_stage.inspect import inspect
 from mapet.tokenize_stage.verify import verify
 from PIL import Image
@@ -210,7 +210,8 @@ def test_an_unknown_format_is_a_usage_error(chain, tmp_path: Path):
 
 
 def test_a_dry_run_says_about_how_large_the_tars_will_be(chain, tars: Path, tmp_path: Path, capsys):
-    assert encode(chain.images, chain, tmp_path / "store", dry_run=True, **VIEWS) is None
+    estimate = encode_shards_dry_run(chain.images, chain.codebook, tmp_path / "store", batch_size=16, **VIEWS)
+    show_estimate(estimate)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("│ bytes"))
     stated = int(line.split("│")[2].split()[0].replace(",", ""))
     written = sum(path.stat().st_size for path in tars.glob("shards/*.tar"))

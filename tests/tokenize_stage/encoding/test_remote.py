@@ -197,7 +197,7 @@ def test_a_remote_store_is_gone_on_with_and_refuses_what_a_local_one_refuses(cha
     encode(chain.images, in_memory)
     assert remote_files_of(in_memory) == files_of(chain.tokens)
     files.pipe_file(f"{in_memory}/other/notes.txt", b"mine")
-    with pytest.raises(UsageError, match="is not empty and no token store"):
+    with pytest.raises(UsageError, match="is not empty and not a token store"):
         encode(chain.images, f"{in_memory}/other")
 
 

@@ -17,7 +17,7 @@ from mapet.shared.tokens.rows import ShardRows
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.tokenize_stage.import_tokens import import_tokens
+from mapet.tokenize_stage.import_tokens import import_codebook, import_tokens, which_import
 from mapet.tokenize_stage.inspect import inspect, show
 from mapet.tokenize_stage.verify import verify
 
@@ -43,12 +43,12 @@ def write_csv(path: Path, lines: list[list[str]]) -> Path:
 def test_imported_centroids_are_the_codebook_that_they_came_from(chain, tower: str, tmp_path: Path, capsys):
     book = Codebook.load(chain.codebook)
     file = save(tmp_path / "c.npy", book.centroids.astype(np.float64))
-    imported = import_tokens(tmp_path / "book", centroids=file, tower=tower)
+    imported = import_codebook(tmp_path / "book", centroids=file, tower=tower)
     assert imported.fingerprint == book.fingerprint
     assert np.array_equal(Codebook.load(tmp_path / "book").centroids, book.centroids)
     assert verify(tmp_path / "book") == 16
     before = files_of(tmp_path / "book")
-    import_tokens(tmp_path / "book", centroids=file, tower=tower)  # again: nothing to do
+    import_codebook(tmp_path / "book", centroids=file, tower=tower)  # again: nothing to do
     assert files_of(tmp_path / "book") == before
     about = inspect(tmp_path / "book")
     capsys.readouterr()
@@ -65,7 +65,7 @@ def test_imported_centroids_are_the_codebook_that_they_came_from(chain, tower: s
 
 def test_an_imported_codebook_encodes_the_same_tokens(chain, tower: str, tmp_path: Path):
     file = save(tmp_path / "c.npy", Codebook.load(chain.codebook).centroids)
-    import_tokens(tmp_path / "book", centroids=file, tower=tower)
+    import_codebook(tmp_path / "book", centroids=file, tower=tower)
     encode_shards(chain.images, tmp_path / "book", tmp_path / "out", batch_size=16)
     shards = "shards/{}.zarr.zip"
     expected = files_of(chain.tokens)
@@ -89,7 +89,7 @@ def test_an_imported_codebook_encodes_the_same_tokens(chain, tower: str, tmp_pat
 )
 def test_centroids_that_cannot_be_are_refused(tower: str, tmp_path: Path, array: np.ndarray, words: str):
     with pytest.raises(DataError, match=words) as caught:
-        import_tokens(tmp_path / "book", centroids=save(tmp_path / "c.npy", array), tower=tower)
+        import_codebook(tmp_path / "book", centroids=save(tmp_path / "c.npy", array), tower=tower)
     assert "c.npy" in str(caught.value)
     assert not (tmp_path / "book").exists()
 
@@ -98,12 +98,12 @@ def test_centroids_of_cosine_have_length_one(chain, tower: str, tmp_path: Path):
     centroids = Codebook.load(chain.codebook).centroids
     options = {"tower": tower, "metric": "cosine"}
     with pytest.raises(DataError, match=r"row 0 has length .*, and --metric cosine"):
-        import_tokens(tmp_path / "book", centroids=save(tmp_path / "c.npy", centroids), **options)
+        import_codebook(tmp_path / "book", centroids=save(tmp_path / "c.npy", centroids), **options)
     centroids = centroids / np.linalg.norm(centroids, axis=1, keepdims=True)
-    book = import_tokens(tmp_path / "book", centroids=save(tmp_path / "c.npy", centroids), **options)
+    book = import_codebook(tmp_path / "book", centroids=save(tmp_path / "c.npy", centroids), **options)
     assert book.description["metric"] == "cosine"
     with pytest.raises(UsageError, match="--metric dot is unknown"):
-        import_tokens(tmp_path / "new", centroids=tmp_path / "c.npy", tower=tower, metric="dot")
+        import_codebook(tmp_path / "new", centroids=tmp_path / "c.npy", tower=tower, metric="dot")
 
 
 def test_what_is_no_npy_file_is_refused(tower: str, tmp_path: Path):
@@ -112,16 +112,19 @@ def test_what_is_no_npy_file_is_refused(tower: str, tmp_path: Path):
     np.savez(tmp_path / "many.npz", a=np.zeros(3))
     for name in ("text.npy", "empty.npy", "many.npz", "nowhere.npy"):
         with pytest.raises(DataError, match=f"--centroids .*{name}"):
-            import_tokens(tmp_path / "book", centroids=tmp_path / name, tower=tower)
+            import_codebook(tmp_path / "book", centroids=tmp_path / name, tower=tower)
 
 
-def test_import_takes_one_or_the_other(chain, tmp_path: Path):
+def test_import_takes_one_or_the_other():
+    none = dict.fromkeys(("centroids", "tokens", "csv", "images", "codebook"))
     with pytest.raises(UsageError, match="missing: --tokens, --csv, --images, --codebook"):
-        import_tokens(tmp_path / "out")
+        which_import(**none)
     with pytest.raises(UsageError, match=r"missing: --csv, --images\."):
-        import_tokens(tmp_path / "out", tokens="t.npy", codebook=chain.codebook)
+        which_import(**none | {"tokens": "t.npy", "codebook": "book"})
     with pytest.raises(UsageError, match="takes either --centroids"):
-        import_tokens(tmp_path / "out", centroids="c.npy", images=str(chain.images))
+        which_import(**none | {"centroids": "c.npy", "images": "images"})
+    assert which_import(**none | {"centroids": "c.npy"}) == "codebook"
+    assert which_import(centroids=None, tokens="t.npy", csv="l.csv", images="images", codebook="book") == "tokens"
 
 
 # Tokens
@@ -274,9 +277,9 @@ def test_missing_doubled_and_foreign_rows_are_named(take, published, tmp_path: P
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda tokens: tokens.astype(np.float32), r"holds float32 of shape \(96, 8, 8\); the codebook's grid wants"),
+        (lambda tokens: tokens.astype(np.float32), r"holds float32 of shape \(96, 8, 8\); the codebook's grid needs"),
         (lambda tokens: tokens.reshape(96, 4, 16), r"holds uint16 of shape \(96, 4, 16\)"),
-        (lambda tokens: tokens[:, :7], "grid wants integers"),
+        (lambda tokens: tokens[:, :7], "grid needs integers"),
         (lambda tokens: np.where(np.arange(96)[:, None, None] == 41, 16, tokens), "first in row 41"),
         (lambda tokens: np.where(np.arange(96)[:, None, None] == 0, -1, tokens.astype(int)), "first in row 0"),
     ],

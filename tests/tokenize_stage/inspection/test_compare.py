@@ -107,7 +107,7 @@ def test_of_another_codebook_it_says_what_is_not_compared(chain, tower: str, tmp
     assert "not compared" in capsys.readouterr().out
     books = inspect(chain.codebook, against=tmp_path / "book")["against"]
     assert books["centroids"] is None
-    assert books["not_compared"][-1].startswith("centroids: features of two kinds")
+    assert books["not_compared"][-1].startswith("centroids: they belong to different features")
 
 
 def test_centroids_are_matched_by_distance_whatever_their_numbers(chain, tmp_path: Path, capsys):
@@ -137,9 +137,9 @@ def test_centroids_are_matched_by_distance_whatever_their_numbers(chain, tmp_pat
 
 
 def test_unlike_things_are_not_compared(chain, tmp_path: Path):
-    with pytest.raises(UsageError, match=r"--against .*codebook: it is no token store"):
+    with pytest.raises(UsageError, match=r"--against .*codebook is a codebook and .*tokens is a token store"):
         inspect(chain.tokens, against=chain.codebook)
-    with pytest.raises(UsageError, match=r"--against .*tokens: it is a token store, and .* is a codebook"):
+    with pytest.raises(UsageError, match=r"--against .*tokens is a token store and .*codebook is a codebook"):
         inspect(chain.codebook, against=chain.tokens)
     with pytest.raises(DataError, match="neither a codebook nor a token store"):
         inspect(chain.codebook, against=tmp_path / "nowhere")

@@ -18,8 +18,8 @@ from mapet.shared.tokens.rows import ShardRows
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inspect import inspect, show
-from mapet.tokenize_stage.inspection import counting as usage
-from mapet.tokenize_stage.inspection.tally import Tally
+from mapet.tokenize_stage.inspection import counting
+from mapet.tokenize_stage.inspection.count_table import CountTable
 from zarr.storage import ZipStore
 
 # Files: what is in the shards, in the manifest's order
@@ -291,26 +291,26 @@ def test_a_codebook_says_how_far_its_centroids_are_apart(chain):
 
 
 @pytest.mark.parametrize(("rows", "k"), [(3, 5), (300, 20_000), (70_000, 40)])
-def test_a_tally_counts_what_was_added_in_any_pieces(rows: int, k: int):
-    random, tally = np.random.default_rng(0), Tally(rows // 2, k)
+def test_a_count_table_counts_what_was_added_in_any_pieces(rows: int, k: int):
+    random, table = np.random.default_rng(0), CountTable(rows // 2, k)
     wanted = np.zeros((rows, k), dtype=int)
     for number, size in enumerate((7, 100_000, 1, 30_000)):
-        tally.grow(rows if number else rows // 2)
+        table.grow(rows if number else rows // 2)
         at, codes = random.integers(0, rows if number else rows // 2, size), random.integers(0, k, size)
-        tally.add(at, codes.astype(np.uint16))
+        table.add(at, codes.astype(np.uint16))
         np.add.at(wanted, (at, codes), 1)
-    assert np.array_equal(tally.table(), wanted)
-    assert np.array_equal(tally.table(), wanted)
+    assert np.array_equal(table.counts(), wanted)
+    assert np.array_equal(table.counts(), wanted)
 
 
 def test_classes_that_are_too_many_for_memory_are_not_counted_against_codes(
     chain, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    monkeypatch.setattr(usage._Labels, "_MOST_CELLS_OF_SAMPLE", 40)
+    monkeypatch.setattr(counting._Labels, "_MOST_CELLS_OF_SAMPLE", 40)
     whole = inspect(chain.tokens)["labels"]
     assert whole["nmi_by_offset"] == {}
     assert whole["nmi"] > 0
-    monkeypatch.setattr(usage._Labels, "_MOST_CELLS", 40)
+    monkeypatch.setattr(counting._Labels, "_MOST_CELLS", 40)
     about = inspect(chain.tokens)
     none = {"mutual_information_bits": None, "nmi": None}
     assert about["labels"] == {**whole, **none}
@@ -319,7 +319,7 @@ def test_classes_that_are_too_many_for_memory_are_not_counted_against_codes(
 
 
 def test_labels_of_other_images_are_counted_in_every_nth_shard(chain, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(usage._Labels, "_SAMPLE", 96 * 64 // 2)
+    monkeypatch.setattr(counting._Labels, "_SAMPLE", 96 * 64 // 2)
     shards = columns(chain.tokens)
     some = {name: [column[0], column[2]] for name, column in shards.items()}
     found = inspect(chain.tokens)["labels"]

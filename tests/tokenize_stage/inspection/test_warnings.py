@@ -10,7 +10,8 @@ from mapet.shared.errors import DataError
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.rows import ShardRows, take_rows
 from mapet.tokenize_stage.inspect import inspect, show
-from mapet.tokenize_stage.inspection.warnings import suspect_store
+from mapet.tokenize_stage.inspection.faults import store_findings
+from mapet.tokenize_stage.inspection.warnings import as_warnings
 from mapet.tokenize_stage.verify import verify
 
 Change = Callable[[ShardRows], ShardRows]
@@ -157,7 +158,7 @@ def test_a_store_without_images_or_labels_is_not_suspicious(chain, faulty):
     assert none["neighbours"]["horizontal"] == {"pairs": 0, "equal": 0, "share": None, "chance": None}
     few = inspect(faulty(chain.tokens, lambda rows: replace(take_rows(rows, [0]), labels=np.array([-1]))))
     assert (few["images"], few["labels"], few["warnings"]) == (3, None, [])
-    assert suspect_store(few) == []
+    assert store_findings(few) == []
 
 
 def test_a_fault_must_fit_clearly_better_than_what_is_stored(views_store: Path):
@@ -169,7 +170,7 @@ def test_a_fault_must_fit_clearly_better_than_what_is_stored(views_store: Path):
             "labels": {**figures["labels"], "nmi_by_offset": figures["labels"]["nmi_by_offset"] | labels},
             "overlaps": {**figures["overlaps"], "supposing": figures["overlaps"]["supposing"] | overlaps},
         }
-        return [one["sign"] for one in suspect_store(changed)]
+        return [one["sign"] for one in as_warnings(store_findings(changed))]
 
     chance = {"7": 0.1, "13": 0.1, "29": 0.1, "-1": 0.1}
     assert found({**chance, "0": 0.5, "1": 0.6}, {}) == []  # neighbours of one class

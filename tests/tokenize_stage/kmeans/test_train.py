@@ -178,10 +178,10 @@ def test_a_kill_leaves_a_state_to_go_on_from(tmp_path: Path):
 def test_a_state_of_other_rows_or_settings_or_a_damaged_one_starts_over(tmp_path: Path, capsys):
     settings = replace(SETTINGS, iterations=2, restarts=1)
     rows, state = sample(3000), tmp_path / "state"
-    train_kmeans(rows, settings, memory=PLENTY, state=state, about="first", save_seconds=0)
+    train_kmeans(rows, settings, memory=PLENTY, state=state, rows_identity="first", save_seconds=0)
     capsys.readouterr()
     for other, about in ((settings, "second"), (replace(settings, seed=1), "second")):
-        run = train_kmeans(rows, other, memory=PLENTY, state=state, about=about, save_seconds=0)
+        run = train_kmeans(rows, other, memory=PLENTY, state=state, rows_identity=about, save_seconds=0)
         assert "starting over" in capsys.readouterr().err
         assert np.array_equal(run.centroids, train_kmeans(rows, other, memory=PLENTY).centroids)
     state.write_bytes(state.read_bytes()[:50])

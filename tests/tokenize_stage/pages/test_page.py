@@ -19,7 +19,7 @@ from mapet.shared.tokens.store import TokenStore
 from mapet.shared.tokens.stored_views import StoredViews, choose_images
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.tokenize_stage.import_tokens import import_tokens
+from mapet.tokenize_stage.import_tokens import import_codebook
 from mapet.tokenize_stage.inspect import inspect
 from mapet.tokenize_stage.pages.gallery import choose_codes, sample_patches
 from mapet.tokenize_stage.pages.page import StorePage
@@ -242,7 +242,7 @@ def test_the_patches_of_a_code_are_those_nearest_its_centroid(chain, written: Wr
         r for tar in store.shards() for r in [StoredViews(store, str(chain.images)).record(*tar, n) for n in range(32)]
     ]
     tower = open_same_tower(book, None, "cpu")
-    for batch in extract(tower, records, ViewPolicy.from_json(store.view), 32, 0, "l2"):
+    for batch in extract(tower, records, ViewPolicy.from_json(store.view), 32, 0, unit_length=False):
         for features in batch.features[:, 0].astype(np.float64):
             apart = np.linalg.norm(features[:, None] - book.centroids, axis=-1)
             for code in set(apart.argmin(1)):
@@ -401,7 +401,7 @@ def test_a_codebook_has_a_page_too(chain, tmp_path: Path, open_page):
 
 def test_an_imported_codebook_says_that_its_usage_is_not_known(tower: str, tmp_path: Path, open_page):
     np.save(tmp_path / "centroids.npy", np.random.default_rng(0).normal(size=(9, 32)).astype(np.float32))
-    import_tokens(tmp_path / "book", centroids=tmp_path / "centroids.npy", tower=tower)
+    import_codebook(tmp_path / "book", centroids=tmp_path / "centroids.npy", tower=tower)
     inspect(tmp_path / "book", html=tmp_path / "report.html")
     page = open_page(tmp_path / "report.html", "#code=4").page
     page.wait_for_selector("#lamp >> text=It is not known how often it is used")

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -323,3 +325,37 @@ def test_the_same_weights_with_other_heads_are_another_tower(tower: str, tmp_pat
     one, other = (open_tower(TowerSettings(name)).identity for name in (tower, f"local-dir:{folder}"))
     assert one["weights_sha256"] == other["weights_sha256"]
     assert one["architecture"] != other["architecture"]
+
+
+# What libraries log
+
+_OPENS_A_TOWER = """
+import logging, sys, threading, warnings
+from mapet.tokenize_stage.towers.opening import open_tower
+from mapet.tokenize_stage.towers.tower import TowerSettings
+from mapet.tokenize_stage.towers import loading
+before = [*logging.root.handlers]
+with loading.libraries_silenced():
+    assert logging.root.manager.disable == 0
+    logging.warning("open_clip writes to the root logger")
+    logging.getLogger("timm.models").error("timm to its own")
+    logging.getLogger("huggingface_hub.file_download").error("the hub to one with a handler")
+    warnings.warn("and torch warns")
+    logging.getLogger("mapet.towers").warning("ours is heard")
+    thread = threading.Thread(target=logging.getLogger("elsewhere").warning, args=("another thread is heard",))
+    thread.start()
+    thread.join()
+open_tower(TowerSettings("ViT-S-32-alt", "none"))
+assert logging.root.handlers == before
+assert not [filter for handler in before for filter in handler.filters]
+logging.getLogger("timm.models").error("afterwards timm is heard")
+"""
+
+
+@pytest.mark.parametrize("configured", ["", "import logging; logging.basicConfig(level=logging.WARNING)\n"])
+def test_libraries_are_silent_while_a_tower_is_opened_and_nothing_else_is(configured: str):
+    result = subprocess.run([sys.executable, "-c", configured + _OPENS_A_TOWER], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    said = [line.rpartition(":")[2] for line in result.stderr.splitlines()]
+    assert said == ["ours is heard", "another thread is heard", "afterwards timm is heard"]
+    assert result.stdout == ""

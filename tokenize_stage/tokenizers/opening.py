@@ -1,0 +1,49 @@
+"""Opens the tokenizer that a codebook folder describes."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...shared.runtime.devices import choose_device
+from ...shared.storage.remote import as_path
+from ...shared.tokens.codebook import Codebook, read_description
+from .base import Tokenizer
+from .kclip import KClip, open_same_tower
+
+
+@dataclass(frozen=True)
+class SavedTokenizer:
+    """A codebook folder that was read and checked. Its tower is not open yet, which would take seconds."""
+
+    codebook: Codebook = field(repr=False)
+    description: dict[str, Any] = field(repr=False)
+    """As `Tokenizer.description`."""
+
+    @property
+    def fingerprint(self) -> str:
+        return self.codebook.fingerprint
+
+    def open(self, *, tower: str | None = None, device: str = "auto") -> Tokenizer:
+        """Opens the tower and returns the tokenizer.
+
+        Args:
+            tower: where the tower is now, if it moved.
+            device: "auto", "cpu" or "cuda".
+
+        Raises:
+            FingerprintMismatch: the tower at that place is another one.
+            DataError: the tower's weights are missing.
+            UsageError: the tower's name or the device is unknown.
+        """
+        return KClip(open_same_tower(self.codebook, tower, choose_device(device)), self.codebook, self.description)
+
+
+def read_tokenizer(path: str | Path) -> SavedTokenizer:
+    """Reads a codebook folder or its URL. Raises DataError if it is missing, damaged or was changed."""
+    codebook = Codebook.load(path)
+    return SavedTokenizer(codebook, read_description(as_path(path) / "codebook.json"))
+
+
+def open_tokenizer(path: str | Path, *, tower: str | None = None, device: str = "auto") -> Tokenizer:
+    """Opens the tokenizer of a codebook folder or its URL; see `SavedTokenizer.open` and `read_tokenizer`."""
+    return read_tokenizer(path).open(tower=tower, device=device)
