@@ -35,6 +35,7 @@ def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(whe
     } | {
         "mapet/__init__.py",
         "mapet/cli.py",
+        "mapet/py.typed",
         *(f"mapet/quickstart/{name}.py" for name in ("__init__", "demo", "drawings", "train_tower")),
     }
     recipes = {f"mapet/recipes/vit-{name}.yaml" for name in ("tiny-16", "small-16", "small-16-one-gpu", "base-16")}
