@@ -17,11 +17,11 @@ from weakref import WeakSet
 from torch import Generator
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from ..errors import MapetError, UsageError
+from ..errors import DataError, MapetError, UsageError
 from .compat import shut_down_workers, start_workers, worker_pids
 from .console import in_command
 from .devices import keep_freed_memory
-from .shared_memory import BatchReference, SharedBuffers, free_buffers
+from .shared_memory import BatchReference, SharedBuffers, free_buffers, no_room
 
 
 @contextmanager
@@ -171,8 +171,22 @@ def batches(
             if isinstance(batch, MapetError):
                 raise batch
             yield batch.take() if isinstance(batch, BatchReference) else batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise _worker_lost(error) from error
     finally:
         # Not left to the iterator's end: the traceback of an error would keep it, and with it the workers.
         shut_down_workers(loaded)
         for process in processes:
             free_buffers(process)
+
+
+def _worker_lost(error: RuntimeError) -> DataError:
+    """The error of a worker that was killed. Before PyTorch 2.11 or so, that is how a full /dev/shm shows."""
+    if "Bus error" in f"{error} {error.__cause__}":
+        return no_room()
+    return DataError(
+        "A loader worker ended unexpectedly, perhaps killed for lack of memory; use fewer workers, or give the same "
+        "command again."
+    )

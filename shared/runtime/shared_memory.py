@@ -108,11 +108,17 @@ def _shared(size: int) -> Tensor:
     except RuntimeError as error:
         if "shared memory" not in str(error):
             raise
-        raise DataError(
-            f"There is no room in /dev/shm for another batch ({as_text(size)}) of a loader worker; allow more shared "
-            "memory (docker run --shm-size=8g), or use fewer workers or smaller batches (execution.micro_batch)."
-        ) from None
+        raise no_room(as_text(size)) from None
     return memory
+
+
+def no_room(size: str | None = None) -> DataError:
+    """The error of too little shared memory for a batch of `size`, if that is known."""
+    batch = "another batch" if size is None else f"another batch ({size})"
+    return DataError(
+        f"There is no room in /dev/shm for {batch} of a loader worker; allow more shared memory (docker run "
+        "--shm-size=8g), or use fewer workers or smaller batches (execution.micro_batch)."
+    )
 
 
 def _arrange(tensors: dict[str, Tensor]) -> tuple[dict[str, Place], int]:

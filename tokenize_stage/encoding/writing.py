@@ -13,12 +13,12 @@ from ...shared.storage.files import write_sealed_json
 from ...shared.storage.remote import exists, explained
 from ...shared.tokens.codebook import read_description
 from ...shared.tokens.rows import ShardRows
+from ...shared.tokens.shard_files import read_shard
 from ...shared.tokens.store import (
     WEBDATASET,
     TokenStore,
     entry_path,
     read_entry,
-    read_shard,
     stored_entries,
     write_manifest,
     write_shard,

@@ -184,7 +184,8 @@ def extract_groups(
             records=[record for record, problem in pairs if not problem],
             features=_to_numpy(features),
             skipped=[(record.key, problem) for record, problem in pairs if problem],
-            **{name: _to_numpy(batch[name][readable]) for name in ("crops", "flips", "sizes", "crc32")},
+            # Indexed by NumPy: PyTorch before 2.10 cannot index uint32.
+            **{name: _to_numpy(batch[name])[readable.numpy()] for name in ("crops", "flips", "sizes", "crc32")},
         )
 
 

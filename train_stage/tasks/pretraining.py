@@ -40,7 +40,7 @@ class PretrainingModel(TaskModel[Batch]):
     def new_model(self) -> MaPeT:
         """MaPeT with fresh weights. The caller's random state is left alone."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.settings.train.seed)
+            torch.default_generator.manual_seed(self.settings.train.seed)
             model = MaPeT(self.shape)
         model.grad_checkpointing = self.settings.execution.grad_checkpointing
         return model

@@ -1,6 +1,7 @@
 """Batches arrive unchanged although a worker's buffers are reused."""
 
 import multiprocessing
+import re
 import shutil
 import subprocess
 import sys
@@ -71,8 +72,9 @@ def test_too_little_shared_memory_is_an_error_of_one_sentence(tmp_path: Path):
         pytest.skip("mounting a small /dev/shm is not allowed here")
     command = ["unshare", "-m", "sh", "-c", f"{mount} && exec {sys.executable} {script}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.stdout.startswith(
-        "There is no room in /dev/shm for another batch (1 MB) of a loader worker; allow more"
+    # A PyTorch that does not reserve shared memory loses the worker instead, and with it the size.
+    assert re.match(
+        r"There is no room in /dev/shm for another batch( \(1 MB\))? of a loader worker; allow more", done.stdout
     )
     assert "Traceback" not in done.stderr
 

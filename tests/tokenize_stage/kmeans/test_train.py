@@ -108,6 +108,7 @@ def test_less_memory_than_out_of_core_needs_is_refused_with_the_arithmetic():
         train_kmeans(rows, SETTINGS, memory=999_999)
 
 
+@pytest.mark.skipif(not hasattr(faiss, "ClusteringInitialization"), reason="an older FAISS")
 def test_what_kmeans_plus_plus_looks_at_counts_as_memory():
     rows, settings = sample(60_000), replace(SETTINGS, k=700, iterations=1, restarts=1, init="k-means++")
     least = least_bytes(*rows.shape, 700, "k-means++")
