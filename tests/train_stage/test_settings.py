@@ -52,7 +52,7 @@ def test_the_published_batch_is_shared_by_any_number_of_processes(processes: int
 def test_parts_are_equal_and_as_few_as_the_micro_batch_allows(batch: int, processes: int, micro: int | None):
     settings = resolve(overrides=[f"train.batch_size={batch}", f"execution.micro_batch={micro or 'null'}"])
     if batch % processes:
-        with pytest.raises(UsageError, match=f"no multiple of the {processes} processes"):
+        with pytest.raises(UsageError, match=f"not a multiple of the {processes} processes"):
             make_plan(settings, 5000, processes)
         return
     plan = make_plan(settings, 5000, processes)

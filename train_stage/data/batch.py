@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...shared.errors import UsageError
+from ...shared.errors import DataError, UsageError
 from ...shared.images.fast_pixels import decode_pixels, replay_pixels
 from ...shared.images.records import ImageRecord
 from ...shared.images.views import CropBox, view_of_epoch
@@ -125,10 +125,24 @@ class LoadBatch:
         boxes, flips = self.images.crops[rows, views].tolist(), self.images.flips[rows, views].tolist()
         pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)
         for place, (record, index) in enumerate(zip(records, indices.tolist(), strict=True)):
-            if self.images.is_remote:
-                wait_for(record.path)
-            content = self.images.read(record, index)
+            content = self._read(record, index)
             name = f"{self.images.source(index)}: image {record.key!r}"
             source = decode_pixels(content, name, self.images.is_plain(index, content, name))
             pixels[place] = replay_pixels(source, CropBox(*boxes[place]), flips[place], size, interpolation)
         return pixels
+
+    def _read(self, record: ImageRecord, index: int) -> bytes:
+        """The encoded bytes of an image, once they are on this disk.
+
+        A tar of an earlier group of shards may be deleted between its appearance and this read, if loaders are ahead of
+        the window of fetched tars; it is fetched again when the window reaches it.
+        """
+        if not self.images.is_remote:
+            return self.images.read(record, index)
+        while True:
+            wait_for(record.path)
+            try:
+                return self.images.read(record, index)
+            except DataError:
+                if record.path.exists():
+                    raise

@@ -351,11 +351,13 @@ def test_an_empty_shard_among_others_is_no_trouble(chain, tmp_path: Path):
 ENCODE = """
 import sys
 from mapet.shared.errors import DataError
+from mapet.shared.runtime.console import running_command
 from mapet.tokenize_stage.encode_shards import encode_shards
 images, codebook, out = sys.argv[1:]
 for on_error in ("stop", "skip"):
     try:
-        encode_shards(images, codebook, out, on_error=on_error, workers=1, batch_size=8)
+        with running_command():
+            encode_shards(images, codebook, out, on_error=on_error, workers=1, batch_size=8)
     except DataError as error:
         print(error)
 """

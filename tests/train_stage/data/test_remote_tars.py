@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from mapet.shared.errors import DataError, UsageError
 from mapet.shared.runtime.loader import batches
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
+from mapet.train_stage.data import batch, remote_tars
 from mapet.train_stage.data.batch import LoadBatch
 from mapet.train_stage.data.batch_order import global_batches
 from mapet.train_stage.data.dataset import TokenisedImages
@@ -96,6 +98,26 @@ def test_remote_tars_give_the_samples_of_local_ones(many: Path, remote: str, tem
     assert_same(samples(data, settings, workers=workers), samples(here, settings))
     assert_same(samples(data, settings, 7, workers), samples(here, settings, 7))
     assert not list(temporary.glob("mapet-*"))
+
+
+def test_a_tar_that_is_deleted_before_it_is_read_is_waited_for_again(
+    many: Path, remote: str, temporary: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A loader that is ahead finds the tar of an earlier group; it is deleted and comes again later."""
+    settings = settings_of()
+    data = joined(f"{remote}/images", f"{remote}/tokens", settings)
+    aside, waited = temporary / "aside.tar", []
+
+    def deleted_once_it_is_there(path: Path) -> None:
+        remote_tars.wait_for(path)
+        waited.append(path)
+        if len(waited) == 1:
+            path.rename(aside)
+            threading.Timer(0.2, aside.rename, [path]).start()
+
+    monkeypatch.setattr(batch, "wait_for", deleted_once_it_is_there)
+    assert_same(samples(data, settings), samples(joined(many / "images", many / "tokens", settings), settings))
+    assert waited[0] == waited[1]
 
 
 def test_only_tars_of_the_present_and_next_groups_are_on_the_disk(remote: str, temporary: Path):
