@@ -214,7 +214,7 @@ class TrainSettings:
 
 @dataclass
 class ProbeSettings:
-    """How good the frozen features are, measured while the run goes on; written to RUN/probe.jsonl."""
+    """The quality of the frozen features, measured during the run and written to RUN/probe.jsonl."""
 
     images: str | None = None
     """Labelled training images: a tar, a folder of class folders, or a pattern of tars."""

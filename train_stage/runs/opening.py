@@ -66,7 +66,7 @@ def open_run(
 def _open_trainer(
     task: Task[BatchT], plan: Plan, point: ResumePoint | None, init: str | Path | None, device: str, world: World
 ) -> tuple[Trainer[BatchT], dict[str, str] | None]:
-    """The trainer with the weights to go on with, and what the run was started from."""
+    """The trainer, restored or with starting weights, and what the run was started from."""
     model = task.new_model()
     if point is None:
         source = None if init is None else world.all_or_raise(lambda: task.start_from(model, init))
@@ -74,7 +74,7 @@ def _open_trainer(
     trainer = world.all_or_raise(lambda: Trainer(task, model, plan, world, device))
     names = [MODEL, OPTIMIZER, *([EMA] if task.settings.train.ema is not None else [])]
     trainer.restore({name: load_tensors(point.path, name) for name in names}, point.metadata["loss_watch"])
-    say(f"Going on from {point.path} (step {point.metadata['step']} of {plan.steps}).")
+    say(f"Resuming from {point.path} (step {point.metadata['step']} of {plan.steps}).")
     return trainer, point.metadata["init"]
 
 

@@ -48,7 +48,7 @@ def find_resume_point(
     if resume not in RESUME:
         raise UsageError(f"--resume {resume} is unknown; choose {' or '.join(RESUME)}.")
     if resume == "never" and newest_checkpoint(out):
-        raise UsageError(f"{out} already holds a run; choose another --out, or --resume auto to go on with it.")
+        raise UsageError(f"{out} already holds a run; choose another --out, or --resume auto to resume it.")
     checkpoint = newest_whole_checkpoint(out)
     if checkpoint is None:
         return None

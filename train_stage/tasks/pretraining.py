@@ -58,7 +58,7 @@ class PretrainingModel(TaskModel[Batch]):
         return parameter.ndim == 1 or name in ("pos_embed", "cls_token")
 
     def example_batch(self, count: int) -> Batch:
-        """A batch without content; its permutations are no permutations."""
+        """A batch of uninitialised tensors; not even `order` holds permutations."""
         shape, has_jitter = self.shape, self.settings.data.color_jitter > 0
         return Batch(
             index=torch.empty(count, dtype=torch.int64),

@@ -91,5 +91,5 @@ def peers_explained(world: World) -> Iterator[None]:
 def _peer_gone(world: World) -> DataError:
     return DataError(
         f"Process {world.rank} of {world.size} cannot go on, since another one ended; its message says why. Give the "
-        "same command to go on from the last checkpoint (torchrun --max-restarts does so by itself)."
+        "same command to resume from the last checkpoint (torchrun --max-restarts does so by itself)."
     )

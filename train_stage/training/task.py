@@ -129,11 +129,11 @@ class Task(TaskModel[BatchT]):
 
     @abstractmethod
     def evaluator(self, device: str) -> "RunEvaluator | None":
-        """What measures the weights while the run goes on, if the settings ask for it."""
+        """What measures the weights during the run, if the settings ask for it."""
 
 
 class RunEvaluator(Protocol):
-    """Measures the weights of a run while it goes on (evaluation/run_probe.py is the first)."""
+    """Measures the weights during a run (evaluation/run_probe.py is the first)."""
 
     def measure(self, tensors: dict[str, Tensor]) -> dict[str, float]:
         """Named numbers in [0, 1] of these weights, under the names of the model's parameters."""

@@ -158,7 +158,7 @@ def test_torchrun_restarts_what_a_killed_process_ended_and_it_ends_bit_identical
     wait_for_step(out, 5, process)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     _, errors = finished(process)
-    assert "Going on from" in errors
+    assert "Resuming from" in errors
     assert same_weights(newest_checkpoint(out), newest_checkpoint(two))
     assert metrics(out) == metrics(two)
 
