@@ -192,7 +192,7 @@ def compare(ours: Side, theirs: Side, pairs: int) -> dict:
 
 
 def speeds(run: Callable[[], int]) -> tuple[float, float]:
-    """Images a second, and images a second of all processors' time, which others on the machine disturb less."""
+    """Images per second, and images per second of all processors' time, which others on the machine disturb less."""
     began, busy = time.perf_counter(), sum(os.times()[:4])
     images = run()
     return images / (time.perf_counter() - began), images / (sum(os.times()[:4]) - busy)
