@@ -139,7 +139,7 @@ class DataSettings:
     color_jitter: float = 0.4
     """Strength of brightness, contrast and saturation jitter, for the student only; 0 is none."""
     interpolation: str = "bicubic"
-    """Of the student's resize."""
+    """Filter of the student's resize; the tower's is fixed by the codebook."""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     """Of the student's pixels in [0, 1], by channel (red, green, blue); default ImageNet's."""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])

@@ -1,7 +1,8 @@
-"""The student's pixels: JPEGs decoded and views replayed as uint8 tensors, in half of Pillow's time.
+"""The student's pixels: JPEGs decoded and views replayed as uint8 tensors, in half Pillow's time.
 
 simplejpeg's libjpeg-turbo decodes a JPEG to the same pixels as Pillow, and faster than torchvision does; Pillow decodes
-the rest. The resize is torch's fixed-point one. `views.replay`, which the tower's pixels come from, is the reference.
+the rest. The resize is torch's fixed-point one. The reference is `views.replay`, which also cuts the random crops that
+the tower sees.
 """
 
 import math
@@ -24,8 +25,8 @@ _RESIZE = {
 """The operator of each filter, and its support in pixels of the smaller of the two resolutions."""
 _MARGINS = np.arange(64)
 _NEAR, _FAR = 0.01, 0.05
-"""Source pixels by which a view may be shifted: below the first no wider margin is tried, above the second Pillow
-replays the view."""
+"""Source pixels by which rounding may shift a box. The margin grows until the shift is below the first; where the
+smallest shift is above the second, Pillow replays the view."""
 
 
 def is_plain_jpeg(data: bytes, name: str) -> bool:

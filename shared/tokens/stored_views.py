@@ -53,7 +53,7 @@ class StoredViews:
     def view(
         self, shard: str, rows: ShardRows, row: int, view: int, side: int, interpolation: str = "bicubic"
     ) -> Image.Image:
-        """One view of an image as the tower saw it, resized to `side` x `side` pixels.
+        """One stored view of an image, replayed at `side` x `side` pixels.
 
         Raises DataError if the image cannot be read or its bytes are not those that were encoded.
         """

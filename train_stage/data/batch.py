@@ -102,7 +102,7 @@ class LoadBatch:
         return {**loaded, "pixels": self._pixels(records, indices, rows, views)}
 
     def _draw(self, epoch: int, key: str) -> tuple[int, dict[str, NDArray[np.generic]]]:
-        """The view of a sample, and everything else about it that is random."""
+        """Which stored view a sample shows, and everything else about it that is random."""
         seed, data = self.settings.train.seed, self.settings.data
         random = generator(seed, "sample", epoch, key)
         view = view_of_epoch(self.images.views, seed, epoch, key)

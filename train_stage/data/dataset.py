@@ -26,13 +26,13 @@ class TokenisedImages:
     tokens: NDArray[np.uint16]
     """(n, V, H, W) uint16, by row, as are the next seven columns."""
     crops: NDArray[np.float64]
-    """(n, V, 4) float64."""
+    """(n, V, 4) float64: top, left, height, width in upright source pixels."""
     flips: NDArray[np.bool_]
-    """(n, V) bool."""
+    """(n, V) bool: mirrored left to right after the crop."""
     labels: NDArray[np.int64]
     """(n,) int64, -1 where an image has none."""
     crc32: NDArray[np.uint32]
-    """(n,) uint32."""
+    """(n,) uint32: of the image's bytes."""
     offsets: NDArray[np.int64]
     """(n,) int64: byte offset of the image in its file."""
     lengths: NDArray[np.int64]

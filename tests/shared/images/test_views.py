@@ -141,7 +141,7 @@ def difference(one: Image.Image, other: Image.Image) -> np.ndarray:
 def test_replay_at_the_towers_size_is_the_center_view(image: Image.Image, preprocess: Preprocess):
     box = center_box(preprocess, *image.size)
     again = replay(image, box, False, preprocess.image_size)
-    # Resizing a crop does not use the pixels beyond it, so its border may differ.
+    # At the border of the box the two filters have different neighbours.
     inner = difference(again, center_view(image, preprocess))[3:-3, 3:-3]
     assert (inner <= 1).mean() > 0.99
     assert inner.max() <= 3

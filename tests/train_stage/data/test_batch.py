@@ -1,4 +1,4 @@
-"""The join by key: right pixels beside right tokens, or a sentence that says which image is wrong."""
+"""Batches: the pixels of a stored view beside the tokens of that very view, or an error that names the image."""
 
 import io
 import shutil
@@ -67,7 +67,7 @@ def test_every_epoch_sees_the_pixels_and_the_tokens_of_one_stored_view(chain, to
         found, _ = book.assign(frozen.features(pixels).reshape(-1, frozen.dim).numpy())
         tokens = found.reshape(8, -1)
         agree = np.array([[(row[one["order"]] == one["tokens"]).mean() for one in samples] for row in tokens])
-        # Pillow cut what was encoded, so that a token on the border between two may differ.
+        # The tower saw Pillow's crop, so a patch that is almost equally near two centroids may get the other token.
         assert agree.diagonal().min() > 0.95
         assert (agree.max(axis=1) == agree.diagonal()).all()
         seen = [sample["pixels"].tobytes() for sample in samples]
