@@ -2,10 +2,10 @@
 
 python scripts/measure_code.py [BEFORE] AFTER
 
-Measures the package: Python files outside tests/, benchmarks/, docs/, scripts/ and hidden folders. `__init__.py` does
-not count as a module; its lines do. Lines are all lines of a file, blank ones and comments included. The length of a
-function runs from its first decorator or `def` to its last line, docstring and nested functions included. With two checkouts a
-last table compares their totals.
+Measures the package: Python files outside tests/, benchmarks/, docs/, scripts/ and hidden folders. Lines are all
+lines of a file, blank ones and comments included; `__init__.py` counts in lines but not as a module. The length of a
+function runs from its first decorator or `def` to its last line, docstring and nested functions included. With two
+checkouts a last table compares their totals.
 """
 
 import ast

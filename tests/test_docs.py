@@ -153,7 +153,8 @@ def test_options_and_settings_in_the_text_exist(page: str):
 
 @cache
 def known_options() -> set[str]:
-    return {option for names in all_commands() for option in options_of(resolve_command(*names))}
+    of_commands = {option for names in all_commands() for option in options_of(resolve_command(*names))}
+    return of_commands | options_of(resolve_command())
 
 
 # Python
