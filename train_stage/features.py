@@ -90,7 +90,7 @@ def features(
     return folder
 
 
-def _create(path: Path, weights: Weights, records: list[ImageRecord], patches: bool) -> dict[str, zarr.Array[Any]]:
+def _create(path: Path, weights: Weights, records: list[ImageRecord], patches: bool) -> "dict[str, zarr.Array[Any]]":
     """The arrays of a new group by name; keys and labels are filled, features are not."""
     count, dim, grid = len(records), weights.shape.dim, weights.grid
     group = zarr.create_group(path, attributes=_attributes(weights))
@@ -106,7 +106,7 @@ def _create(path: Path, weights: Weights, records: list[ImageRecord], patches: b
     return arrays
 
 
-def _array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: type) -> zarr.Array[Any]:
+def _array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: type) -> "zarr.Array[Any]":
     return group.create_array(
         name,
         shape=shape,

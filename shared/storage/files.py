@@ -87,7 +87,7 @@ def _explained(path: Path, partial: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))  # newer and older releases
         raise _not_written(path, int(number[1]) if number else 0, str(error)) from None
     except OSError as error:
         # Errors about other files, such as one that is read in the block, are left alone.

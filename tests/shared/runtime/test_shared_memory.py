@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapet.shared.runtime import shared_memory
 from mapet.shared.runtime.loader import batches
@@ -82,6 +82,7 @@ def test_too_little_shared_memory_is_an_error_of_one_sentence(tmp_path: Path):
 DTYPES = [torch.uint8, torch.bool, torch.int64, torch.float32, torch.bfloat16]
 
 
+@settings(deadline=None)
 @given(data=st.data(), count=st.integers(1, 3))
 def test_any_tensors_leave_a_buffer_unchanged(data, count: int):
     buffers = SharedBuffers(count)
