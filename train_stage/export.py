@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 from ..shared.runtime.console import table
+from ..shared.runtime.devices import refuse_many_processes
 from ..shared.storage.files import refuse_existing
+from ..shared.storage.lock import sole_writer
 from .weights.read import load_weights
 from .weights.weights import Weights
 from .weights.write import describe_weights, weights_folder
@@ -28,12 +30,15 @@ def export(weights: str | Path, out: str | Path, *, image_size: int | None = Non
     Raises:
         DataError if the weights cannot be read; UsageError if `out` is taken or `image_size` does not fit the patches.
     """
-    refuse_existing(folder := Path(out))
-    loaded = load_weights(weights).resized(image_size)
-    with weights_folder(folder, loaded.timm_tensors()) as partial:
-        (partial / "config.json").write_text(json.dumps(loaded.timm_config(), indent=1) + "\n")
-    show_export(loaded, folder)
-    return folder
+    refuse_many_processes()
+    folder = Path(out)
+    with sole_writer(folder):
+        refuse_existing(folder)
+        loaded = load_weights(weights).resized(image_size)
+        with weights_folder(folder, loaded.timm_tensors()) as partial:
+            (partial / "config.json").write_text(json.dumps(loaded.timm_config(), indent=1) + "\n")
+        show_export(loaded, folder)
+        return folder
 
 
 def show_export(weights: Weights, out: Path) -> None:
