@@ -376,5 +376,5 @@ def _reveal_contexts(error: BaseException) -> None:
         seen = seen.__cause__ or seen.__context__
 
 
-if threading.current_thread() is threading.main_thread():
+if threading.current_thread() is threading.main_thread() and _BEFORE is not None:
     signal.signal(signal.SIGINT, _BEFORE)

@@ -297,6 +297,11 @@ class Settings:
         return asdict(self)
 
 
+def flat(settings: "RunSettings") -> dict[str, Any]:
+    """All settings by key, such as "optimizer.lr"."""
+    return {f"{group}.{name}": value for group, values in settings.to_json().items() for name, value in values.items()}
+
+
 class RunSettings(Protocol):
     """The groups of settings that every task has, and all that the machinery of a run knows of them."""
 

@@ -26,7 +26,7 @@ from .shared_memory import BatchReference, SharedBuffers, free_buffers, no_room
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """In a command, delivers Ctrl-C, SIGTERM and the other `stop_signals` after the block: a loader that is interrupted while it starts its
+    """In a command, delivers the `stop_signals` after the block: a loader that is interrupted while it starts its
     processes cannot clean up and prints a traceback. A library call leaves signal handlers alone."""
     if not in_command() or threading.current_thread() is not threading.main_thread():
         yield

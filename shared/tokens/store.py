@@ -130,6 +130,11 @@ class TokenStore:
         if not is_remote(self.path) and not self.path.is_dir():
             raise DataError(f"{self.path} does not exist or is not a folder; give what encode-shards wrote with --out.")
         if not exists(self.path / "manifest.json"):
+            if exists(self.path / "codebook.json") and not exists(self.path / "centroids.safetensors"):
+                raise DataError(
+                    f"{self.path} is unfinished: {len(stored_entries(self.path))} of its shards are whole and its "
+                    "manifest.json is not written yet; give the same encode-shards command again."
+                )
             raise DataError(
                 f"{self.path} has no manifest.json: it is not a token store, or its encoding did not finish; "
                 "give the same encode-shards command again."
