@@ -11,10 +11,10 @@ from PIL import Image
 
 from ..shared.errors import DataError, UsageError
 from ..shared.images.decode import read_image
-from ..shared.images.records import ImageRecord
-from ..shared.images.sources import read_records
 from ..shared.randomness import generator
 from ..shared.runtime.console import say
+from ..shared.sources.records import ImageRecord
+from ..shared.sources.sources import read_records
 from ..shared.storage.files import written_whole
 from ..tokenize_stage.build_codebook import build_codebook
 from ..tokenize_stage.encode_shards import encode_shards

@@ -11,10 +11,10 @@ from upath import UPath
 from zlib_ng.zlib_ng import crc32
 
 from ..shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
-from ..shared.images.keys import Skipped
-from ..shared.images.records import ImageRecord, read_bytes
-from ..shared.images.sources import SourceShard, open_source
 from ..shared.runtime.console import progress, say, table
+from ..shared.sources.keys import Skipped
+from ..shared.sources.records import ImageRecord, read_bytes
+from ..shared.sources.sources import SourceShard, open_source
 from ..shared.storage.files import sha256_file
 from ..shared.storage.remote import as_path, exists, file_size
 from ..shared.tokens.codebook import MAX_K, Codebook, read_description

@@ -8,10 +8,10 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from ..shared.images.records import ImageRecord
-from ..shared.images.sources import read_records
 from ..shared.runtime.console import progress, table
 from ..shared.runtime.devices import choose_device, choose_workers
+from ..shared.sources.records import ImageRecord
+from ..shared.sources.sources import read_records
 from ..shared.storage.files import refuse_existing, written_whole
 from ..shared.tokens.rows import NO_LABEL
 from .evaluation.embed import embed, normalised_views, refuse_not_finite

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from ..errors import DataError, UsageError
-from ..images.keys import KeyIndex
+from ..sources.keys import KeyIndex
 from ..storage.files import read_sealed_json, sha256_file, write_sealed_json
 from ..storage.remote import as_path, exists, is_remote
 from .codebook import read_description

@@ -40,7 +40,7 @@ def broken(lab, tmp_path: Path) -> Callable[[float], str]:
 
 
 def first_key(images: Path) -> str:
-    from mapet.shared.images.sources import open_source
+    from mapet.shared.sources.sources import open_source
 
     return open_source(images)[0].index()[0].key
 

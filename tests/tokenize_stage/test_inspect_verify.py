@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mapet.shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
-from mapet.shared.images.sources import open_source
+from mapet.shared.sources.sources import open_source
 from mapet.shared.storage.files import sha256_file, write_sealed_json
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.rows import ShardRows, take_rows

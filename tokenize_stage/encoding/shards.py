@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...shared.errors import DataError, MapetError
-from ...shared.images.keys import Skipped
-from ...shared.images.records import ImageRecord
-from ...shared.images.sources import SourceShard
 from ...shared.images.views import ViewPolicy
 from ...shared.runtime.console import Advance
+from ...shared.sources.keys import Skipped
+from ...shared.sources.records import ImageRecord
+from ...shared.sources.sources import SourceShard
 from ...shared.tokens.rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
 from ..tokenizers.base import Tokenizer
 from ..towers.features import ExtractedBatch, Request, extract_groups, group_requests

@@ -15,10 +15,10 @@ from zlib_ng.zlib_ng import crc32
 
 from ...shared.errors import DataError
 from ...shared.images.decode import read_image
-from ...shared.images.keys import Skipped
-from ...shared.images.records import ImageRecord
 from ...shared.images.views import Preprocess, ViewPolicy, resized, show_view, to_array
 from ...shared.runtime.loader import OneByOne, batches
+from ...shared.sources.keys import Skipped
+from ...shared.sources.records import ImageRecord
 
 _MOST_PIXELS = 100_000_000
 

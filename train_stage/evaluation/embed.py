@@ -12,9 +12,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 from ...shared.errors import DataError
 from ...shared.images.decode import read_image
 from ...shared.images.normalise import Normalise
-from ...shared.images.records import ImageRecord
 from ...shared.images.views import Preprocess, center_view, to_array
 from ...shared.runtime.loader import OneByOne, batches
+from ...shared.sources.records import ImageRecord
 from ..model.mapet import MaPeT
 from ..weights.weights import Weights
 from .labelled import LabelledImages
