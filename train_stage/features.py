@@ -14,7 +14,7 @@ from ..shared.sources.records import ImageRecord
 from ..shared.sources.sources import read_records
 from ..shared.storage.files import refuse_existing, written_whole
 from ..shared.tokens.rows import NO_LABEL
-from .evaluation.embed import embed, normalised_views
+from .evaluation.embed import embed, normalised_views, refuse_not_finite
 from .weights.read import load_weights
 from .weights.weights import Weights
 
@@ -64,8 +64,8 @@ def features(
         The group's folder.
 
     Raises:
-        DataError if weights or images cannot be read; UsageError if `out` is taken or `image_size` does not fit the
-        patches.
+        DataError if weights or images cannot be read, or if features hold NaN or infinity; UsageError if `out` is taken
+        or `image_size` does not fit the patches.
     """
     refuse_existing(folder := Path(out))
     device_name = choose_device(device)
@@ -80,6 +80,8 @@ def features(
         for batch in batches:
             end = start + len(batch)
             pooled, rows = embed(model, batch)
+            for part in (pooled, rows):  # a patch may hold infinity and the mean over patches not, or the reverse
+                refuse_not_finite(part, records[start:], "features")
             arrays["pooled"][start:end] = pooled.cpu().numpy()
             if patches:
                 grid = rows.view(len(rows), loaded.grid, loaded.grid, -1)
