@@ -27,10 +27,10 @@ import typer
 from mapet.quickstart.demo import TOWER
 from mapet.quickstart.drawings import write_drawings
 from mapet.shared.images.decode import read_image
-from mapet.shared.images.sources import open_source
 from mapet.shared.images.views import CENTER, center_view, to_array
 from mapet.shared.runtime.console import running_command
 from mapet.shared.runtime.devices import choose_device
+from mapet.shared.sources.sources import open_source
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.store import write_shard
 from mapet.tokenize_stage.build_codebook import build_codebook

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..shared.errors import DataError, UsageError
-from ..shared.images.records import keys_sha256
-from ..shared.images.sources import SourceShard, open_source
 from ..shared.runtime.console import say, table
 from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.runtime.distributed import World, joined_world
 from ..shared.runtime.faiss_build import import_faiss
 from ..shared.runtime.memory import memory_budget
+from ..shared.sources.records import keys_sha256
+from ..shared.sources.sources import SourceShard, open_source
 from ..shared.storage.files import canonical_json, is_empty, written_whole
 from ..shared.storage.lock import sole_writer
 from ..shared.tokens.codebook import Codebook

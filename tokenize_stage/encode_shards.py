@@ -8,11 +8,11 @@ from pathlib import Path
 from upath import UPath
 
 from ..shared.errors import UsageError
-from ..shared.images.sources import KeyLedger, SourceShard, open_source
 from ..shared.images.views import ViewPolicy
 from ..shared.runtime.console import say, table
 from ..shared.runtime.devices import choose_workers
 from ..shared.runtime.distributed import World, joined_world
+from ..shared.sources.sources import KeyLedger, SourceShard, open_source
 from ..shared.storage.lock import sole_writer
 from ..shared.storage.remote import as_path
 from ..shared.tokens.store import SUFFIXES, TokenStore

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..errors import DataError
-from .records import ImageRecord, read_bytes
+from ..sources.records import ImageRecord, read_bytes
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Pillow's names of the formats that are read."""

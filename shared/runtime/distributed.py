@@ -309,7 +309,8 @@ class _Peers:
                 self._refuse_the_dead()
 
     def _refuse_the_dead(self) -> None:
-        now, longest = time.monotonic(), collective_timeout()
+        now = time.monotonic()
+        longest = max(collective_timeout(), 6 * timedelta(seconds=_SECONDS_BETWEEN_BEATS))
         for rank in range(self._size):
             key = f"alive/{rank}"
             beat = self._store.get(key) if self._store.check([key]) else b""

@@ -1,7 +1,9 @@
 """The lock that a command holds on what it writes, from before it looks at it until it ends."""
 
 import errno
+import functools
 import hashlib
+import inspect
 import logging
 import os
 import socket
@@ -12,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import filelock
 import msgspec
@@ -20,8 +22,10 @@ from upath import UPath
 
 from ..errors import UsageError
 from .files import not_written
-from .remote import is_remote
+from .remote import as_path, is_remote
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 _LONGEST_WAIT = 60.0
 _SECONDS_BETWEEN_TRIES = 0.2
@@ -83,6 +87,20 @@ def sole_writer(out: Path | UPath, world: Ranks | None = None, *, option: str = 
             # The first process of the next torchrun waits for it: rank 0 of this one may end before the others do.
             held.enter_context(_rank_lock(place, world.rank))
         yield
+
+
+def writes_to_out(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes a function of one process hold the lock of its parameter `out` while it runs (see `sole_writer`)."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        with sole_writer(as_path(bound.arguments["out"])):
+            return function(*args, **kwargs)
+
+    return locked
 
 
 def _discard(_: Any) -> None:

@@ -107,8 +107,14 @@ class Codebook:
 
         `features` is (n, dim) float32, already normalised if the metric is cosine (for unit vectors the nearest
         centroid by L2 has the largest cosine). Returns tokens (n,) uint16 and squared distances (n,) float32.
+        Raises DataError for features with NaN or infinity.
         """
         tokens, distances = self.nearest(features, 1)
+        if len(tokens) and int(tokens.min()) < 0:  # FAISS's answer for NaN, which as uint16 would be token 65535
+            raise DataError(
+                f"Features of patch {int(tokens[:, 0].argmin())} hold NaN or infinity, so that no centroid is nearest; "
+                "check the tower's weights and precision."
+            )
         return tokens[:, 0].astype(np.uint16), distances[:, 0]
 
     def nearest(self, features: NDArray[np.floating[Any]], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -122,8 +128,11 @@ class Codebook:
     def save(self, path: Path) -> None:
         """Writes a folder with `codebook.json` and `centroids.safetensors`, atomically.
 
-        Raises DataError if it cannot be written.
+        Raises DataError if it cannot be written or if a centroid holds NaN or infinity.
         """
+        refuse_not_finite(
+            self.centroids, f"{path} would hold", "nothing was written; check the features they come from"
+        )
         with written_whole(path) as partial:
             partial.mkdir()
             tensors: dict[str, NDArray[Any]] = {
@@ -147,7 +156,8 @@ class Codebook:
     def load(cls, path: str | Path | UPath) -> "Codebook":
         """Opens a codebook folder, local or at a URL.
 
-        Raises DataError if it is missing, was changed, or does not have the fingerprint that it states.
+        Raises DataError if it is missing, was changed, does not have the fingerprint that it states, or if a centroid
+        holds NaN or infinity.
         """
         folder = as_path(path)
         if not is_remote(folder) and not folder.is_dir():
@@ -166,7 +176,19 @@ class Codebook:
         codebook = cls(arrays["centroids"], arrays["counts"], described)
         if codebook.fingerprint != description["fingerprint"]:
             raise DataError(f"{folder} does not have the fingerprint that it states; build it again.")
+        refuse_not_finite(codebook.centroids, f"{folder} holds", "build it again")
         return codebook
+
+
+def refuse_not_finite(centroids: NDArray[np.floating[Any]], place: str, remedy: str) -> None:
+    """Raises DataError if a centroid of `centroids` (K, dim) holds NaN or infinity; the message is put together from
+    `place`, such as "FOLDER holds", and `remedy`."""
+    wrong = np.flatnonzero(~np.isfinite(centroids).reshape(len(centroids), -1).all(axis=1))
+    if len(wrong):
+        raise DataError(
+            f"{place} centroids that are not finite ({len(wrong)} of {len(centroids)}, the first is {wrong[0]}); "
+            f"{remedy}."
+        )
 
 
 def read_description(path: Path | UPath) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from upath import UPath
 
 from ..errors import DataError
-from ..images.records import ImageRecord
+from ..sources.records import ImageRecord
 from ..storage.files import read_sealed_json, sha256_file, write_sealed_json, written_whole
 from ..storage.remote import exists, explained, file_size, is_remote, on_this_disk, read_whole
 from .rows import ShardRows, Strings, rows_sha256

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from ..errors import DataError, FingerprintMismatch, UsageError
-from ..images.keys import KeyIndex
+from ..sources.keys import KeyIndex
 from ..storage.files import read_sealed_json, sha256_file, write_sealed_json
 from ..storage.remote import as_path, exists, is_remote
 from .codebook import read_description
@@ -201,8 +201,19 @@ class TokenStore:
         return [(name, key, reason) for name, entry in self.entries.items() for key, reason in entry.get("skipped", ())]
 
     def read_rows(self, name: str, every_byte: bool = False) -> ShardRows:
-        """All rows of one shard, checked against the manifest (`shard_files.read_shard`)."""
-        return read_shard(self.path, self.entries[name], every_byte)
+        """All rows of one shard, checked against the manifest (`shard_files.read_shard`).
+
+        Raises DataError also for a token that is not below K, and names its image.
+        """
+        rows = read_shard(self.path, self.entries[name], every_byte)
+        if rows.tokens.size and int(rows.tokens.max()) >= self.k:
+            row = int(np.flatnonzero((rows.tokens >= self.k).reshape(len(rows), -1).any(axis=1))[0])
+            raise DataError(
+                f"{self.path}: image {rows.keys[row]!r} in {name} has token {int(rows.tokens[row].max())}, and K is "
+                f"{self.k}; delete {self.entries[name]['file']} and its .json and give the same encode-shards command "
+                "again."
+            )
+        return rows
 
     def shards(self) -> Iterator[tuple[str, ShardRows]]:
         """(name, rows) of every shard, one in memory at a time."""

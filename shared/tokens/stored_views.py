@@ -10,10 +10,10 @@ from PIL import Image
 
 from ..errors import DataError
 from ..images.decode import decode
-from ..images.records import ImageRecord, read_encoded
-from ..images.sources import SourceShard, open_source
 from ..images.views import CropBox, replay
 from ..randomness import generator
+from ..sources.records import ImageRecord, read_encoded
+from ..sources.sources import SourceShard, open_source
 from ..storage.remote import is_remote
 from .rows import NO_LABEL, ShardRows
 from .store import TokenStore
@@ -32,7 +32,7 @@ class StoredViews:
     """The pixels of a store's views, from the source of its images or from the store if it contains them."""
 
     def __init__(self, store: TokenStore, images: str | None):
-        """Opens the source `images`, as `images.sources.open_source` does.
+        """Opens the source `images`, as `sources.sources.open_source` does.
 
         Raises DataError or UsageError if it cannot be opened, has no shard of the store or is remote.
         """

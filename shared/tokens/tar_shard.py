@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from ..images.keys import EXTENSIONS, extension_of, key_of
-from ..images.records import ImageRecord, crc32, read_bytes
+from ..sources.keys import EXTENSIONS, extension_of, key_of
+from ..sources.records import ImageRecord, crc32, read_bytes
 from ..storage.files import canonical_json
 from .rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
 

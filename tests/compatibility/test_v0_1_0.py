@@ -20,7 +20,7 @@ import torch
 import zarr
 from mapet import Codebook, TokenStore
 from mapet.shared.errors import UsageError
-from mapet.shared.images.sources import read_records
+from mapet.shared.sources.sources import read_records
 from mapet.shared.storage.files import read_sealed_json, write_sealed_json
 from safetensors.numpy import load_file, save_file
 

@@ -20,9 +20,9 @@ import pytest
 import torch
 from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
 from mapet.shared.images.decode import read_image
-from mapet.shared.images.records import read_bytes
-from mapet.shared.images.sources import open_source, read_records
 from mapet.shared.images.views import Preprocess, ViewPolicy, center_box
+from mapet.shared.sources.records import read_bytes
+from mapet.shared.sources.sources import open_source, read_records
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.rows import NO_LABEL, ShardRows
 from mapet.shared.tokens.store import TokenStore, read_entry, write_shard

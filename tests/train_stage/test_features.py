@@ -8,7 +8,7 @@ import timm
 import torch
 import zarr
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.images.sources import read_records
+from mapet.shared.sources.sources import read_records
 from mapet.shared.storage.files import sha256_file
 from mapet.train_stage.export import export
 from mapet.train_stage.features import features

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...shared.errors import DataError, MapetError
-from ...shared.images.keys import Skipped
-from ...shared.images.records import ImageRecord
-from ...shared.images.sources import SourceShard
 from ...shared.images.views import ViewPolicy
 from ...shared.runtime.console import Advance
+from ...shared.sources.keys import Skipped
+from ...shared.sources.records import ImageRecord
+from ...shared.sources.sources import SourceShard
 from ...shared.tokens.rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
 from ..tokenizers.base import Tokenizer
 from ..towers.features import ExtractedBatch, Request, extract_groups, group_requests
@@ -35,7 +35,10 @@ class Encoder:
     workers: int
 
     def batches(self, groups: Iterable[Sequence[Request]]) -> Iterator[tuple[ExtractedBatch, NDArray[np.uint16]]]:
-        """Yields (batch, tokens (B, V, H, W) uint16) of one group of images after another."""
+        """Yields (batch, tokens (B, V, H, W) uint16) of one group of images after another.
+
+        Raises DataError for an image whose features hold NaN or infinity, or that gets a token not below K.
+        """
         tokenizer = self.tokenizer
         for batch in extract_groups(
             tokenizer,
@@ -47,6 +50,12 @@ class Encoder:
             skip=self.skip,
         ):
             tokens, _ = tokenizer.assign(batch.features.reshape(-1, tokenizer.dim))
+            if len(tokens) and int(tokens.max()) >= tokenizer.k:
+                record = batch.records[int(tokens.argmax()) * len(batch.records) // len(tokens)]
+                raise DataError(
+                    f"{record.path}: the tokenizer gives token {int(tokens.max())} for image {record.key!r}, and its "
+                    f"K is {tokenizer.k}; check the codebook."
+                )
             yield batch, tokens.reshape(*batch.flips.shape, *tokenizer.grid)
 
     def encode(

@@ -7,10 +7,10 @@ from typing import Any
 from upath import UPath
 
 from ...shared.errors import DataError, FingerprintMismatch, UsageError
-from ...shared.images.sources import KeyLedger, SourceShard
 from ...shared.images.views import ViewPolicy
 from ...shared.runtime.console import progress
 from ...shared.runtime.distributed import World
+from ...shared.sources.sources import KeyLedger, SourceShard
 from ...shared.storage.remote import exists, explained, file_size
 from ...shared.tokens.codebook import read_description
 from ...shared.tokens.store import stored_entries

@@ -6,9 +6,9 @@ from pathlib import Path
 from upath import UPath
 
 from ...shared.errors import DataError
-from ...shared.images.sources import KeyLedger, SourceShard
 from ...shared.images.views import ViewPolicy
 from ...shared.runtime.console import progress, say
+from ...shared.sources.sources import KeyLedger, SourceShard
 from ...shared.storage.files import write_sealed_json
 from ...shared.storage.remote import exists, explained
 from ...shared.tokens.codebook import read_description

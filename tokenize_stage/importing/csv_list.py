@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...shared.errors import DataError
-from ...shared.images.keys import key_of
+from ...shared.sources.keys import key_of
 
 COLUMNS = ("path", "file", "filename", "image", "key")
 Named = tuple[int, str]

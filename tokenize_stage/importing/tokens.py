@@ -10,10 +10,10 @@ from zlib_ng.zlib_ng import crc32
 
 from ...shared.errors import DataError, UsageError
 from ...shared.images.decode import upright_size
-from ...shared.images.records import ImageRecord, read_bytes
-from ...shared.images.sources import SourceShard, open_source, read_records
 from ...shared.images.views import CENTER, Preprocess, center_box
 from ...shared.runtime.console import progress, table
+from ...shared.sources.records import ImageRecord, read_bytes
+from ...shared.sources.sources import SourceShard, open_source, read_records
 from ...shared.storage.files import refuse_existing, sha256_file, write_sealed_json
 from ...shared.tokens.codebook import Codebook, read_description
 from ...shared.tokens.rows import ShardRows

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...shared.errors import DataError
 from ...shared.runtime.console import progress
 from ...shared.tokens.rows import NO_LABEL, ShardRows
 from ...shared.tokens.store import TokenStore
@@ -44,8 +43,7 @@ def count_store(store: TokenStore, more: Iterable[Counter] = ()) -> StoreStatist
     overlaps = OverlapCounter()
     counters: list[Counter | OverlapCounter] = [positions, neighbours, labels, overlaps, *more]
     with progress("reading tokens", len(store.entries), "shards") as advance:
-        for name, rows in store.shards():
-            _refuse_foreign(store, name, rows)
+        for _, rows in store.shards():
             for counter in counters:
                 counter.add(rows)
             advance(1)
@@ -63,14 +61,6 @@ def count_store(store: TokenStore, more: Iterable[Counter] = ()) -> StoreStatist
         "overlaps": overlaps.result(collision(counts)) if store.views > 1 else None,
         "labels": labels.result(),
     }
-
-
-def _refuse_foreign(store: TokenStore, name: str, rows: ShardRows) -> None:
-    if rows.tokens.size and int(rows.tokens.max()) >= store.k:
-        raise DataError(
-            f"{store.path}: {name} has token {int(rows.tokens.max())} and K is {store.k}; delete the shard and its "
-            ".json and give the same encode-shards command again."
-        )
 
 
 class _Positions(Counter):

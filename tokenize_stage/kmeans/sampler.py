@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...shared.errors import DataError
-from ...shared.images.keys import Skipped
-from ...shared.images.records import ImageRecord
-from ...shared.images.sources import KeyLedger, SourceShard
 from ...shared.images.views import CENTER
 from ...shared.runtime.console import Advance, progress
 from ...shared.runtime.distributed import World
+from ...shared.sources.keys import Skipped
+from ...shared.sources.records import ImageRecord
+from ...shared.sources.sources import KeyLedger, SourceShard
 from ..towers.features import extract
 from ..towers.tower import Tower
 from .feature_cache import FeatureCache, Rows

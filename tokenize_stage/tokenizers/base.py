@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ...shared.errors import DataError
 from ...shared.images.views import Preprocess
 
 
@@ -80,8 +81,17 @@ class Tokenizer(ABC):
 
         The result lies on `device`. The batch is one forward pass, and kernels may round differently for another
         batch size; the encoder of a store therefore always passes the same number of views.
+
+        Raises:
+            DataError: the features hold NaN or infinity.
         """
         features = self.features(pixels)
+        finite = torch.isfinite(features).flatten(1).all(1)
+        if not finite.all():
+            raise DataError(
+                f"The tower gives features with NaN or infinity for view {int((~finite).nonzero()[0])} of the batch; "
+                "use float32 or another layer, or check its weights."
+            )
         if self.unit_length:
             features = normalize(features, dim=-1)
         tokens, _ = self.assign(features.cpu().contiguous().numpy().reshape(-1, self.dim))

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ...shared.errors import DataError, UsageError
 from ...shared.images.fast_pixels import decode_pixels, replay_pixels
-from ...shared.images.records import ImageRecord
 from ...shared.images.views import CropBox, view_of_epoch
 from ...shared.randomness import generator
 from ...shared.runtime.loader import batches
+from ...shared.sources.records import ImageRecord
 from ...shared.tokens.store import TokenStore
 from ..objectives.permutations import draw_permutation
 from ..settings import ModelSettings, Settings

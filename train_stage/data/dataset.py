@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...shared.images.fast_pixels import is_plain_jpeg
-from ...shared.images.records import ImageRecord, read_encoded
+from ...shared.sources.records import ImageRecord, read_encoded
 from ...shared.storage.remote import is_url
 from ...shared.tokens.rows import NO_LABEL
 from .image_set import RemoteTar

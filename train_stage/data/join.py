@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ...shared.errors import DataError, UsageError
-from ...shared.images.records import ImageRecord
-from ...shared.images.sources import KeyLedger, SourceShard, open_source
 from ...shared.runtime.console import progress, say
 from ...shared.runtime.distributed import World
+from ...shared.sources.records import ImageRecord
+from ...shared.sources.sources import KeyLedger, SourceShard, open_source
 from ...shared.storage.remote import is_url
 from ...shared.tokens.rows import NO_LABEL, ShardRows
 from ...shared.tokens.store import TokenStore

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...shared.errors import DataError
-from ...shared.images.records import ImageRecord
-from ...shared.images.sources import read_records
 from ...shared.randomness import generator
+from ...shared.sources.records import ImageRecord
+from ...shared.sources.sources import read_records
 
 
 @dataclass(frozen=True)

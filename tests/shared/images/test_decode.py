@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapet.shared.errors import DataError
 from mapet.shared.images.decode import decode, read_image, upright_size
-from mapet.shared.images.records import read_bytes
-from mapet.shared.images.sources import read_records
+from mapet.shared.sources.records import read_bytes
+from mapet.shared.sources.sources import read_records
 from PIL import Image, ImageOps
 
 ORIENTATION = 0x0112

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from mapet.shared.errors import DataError
 from mapet.shared.images.decode import decode
 from mapet.shared.images.fast_pixels import decode_pixels, replay_pixels
-from mapet.shared.images.records import read_bytes as bytes_of
-from mapet.shared.images.sources import read_records
 from mapet.shared.images.views import CropBox, Preprocess, ViewPolicy, center_box, replay, to_array
+from mapet.shared.sources.records import read_bytes as bytes_of
+from mapet.shared.sources.sources import read_records
 from PIL import Image
 
 RESEARCH_DATA = Path(__file__).parents[4] / "shared" / "data"

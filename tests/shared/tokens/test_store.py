@@ -132,7 +132,9 @@ def test_a_lookup_reads_the_shard_that_has_the_key(store: Path):
 
 
 def test_keys_with_equal_digests_are_told_apart(store: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mapet.shared.images.keys.key_digests", lambda keys: np.zeros(len(list(keys)), dtype=np.uint64))
+    monkeypatch.setattr(
+        "mapet.shared.sources.keys.key_digests", lambda keys: np.zeros(len(list(keys)), dtype=np.uint64)
+    )
     opened = TokenStore(store)
     for number in range(2):
         for at, key in enumerate(rows_of(number).keys):

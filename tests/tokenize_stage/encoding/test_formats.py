@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import webdataset
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.images.records import ImageRecord, read_bytes
-from mapet.shared.images.sources import open_source, read_records
+from mapet.shared.sources.records import ImageRecord, read_bytes
+from mapet.shared.sources.sources import open_source, read_records
 from mapet.shared.tokens.rows import NO_LABEL, ShardRows
 from mapet.shared.tokens.store import TokenStore, write_shard
 from mapet.tokenize_stage.encode_shards import encode_shards, encode_shards_dry_run, show_estimate

@@ -15,7 +15,7 @@ import fsspec
 import numpy as np
 import pytest
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.images.sources import open_source
+from mapet.shared.sources.sources import open_source
 from mapet.shared.storage.files import read_sealed_json, write_sealed_json, written_whole
 from mapet.shared.storage.remote import as_path
 from mapet.shared.tokens.rows import ShardRows

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.images.records import read_bytes
-from mapet.shared.images.sources import open_source, read_records
+from mapet.shared.sources.records import read_bytes
+from mapet.shared.sources.sources import open_source, read_records
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.rows import ShardRows
 from mapet.shared.tokens.store import TokenStore

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from mapet.shared.errors import UsageError
-from mapet.shared.images.records import read_bytes
 from mapet.shared.runtime.distributed import World
+from mapet.shared.sources.records import read_bytes
 from mapet.shared.tokens.store import TokenStore
 from mapet.train_stage.data.dataset import TokenisedImages
 from mapet.train_stage.data.join import join

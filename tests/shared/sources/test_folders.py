@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from mapet.shared.errors import DataError
-from mapet.shared.images.folders import FOLDER_SHARD_IMAGES
-from mapet.shared.images.sources import open_source, read_records
+from mapet.shared.sources.folders import FOLDER_SHARD_IMAGES
+from mapet.shared.sources.sources import open_source, read_records
 
 
 def test_labels_come_from_class_folders_in_sorted_order(tmp_path: Path, write_folder, png):

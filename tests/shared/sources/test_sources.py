@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import webdataset
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.images.records import read_bytes
-from mapet.shared.images.sources import KeyLedger, open_source, read_records
+from mapet.shared.sources.records import read_bytes
+from mapet.shared.sources.sources import KeyLedger, open_source, read_records
 
 
 def read_with_webdataset(path: Path) -> dict[str, dict]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mapet.shared.errors import DataError
-from mapet.shared.images.sources import open_source, read_records
+from mapet.shared.sources.sources import open_source, read_records
 
 
 def test_a_tar_of_no_bytes_is_an_error_that_names_it(tmp_path: Path):
