@@ -28,7 +28,8 @@ from zarr.storage import ZipStore
 
 K, GRID = 300, (3, 5)
 ATTRIBUTES = {
-    "codebook_fingerprint": "f" * 64,
+    # That of the codebook that `write_store` embeds.
+    "codebook_fingerprint": "8b4ef584999bdf08bf8e2bbdc751e7fa1d136f1f046c334af2b5e3baf3a157a4",
     "view": {"crop": "center", "views": 2},
     "source": {"kind": "tar", "size": 7, "sha256": "0" * 64},
 }
