@@ -241,8 +241,8 @@ def _explanation(world: World, error: RuntimeError) -> str | None:
     if "imed out" in text or "timeout" in text.lower():
         minutes = collective_timeout() / timedelta(minutes=1)
         return (
-            f"Process {world.rank} of {world.size} waited {minutes:g} minutes for another one, which lives and does not "
-            f"answer; see what that one does (py-spy dump), then give the same command again. {_TIMEOUT} sets how long "
+            f"Process {world.rank} of {world.size} waited {minutes:g} minutes for another one, which lives and does "
+            f"not answer; see what that one does (py-spy dump), then give the same command again. {_TIMEOUT} sets how long "
             "to wait."
         )
     return (
