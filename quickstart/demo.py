@@ -16,6 +16,7 @@ from ..shared.runtime.console import say
 from ..shared.sources.records import ImageRecord
 from ..shared.sources.sources import read_records
 from ..shared.storage.files import written_whole
+from ..shared.storage.lock import sole_writer
 from ..tokenize_stage.build_codebook import build_codebook
 from ..tokenize_stage.encode_shards import encode_shards
 from ..tokenize_stage.inspect import inspect, show
@@ -75,7 +76,11 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
         DataError: The images cannot be read, or are fewer than 20.
         UsageError: `out` holds a demo of other images or another seed.
     """
-    out = Path(out)
+    with sole_writer(out := Path(out)):
+        return _chain(images, out, seed)
+
+
+def _chain(images: str | Path | None, out: Path, seed: int) -> list[ProbeResult]:
     began = time.monotonic()
     _claim(out, f"{Path(images).absolute() if images else 'drawings'}, seed {seed}")
     with _chapter("1. Images"):

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from ..shared.runtime.faiss_build import import_faiss
 from ..shared.runtime.memory import memory_budget
 from ..shared.sources.records import keys_sha256
 from ..shared.sources.sources import SourceShard, open_source
-from ..shared.storage.files import canonical_json, written_whole
+from ..shared.storage.files import canonical_json, is_empty, written_whole
+from ..shared.storage.lock import sole_writer
 from ..shared.tokens.codebook import Codebook
 from .kmeans.description import describe_codebook
 from .kmeans.feature_cache import FeatureCache
@@ -100,7 +102,11 @@ def build_codebook(
     options = _Options(settings, kmeans, patches, skips(on_error), memory, batch_size, workers, device)
     memory_budget(memory)
     path, clock = Path(out), _Clock()
-    with joined_world() as world:
+    with (
+        joined_world() as world,
+        sole_writer(path, world),
+        sole_writer(Path(features_cache), world, option="--features-cache") if features_cache else nullcontext(),
+    ):
         shards = open_source(images)
         keys = read_keys(shards, world, options.skip)
         image_keys = choose_images(keys.all_keys(), max_images, seed)
@@ -146,8 +152,10 @@ def _work_folder(out: Path) -> Path:
 
 
 def _already_built(out: Path, request: dict[str, Any]) -> bool:
-    if not out.exists():
+    if not out.is_file() and is_empty(out):
         return False
+    if not (out / "codebook.json").exists():
+        raise UsageError(f"{out} already exists and is not a codebook; choose another --out or delete it.")
     before = {"init": "random"} | Codebook.load(out).description["request"]
     changed = [name for name, value in request.items() if before.get(name) != value]
     if changed:

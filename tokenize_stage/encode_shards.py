@@ -13,6 +13,7 @@ from ..shared.runtime.console import say, table
 from ..shared.runtime.devices import choose_workers
 from ..shared.runtime.distributed import World, joined_world
 from ..shared.sources.sources import KeyLedger, SourceShard, open_source
+from ..shared.storage.lock import sole_writer
 from ..shared.storage.remote import as_path
 from ..shared.tokens.store import SUFFIXES, TokenStore
 from .encoding.dry_run import EncodingEstimate, estimate_encoding, nothing_left
@@ -83,7 +84,7 @@ def encode_shards(
         device=device,
     )
     path = as_path(out)
-    with joined_world() as world:
+    with joined_world() as world, sole_writer(path, world):
         work = _plan_work(images, codebook, path, options, world)
         if work.unfinished:
             encoder = _open_encoder(work, options, world)

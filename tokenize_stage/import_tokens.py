@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..shared.errors import UsageError
 from ..shared.runtime.devices import refuse_many_processes
+from ..shared.storage.lock import sole_writer
 from ..shared.tokens.codebook import Codebook
 from ..shared.tokens.store import TokenStore
 from .importing.centroids import import_centroids
@@ -48,7 +49,8 @@ def import_codebook(
     """
     refuse_many_processes()
     settings = TowerSettings(tower, pretrained, image_size, layer, final_norm, precision)
-    return import_centroids(Path(centroids), Path(out), settings, metric, device)
+    with sole_writer(Path(out)):
+        return import_centroids(Path(centroids), Path(out), settings, metric, device)
 
 
 def import_tokens(
@@ -79,7 +81,8 @@ def import_tokens(
         UsageError: `out` holds something else.
     """
     refuse_many_processes()
-    return import_store(Path(tokens), Path(csv), images, codebook, Path(out))
+    with sole_writer(Path(out)):
+        return import_store(Path(tokens), Path(csv), images, codebook, Path(out))
 
 
 def which_import(*, centroids: object, tokens: object, csv: object, images: object, codebook: object) -> str:

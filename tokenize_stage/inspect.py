@@ -1,11 +1,13 @@
 """inspect: what made a codebook or a token store, how its codes are used, and what is wrong with it."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upath import UPath
 
 from ..shared.errors import DataError, UsageError
+from ..shared.storage.lock import sole_writer
 from ..shared.storage.remote import as_path, exists
 from ..shared.tokens.codebook import Codebook
 from ..shared.tokens.rows import NO_LABEL
@@ -72,13 +74,15 @@ def inspect(
             raise UsageError(f"--key {key}: {place} is a codebook; give a token store to see an image's tokens.")
         if options:
             raise UsageError(f"--{min(options)} belongs to the page of a token store; {place} is a codebook.")
-        return _inspect_codebook(place, other, html)
-    store = TokenStore(place)
-    page = None if html is None else _store_page(store, html, **options, seed=seed, device=device)
-    report = _inspect_store(store, key, None if other is None else TokenStore(other))
-    if page:
-        page.write(report)
-    return report
+    with nullcontext() if html is None else sole_writer(Path(html), option="--html"):
+        if not is_store:
+            return _inspect_codebook(place, other, html)
+        store = TokenStore(place)
+        page = None if html is None else _store_page(store, html, **options, seed=seed, device=device)
+        report = _inspect_store(store, key, None if other is None else TokenStore(other))
+        if page:
+            page.write(report)
+        return report
 
 
 def _is_store(path: Path | UPath, other: Path | UPath | None) -> bool:

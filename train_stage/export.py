@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 from ..shared.runtime.console import table
+from ..shared.runtime.devices import refuse_many_processes
 from ..shared.storage.files import refuse_existing
+from ..shared.storage.lock import sole_writer
 from .weights.onnx import ONNX, require_onnx, write_onnx
 from .weights.read import load_weights
 from .weights.weights import Weights
@@ -32,15 +34,18 @@ def export(weights: str | Path, out: str | Path, *, image_size: int | None = Non
         DataError if the weights cannot be read, or if ONNX Runtime does not agree with PyTorch; UsageError if `out` is
         taken, `image_size` does not fit the patches, or `onnx` lacks its packages.
     """
-    refuse_existing(folder := Path(out))
+    refuse_many_processes()
     if onnx:
         require_onnx()
-    loaded = load_weights(weights).resized(image_size)
-    with weights_folder(folder, loaded.timm_tensors()) as partial:
-        (partial / "config.json").write_text(json.dumps(loaded.timm_config(), indent=1) + "\n")
-        difference = write_onnx(loaded, partial / ONNX) if onnx else None
-    show_export(loaded, folder, difference)
-    return folder
+    folder = Path(out)
+    with sole_writer(folder):
+        refuse_existing(folder)
+        loaded = load_weights(weights).resized(image_size)
+        with weights_folder(folder, loaded.timm_tensors()) as partial:
+            (partial / "config.json").write_text(json.dumps(loaded.timm_config(), indent=1) + "\n")
+            difference = write_onnx(loaded, partial / ONNX) if onnx else None
+        show_export(loaded, folder, difference)
+        return folder
 
 
 def show_export(weights: Weights, out: Path, onnx_difference: float | None) -> None:

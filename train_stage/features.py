@@ -9,10 +9,11 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from ..shared.runtime.console import progress, table
-from ..shared.runtime.devices import choose_device, choose_workers
+from ..shared.runtime.devices import choose_device, choose_workers, refuse_many_processes
 from ..shared.sources.records import ImageRecord
 from ..shared.sources.sources import read_records
 from ..shared.storage.files import refuse_existing, written_whole
+from ..shared.storage.lock import sole_writer
 from ..shared.tokens.rows import NO_LABEL
 from .evaluation.embed import embed, normalised_views, refuse_not_finite
 from .weights.read import load_weights
@@ -67,29 +68,32 @@ def features(
         DataError if weights or images cannot be read, or if features hold NaN or infinity; UsageError if `out` is taken
         or `image_size` does not fit the patches.
     """
-    refuse_existing(folder := Path(out))
-    device_name = choose_device(device)
-    loaded = load_weights(weights).resized(image_size)
-    records = read_records(images)
-    model = loaded.vit().to(device_name)
-    worker_count = choose_workers(workers, device_name)
-    batches = normalised_views(records, loaded.preprocess, batch_size, worker_count, device_name)
-    with written_whole(folder) as partial, progress("extracting features", len(records)) as advance:
-        arrays = _create(partial, loaded, records, patches)
-        start = 0
-        for batch in batches:
-            end = start + len(batch)
-            pooled, rows = embed(model, batch)
-            for part in (pooled, rows):  # a patch may hold infinity and the mean over patches not, or the reverse
-                refuse_not_finite(part, records[start:], "features")
-            arrays["pooled"][start:end] = pooled.cpu().numpy()
-            if patches:
-                grid = rows.view(len(rows), loaded.grid, loaded.grid, -1)
-                arrays["patches"][start:end] = grid.cpu().numpy()
-            advance(end - start)
-            start = end
-    show_features(loaded, folder)
-    return folder
+    refuse_many_processes()
+    folder = Path(out)
+    with sole_writer(folder):
+        refuse_existing(folder)
+        device_name = choose_device(device)
+        loaded = load_weights(weights).resized(image_size)
+        records = read_records(images)
+        model = loaded.vit().to(device_name)
+        worker_count = choose_workers(workers, device_name)
+        batches = normalised_views(records, loaded.preprocess, batch_size, worker_count, device_name)
+        with written_whole(folder) as partial, progress("extracting features", len(records)) as advance:
+            arrays = _create(partial, loaded, records, patches)
+            start = 0
+            for batch in batches:
+                end = start + len(batch)
+                pooled, rows = embed(model, batch)
+                for part in (pooled, rows):  # a patch may hold infinity and the mean over patches not, or the reverse
+                    refuse_not_finite(part, records[start:], "features")
+                arrays["pooled"][start:end] = pooled.cpu().numpy()
+                if patches:
+                    grid = rows.view(len(rows), loaded.grid, loaded.grid, -1)
+                    arrays["patches"][start:end] = grid.cpu().numpy()
+                advance(end - start)
+                start = end
+        show_features(loaded, folder)
+        return folder
 
 
 def _create(path: Path, weights: Weights, records: list[ImageRecord], patches: bool) -> "dict[str, zarr.Array[Any]]":

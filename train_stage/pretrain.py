@@ -11,7 +11,7 @@ from ..shared.runtime.console import say, table
 from ..shared.runtime.devices import choose_device
 from ..shared.runtime.distributed import joined_world
 from ..shared.runtime.memory import as_text
-from ..shared.storage.files import WriteLock
+from ..shared.storage.lock import sole_writer
 from ..shared.tokens.store import TokenStore
 from .data.batch import check_grid
 from .data.remote_tars import fetched_tars
@@ -63,28 +63,23 @@ def pretrain(
     """
     settings = _settings(recipe, overrides, objective)
     device, out = choose_device(device), Path(out)
-    with joined_world(device) as world, peers_explained(world):
-        lock = WriteLock(out)
-        try:
-            store = TokenStore(tokens)
-            check_grid(store, settings.model)
-            world.on_rank_zero(lock.take)
-            point = world.on_rank_zero(
-                lambda: find_resume_point(
-                    out,
-                    resume,
-                    PretrainingTask.name,
-                    settings,
-                    resolve(),
-                    lambda before: refuse_other_tokens(out, before, store),
-                )
+    with joined_world(device) as world, peers_explained(world), sole_writer(out, world):
+        store = TokenStore(tokens)
+        check_grid(store, settings.model)
+        point = world.on_rank_zero(
+            lambda: find_resume_point(
+                out,
+                resume,
+                PretrainingTask.name,
+                settings,
+                resolve(),
+                lambda before: refuse_other_tokens(out, before, store),
             )
-            task = PretrainingTask(settings, store, join_images(images, store, settings, world))
-            run = open_run(task, out, point, init, device, world, lock)
-            with run.logbook:
-                path = train(run)
-        finally:
-            lock.release()
+        )
+        task = PretrainingTask(settings, store, join_images(images, store, settings, world))
+        run = open_run(task, out, point, init, device, world)
+        with run.logbook:
+            path = train(run)
         if world.is_first:
             show_run(path)
     return path

@@ -14,6 +14,7 @@ from ..shared.errors import DataError, UsageError
 from ..shared.report.pictures import golden_colours, hex_colours
 from ..shared.report.render import write_page
 from ..shared.runtime.console import say, table
+from ..shared.storage.lock import sole_writer
 from .evaluation.predictions import predict
 from .runs.jsonl import read_lines
 
@@ -89,10 +90,11 @@ def report(
     path = Path(html) if html is not None else folders[0] / "report.html"
     if path.is_dir():
         raise UsageError(f"--html {path} is a folder; give a file, such as {path / 'report.html'}.")
-    summaries = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-    predictions = predict(folders, tokens, images, seed, device) if tokens else None
-    _write(path, summaries, predictions)
-    show_report(summaries, path)
+    with sole_writer(path, option="--html"):
+        summaries = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+        predictions = predict(folders, tokens, images, seed, device) if tokens else None
+        _write(path, summaries, predictions)
+        show_report(summaries, path)
     return path
 
 
