@@ -14,21 +14,21 @@ _JOINERS = "\u200c\u200d"
 """Format characters that are part of ordinary words (Persian, the languages of India) and of emoji."""
 
 
-def printable(text: str, *, lines: bool = False) -> str:
-    """`text` with every control or invisible character as an escape; with `lines`, line breaks stay.
+def printable(text: str) -> str:
+    """`text` on one line, with every control or invisible character as an escape.
 
     Printable text comes back as it is, and so does the result of an earlier call. Surrogates, which stand for the bytes
     of a file name that is not UTF-8, become escapes as well, so the result can always be encoded as UTF-8.
     """
     if text.isprintable():
         return text
-    return "".join(_escaped(character) if _is_hidden(character, lines) else character for character in text)
+    return "".join(_escaped(character) if _is_hidden(character) else character for character in text)
 
 
 def printable_values(value: Any) -> Any:
-    """JSON values in which every string, names included, is `printable`; line breaks stay."""
+    """JSON values in which every string, names included, is `printable`."""
     if isinstance(value, str):
-        return printable(value, lines=True)
+        return printable(value)
     if isinstance(value, dict):
         return {printable_values(name): printable_values(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -41,11 +41,13 @@ def printable_json(value: Any, indent: int | None = None) -> str:
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     if text.replace("\n", "").isprintable():
         return text
-    return "".join(json.dumps(character)[1:-1] if _is_hidden(character, True) else character for character in text)
+    return "".join(
+        json.dumps(character)[1:-1] if character != "\n" and _is_hidden(character) else character for character in text
+    )
 
 
-def _is_hidden(character: str, lines: bool) -> bool:
-    if character.isprintable() or character in _JOINERS or (lines and character == "\n"):
+def _is_hidden(character: str) -> bool:
+    if character.isprintable() or character in _JOINERS:
         return False
     return unicodedata.category(character) in _HIDDEN
 

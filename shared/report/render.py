@@ -72,7 +72,7 @@ def _environment() -> Environment:
 
 
 def _visible(value: Any) -> Any:
-    return printable(value, lines=True) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _count(number: float) -> str:

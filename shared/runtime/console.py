@@ -79,10 +79,10 @@ def _set_errors(stream: io.TextIOWrapper, errors: str | None) -> None:
 
 
 def foreign(text: str, style: str = "") -> Text:
-    """`text` for rich: no markup, no emoji codes, hidden characters as escapes; line breaks stay."""
+    """`text` for rich: no markup, no emoji codes, line breaks and hidden characters as escapes."""
     from rich.text import Text
 
-    return Text(printable(text, lines=True), style=style)
+    return Text(printable(text), style=style)
 
 
 class _PlainLines(logging.Handler):
@@ -90,7 +90,7 @@ class _PlainLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if is_first_process():
-            _stderr().print(foreign(printable(record.getMessage())), soft_wrap=True)
+            _stderr().print(foreign(record.getMessage()), soft_wrap=True)
 
 
 class Results:
@@ -243,5 +243,5 @@ def table(title: str, rows: list[tuple[str, str]]) -> None:
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in rows:
-        grid.add_row(foreign(printable(name)), foreign(printable(value)))
+        grid.add_row(foreign(name), foreign(value))
     results.print(grid)

@@ -54,7 +54,6 @@ def test_hostile_names(mapet, lab, place, pictures):
     assert safe((place / "page.html").read_text())
     settings = ["--images", pictures, "--tokens", tokens, "--out", run, *lab.settings]
     assert_safe(mapet("train", "pretrain", *settings))
-    assert_safe(mapet("train", "pretrain", *settings, "--set", "train.epochs=3"))
     assert_safe(mapet("train", "report", run, "--images", pictures, "--tokens", tokens))
     assert safe((run / "report.html").read_text())
     assert_safe(mapet("train", "import", run, "--out", place / "weights"))

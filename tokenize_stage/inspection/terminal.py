@@ -7,7 +7,6 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from ...shared.printable import printable
 from ...shared.runtime.console import foreign, results, table
 from .centroids import objective_of
 
@@ -42,7 +41,7 @@ def show(report: dict[str, Any], *, as_json: bool = False) -> None:
             (f"  Why: {warning['why']}.", ""),
             (f"  What to do: {warning['do']}", ""),
         ):
-            results.print(foreign(printable(line), style), soft_wrap=True)
+            results.print(foreign(line, style), soft_wrap=True)
 
 
 def complete_description(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,7 +234,7 @@ def _show_image(image: dict[str, Any]) -> None:
             f"{crop['width']:.1f}x{crop['height']:.1f} at ({crop['left']:.1f}, {crop['top']:.1f})"
             f"{', flipped' if view['flip'] else ''}"
         )
-        grid = Table(title=foreign(printable(title)), title_justify="left", show_header=False, show_lines=False)
+        grid = Table(title=foreign(title), title_justify="left", show_header=False, show_lines=False)
         for row in view["tokens"]:
             grid.add_row(*map(str, row))
         results.print(grid)
