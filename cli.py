@@ -21,6 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from . import __version__
 from .shared.errors import MapetError
+from .shared.printable import printable
 from .shared.runtime.console import log, running_command
 from .shared.runtime.distributed import is_first_process
 from .shared.runtime.static_signature import REQUIRED, Parameter, StaticSignature, read_signature
@@ -336,7 +337,7 @@ def _fail(sentence: str, code: int) -> None:
     if error is not None and log.isEnabledFor(logging.DEBUG):
         _reveal_contexts(error)
         traceback.print_exception(error)
-    print(f"mapet: {sentence}", file=sys.stderr)
+    print(f"mapet: {printable(sentence)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -17,6 +17,7 @@ LAYERS = {
         ["sources"],
         ["storage", "runtime"],
         ["errors", "randomness"],
+        ["printable"],
     ],
     "tokenize_stage": [
         ["build_codebook", "encode_shards", "inspect", "verify", "import_tokens"],
