@@ -4,10 +4,25 @@ Defaults and help texts are read from the function's source (`shared.runtime.sta
 when the command runs. To add an option, add a parameter; to add a command, add a line to `COMMANDS`.
 """
 
+# ruff: noqa: E402
+
+import signal
+import threading
+
+_BEFORE = signal.getsignal(signal.SIGINT)
+
+
+def _interrupts_end_the_process() -> None:
+    """Until `main` handles it, and while this module is imported, Ctrl-C ends the process without a traceback."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+_interrupts_end_the_process()
+
 import inspect
 import logging
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -20,9 +35,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from . import __version__
-from .shared.errors import MapetError
+from .shared.errors import MapetError, UsageError
 from .shared.printable import printable
-from .shared.runtime.console import log, running_command
+from .shared.runtime.console import log, running_command, stop_signals
 from .shared.runtime.distributed import is_first_process
 from .shared.runtime.static_signature import REQUIRED, Parameter, StaticSignature, read_signature
 
@@ -137,7 +152,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         ),
     },
 }
-_AT_LEAST = {"batch_size": 1, "image_size": 1, "max_images": 1, "patches": 1}
+_AT_LEAST = {"batch_size": 1, "image_size": 1, "max_images": 1, "patches": 1, "workers": 0}
 
 
 class _Group(TyperGroup):
@@ -289,7 +304,18 @@ def _help(text: str, options: Mapping[str, str]) -> str:
     return text
 
 
+def _refuse_empty_paths(command: Command, values: Mapping[str, Any]) -> None:
+    """An empty text would mean the current folder to some functions and nothing to others."""
+    for name, parameter in _parameters(command).items():
+        given = values.get(name)
+        if "Path" in parameter.types and (given == "" or (isinstance(given, list) and "" in given)):
+            by_position = {argument.removesuffix("...") for argument in command.arguments}
+            spelled = name.upper() if name in by_position else f"--{name.replace('_', '-')}"
+            raise UsageError(f"{spelled} is empty; give a path (is a variable of the shell unset?).")
+
+
 def _run(command: Command, values: dict[str, Any]) -> None:
+    _refuse_empty_paths(command, values)
     as_json = values.pop("json", False) if command.shown_by else False
     if command.dry_run and values.get("dry_run") and "dry_run" not in _parameters(command):
         estimate, show = command.dry_run
@@ -315,9 +341,11 @@ def _imported(function: str) -> Callable[..., Any]:
 
 def main() -> None:
     """The `mapet` command: an expected failure ends with one sentence and its exit code, without a traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _interrupts_end_the_process()
     with running_command():
         try:
+            for number in stop_signals():
+                signal.signal(number, signal.default_int_handler)
             app()
         except MapetError as error:
             _fail(str(error), error.exit_code)
@@ -331,7 +359,7 @@ def main() -> None:
 
 def _fail(sentence: str, code: int) -> None:
     # What remains is Python's own end, in which a second Ctrl-C or torchrun's SIGTERM would print a traceback.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, signal.SIG_DFL)
     error = sys.exception()
     if error is not None and log.isEnabledFor(logging.DEBUG):
@@ -347,3 +375,7 @@ def _reveal_contexts(error: BaseException) -> None:
     while seen is not None:
         seen.__suppress_context__ = seen.__cause__ is not None
         seen = seen.__cause__ or seen.__context__
+
+
+if threading.current_thread() is threading.main_thread() and _BEFORE is not None:
+    signal.signal(signal.SIGINT, _BEFORE)

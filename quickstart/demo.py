@@ -16,7 +16,7 @@ from ..shared.runtime.console import say
 from ..shared.sources.records import ImageRecord
 from ..shared.sources.sources import read_records
 from ..shared.storage.files import written_whole
-from ..shared.storage.lock import sole_writer
+from ..shared.storage.lock import writes_to_out
 from ..tokenize_stage.build_codebook import build_codebook
 from ..tokenize_stage.encode_shards import encode_shards
 from ..tokenize_stage.inspect import inspect, show
@@ -61,6 +61,7 @@ Everything is in {out}/; the picture of the tokens is {picture}. To look at, in 
   {run}: how training went, what is predicted"""
 
 
+@writes_to_out
 def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", seed: int = 0) -> list[ProbeResult]:
     """Makes a codebook and tokens, pre-trains and probes, with the CLIP tower in the package and images drawn by it.
 
@@ -76,11 +77,7 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
         DataError: The images cannot be read, or are fewer than 20.
         UsageError: `out` holds a demo of other images or another seed.
     """
-    with sole_writer(out := Path(out)):
-        return _chain(images, out, seed)
-
-
-def _chain(images: str | Path | None, out: Path, seed: int) -> list[ProbeResult]:
+    out = Path(out)
     began = time.monotonic()
     _claim(out, f"{Path(images).absolute() if images else 'drawings'}, seed {seed}")
     with _chapter("1. Images"):

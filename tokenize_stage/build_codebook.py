@@ -96,6 +96,7 @@ def build_codebook(
         DataError: Images, weights, memory, disk space or the sample are insufficient, or the features cache belongs to
             other features.
     """
+    given = dict(locals())
     settings = TowerSettings(tower, pretrained, image_size, layer, final_norm, precision)
     kmeans = KMeansSettings(k, iterations, restarts, metric, seed, init)
     kmeans.check_faiss()
@@ -103,7 +104,7 @@ def build_codebook(
     memory_budget(memory)
     path, clock = Path(out), _Clock()
     with (
-        joined_world() as world,
+        joined_world(given=given) as world,
         sole_writer(path, world),
         sole_writer(Path(features_cache), world, option="--features-cache") if features_cache else nullcontext(),
     ):

@@ -74,6 +74,7 @@ def encode_shards(
         DataError: An image cannot be read, or a source changed since it was encoded.
         UsageError: An option is invalid, or differs from that of the store in `out`.
     """
+    given = dict(locals())
     options = _Options(
         policy=ViewPolicy(crop, views, scale, ratio, flip, with_center, seed),
         format=_known_format(format),
@@ -84,7 +85,7 @@ def encode_shards(
         device=device,
     )
     path = as_path(out)
-    with joined_world() as world, sole_writer(path, world):
+    with joined_world(given=given) as world, sole_writer(path, world):
         work = _plan_work(images, codebook, path, options, world)
         if work.unfinished:
             encoder = _open_encoder(work, options, world)
@@ -148,6 +149,7 @@ def encode_shards_dry_run(
         DataError: An image cannot be read, or a source changed since it was encoded.
         UsageError: An option is invalid, or differs from that of the store in `out`.
     """
+    given = dict(locals())
     options = _Options(
         policy=ViewPolicy(crop, views, scale, ratio, flip, with_center, seed),
         format=_known_format(format),
@@ -158,7 +160,7 @@ def encode_shards_dry_run(
         device=device,
     )
     path = as_path(out)
-    with joined_world() as world:
+    with joined_world(given=given) as world:
         work = _plan_work(images, codebook, path, options, world)
         if not work.unfinished:
             return nothing_left(str(out), views, world.size)
@@ -227,6 +229,9 @@ def _plan_work(
 ) -> _Work:
     """Compares the source with the store, and reads the headers of the source's shards."""
     shards, saved = world.all_or_raise(lambda: (open_source(images), read_tokenizer(codebook)))
+    world.refuse_differences(
+        {"the fingerprint of --codebook": saved.fingerprint, "the shards of IMAGES": [shard.name for shard in shards]}
+    )
     indices = world.on_rank_zero(
         lambda: unfinished_shards(out, shards, saved.fingerprint, codebook, options.policy, options.format)
     )

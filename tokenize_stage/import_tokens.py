@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..shared.errors import UsageError
 from ..shared.runtime.devices import refuse_many_processes
-from ..shared.storage.lock import sole_writer
+from ..shared.storage.lock import writes_to_out
 from ..shared.tokens.codebook import Codebook
 from ..shared.tokens.store import TokenStore
 from .importing.centroids import import_centroids
@@ -13,6 +13,7 @@ from .importing.tokens import import_store
 from .towers.tower import TowerSettings
 
 
+@writes_to_out
 def import_codebook(
     out: str | Path,
     *,
@@ -49,10 +50,10 @@ def import_codebook(
     """
     refuse_many_processes()
     settings = TowerSettings(tower, pretrained, image_size, layer, final_norm, precision)
-    with sole_writer(Path(out)):
-        return import_centroids(Path(centroids), Path(out), settings, metric, device)
+    return import_centroids(Path(centroids), Path(out), settings, metric, device)
 
 
+@writes_to_out
 def import_tokens(
     out: str | Path,
     *,
@@ -81,8 +82,7 @@ def import_tokens(
         UsageError: `out` holds something else.
     """
     refuse_many_processes()
-    with sole_writer(Path(out)):
-        return import_store(Path(tokens), Path(csv), images, codebook, Path(out))
+    return import_store(Path(tokens), Path(csv), images, codebook, Path(out))
 
 
 def which_import(*, centroids: object, tokens: object, csv: object, images: object, codebook: object) -> str:

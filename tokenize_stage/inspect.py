@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["inspect", "show"]
 
+_PARTS_OF_STORES = ("manifest.json", "shards")
+
 
 def inspect(
     path: str | Path,
@@ -89,8 +91,10 @@ def _is_store(path: Path | UPath, other: Path | UPath | None) -> bool:
     """Whether `path` and `other` are stores and not codebooks; refuses anything else."""
     kinds = []
     for place in (path,) if other is None else (path, other):
-        kinds.append(exists(place / "manifest.json") or exists(place / "shards"))
-        if not kinds[-1] and not exists(place / "codebook.json"):
+        has_codebook, has_centroids = (exists(place / name) for name in ("codebook.json", "centroids.safetensors"))
+        # A store that was begun holds the description of its codebook, and no centroids.
+        kinds.append(not has_centroids and (has_codebook or any(exists(place / name) for name in _PARTS_OF_STORES)))
+        if not kinds[-1] and not has_codebook:
             raise DataError(f"{place} is neither a codebook nor a token store (no codebook.json, no manifest.json).")
     if len(set(kinds)) > 1:
         names = ["a token store" if kind else "a codebook" for kind in kinds]

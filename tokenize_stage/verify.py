@@ -66,7 +66,7 @@ def verify(
     path = as_path(tokens)
     _refuse_options(codebook, images, reencode)
     began = time.monotonic()
-    if exists(path / "codebook.json") and not any(exists(path / name) for name in ("manifest.json", "shards")):
+    if exists(path / "centroids.safetensors"):
         return _verify_codebook(path, codebook or images)
     store = TokenStore(path)
     saved = None if codebook is None else _same_codebook(store, codebook)

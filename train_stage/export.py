@@ -6,13 +6,14 @@ from pathlib import Path
 from ..shared.runtime.console import table
 from ..shared.runtime.devices import refuse_many_processes
 from ..shared.storage.files import refuse_existing
-from ..shared.storage.lock import sole_writer
+from ..shared.storage.lock import writes_to_out
 from .weights.onnx import ONNX, require_onnx, write_onnx
 from .weights.read import load_weights
 from .weights.weights import Weights
 from .weights.write import describe_weights, weights_folder
 
 
+@writes_to_out
 def export(weights: str | Path, out: str | Path, *, image_size: int | None = None, onnx: bool = False) -> Path:
     """Writes a folder that `timm.create_model("local-dir:OUT", pretrained=True)` opens.
 
@@ -35,17 +36,15 @@ def export(weights: str | Path, out: str | Path, *, image_size: int | None = Non
         taken, `image_size` does not fit the patches, or `onnx` lacks its packages.
     """
     refuse_many_processes()
+    refuse_existing(folder := Path(out))
     if onnx:
         require_onnx()
-    folder = Path(out)
-    with sole_writer(folder):
-        refuse_existing(folder)
-        loaded = load_weights(weights).resized(image_size)
-        with weights_folder(folder, loaded.timm_tensors()) as partial:
-            (partial / "config.json").write_text(json.dumps(loaded.timm_config(), indent=1) + "\n")
-            difference = write_onnx(loaded, partial / ONNX) if onnx else None
-        show_export(loaded, folder, difference)
-        return folder
+    loaded = load_weights(weights).resized(image_size)
+    with weights_folder(folder, loaded.timm_tensors()) as partial:
+        (partial / "config.json").write_text(json.dumps(loaded.timm_config(), indent=1) + "\n")
+        difference = write_onnx(loaded, partial / ONNX) if onnx else None
+    show_export(loaded, folder, difference)
+    return folder
 
 
 def show_export(weights: Weights, out: Path, onnx_difference: float | None) -> None:

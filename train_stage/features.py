@@ -13,7 +13,7 @@ from ..shared.runtime.devices import choose_device, choose_workers, refuse_many_
 from ..shared.sources.records import ImageRecord
 from ..shared.sources.sources import read_records
 from ..shared.storage.files import refuse_existing, written_whole
-from ..shared.storage.lock import sole_writer
+from ..shared.storage.lock import writes_to_out
 from ..shared.tokens.rows import NO_LABEL
 from .evaluation.embed import embed, normalised_views, refuse_not_finite
 from .weights.read import load_weights
@@ -25,6 +25,7 @@ _IMAGES_PER_CHUNK = {"patches": 16, "pooled": 128, "keys": 8192, "labels": 8192}
 _AXES = ("image", "row", "column", "feature")
 
 
+@writes_to_out
 def features(
     images: str | Path | Sequence[str | Path],
     weights: str | Path,
@@ -69,31 +70,29 @@ def features(
         or `image_size` does not fit the patches.
     """
     refuse_many_processes()
-    folder = Path(out)
-    with sole_writer(folder):
-        refuse_existing(folder)
-        device_name = choose_device(device)
-        loaded = load_weights(weights).resized(image_size)
-        records = read_records(images)
-        model = loaded.vit().to(device_name)
-        worker_count = choose_workers(workers, device_name)
-        batches = normalised_views(records, loaded.preprocess, batch_size, worker_count, device_name)
-        with written_whole(folder) as partial, progress("extracting features", len(records)) as advance:
-            arrays = _create(partial, loaded, records, patches)
-            start = 0
-            for batch in batches:
-                end = start + len(batch)
-                pooled, rows = embed(model, batch)
-                for part in (pooled, rows):  # a patch may hold infinity and the mean over patches not, or the reverse
-                    refuse_not_finite(part, records[start:], "features")
-                arrays["pooled"][start:end] = pooled.cpu().numpy()
-                if patches:
-                    grid = rows.view(len(rows), loaded.grid, loaded.grid, -1)
-                    arrays["patches"][start:end] = grid.cpu().numpy()
-                advance(end - start)
-                start = end
-        show_features(loaded, folder)
-        return folder
+    refuse_existing(folder := Path(out))
+    device_name = choose_device(device)
+    loaded = load_weights(weights).resized(image_size)
+    records = read_records(images)
+    model = loaded.vit().to(device_name)
+    worker_count = choose_workers(workers, device_name)
+    batches = normalised_views(records, loaded.preprocess, batch_size, worker_count, device_name)
+    with written_whole(folder) as partial, progress("extracting features", len(records)) as advance:
+        arrays = _create(partial, loaded, records, patches)
+        start = 0
+        for batch in batches:
+            end = start + len(batch)
+            pooled, rows = embed(model, batch)
+            for part in (pooled, rows):  # a patch may hold infinity and the mean over patches not, or the reverse
+                refuse_not_finite(part, records[start:], "features")
+            arrays["pooled"][start:end] = pooled.cpu().numpy()
+            if patches:
+                grid = rows.view(len(rows), loaded.grid, loaded.grid, -1)
+                arrays["patches"][start:end] = grid.cpu().numpy()
+            advance(end - start)
+            start = end
+    show_features(loaded, folder)
+    return folder
 
 
 def _create(path: Path, weights: Weights, records: list[ImageRecord], patches: bool) -> "dict[str, zarr.Array[Any]]":

@@ -5,12 +5,13 @@ from pathlib import Path
 from ..shared.runtime.console import table
 from ..shared.runtime.devices import refuse_many_processes
 from ..shared.storage.files import refuse_existing, sha256_file, write_sealed_json
-from ..shared.storage.lock import sole_writer
+from ..shared.storage.lock import writes_to_out
 from .weights.read import load_weights
 from .weights.weights import Weights
 from .weights.write import FORMAT, TENSORS, VERSION, describe_weights, weights_folder
 
 
+@writes_to_out
 def import_weights(file: str | Path, out: str | Path, *, image_size: int | None = None) -> Path:
     """Writes weights as one plain folder that every WEIGHTS argument takes.
 
@@ -30,25 +31,23 @@ def import_weights(file: str | Path, out: str | Path, *, image_size: int | None 
         DataError if `file` cannot be read; UsageError if `out` is taken or `image_size` does not fit the patches.
     """
     refuse_many_processes()
-    folder = Path(out)
-    with sole_writer(folder):
-        refuse_existing(folder)
-        loaded = load_weights(file).resized(image_size)
-        with weights_folder(folder, loaded.tensors) as partial:
-            metadata = {
-                "format": FORMAT,
-                "version": VERSION,
-                "kind": loaded.kind,
-                "classes": loaded.classes,
-                "shape": loaded.shape.to_json(),
-                "input": loaded.input.to_json(),
-                "seed": loaded.seed,
-                "sha256": sha256_file(partial / TENSORS),
-                "source": {"name": loaded.file.name, "sha256": loaded.sha256()},
-            }
-            write_sealed_json(partial / "weights.json", metadata)
-        show_import(loaded, folder)
-        return folder
+    refuse_existing(folder := Path(out))
+    loaded = load_weights(file).resized(image_size)
+    with weights_folder(folder, loaded.tensors) as partial:
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": loaded.kind,
+            "classes": loaded.classes,
+            "shape": loaded.shape.to_json(),
+            "input": loaded.input.to_json(),
+            "seed": loaded.seed,
+            "sha256": sha256_file(partial / TENSORS),
+            "source": {"name": loaded.file.name, "sha256": loaded.sha256()},
+        }
+        write_sealed_json(partial / "weights.json", metadata)
+    show_import(loaded, folder)
+    return folder
 
 
 def show_import(weights: Weights, out: Path) -> None:

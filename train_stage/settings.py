@@ -4,6 +4,7 @@ The defaults are the paper's for ViT-B/16 at 224 pixels (arXiv 2306.07346, secti
 from other settings by `resolve`; a resolved structure has a value everywhere.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +44,22 @@ def _check_choices(group: str, settings: object) -> None:
         if of == group:
             value = getattr(settings, name)
             _require(value in choices, f"{key} {value!r} is unknown; choose from {', '.join(choices)}.")
+
+
+def check_numbers(group: str, settings: object) -> None:
+    """Raises UsageError for a number of a group of settings that is not finite or does not fit into 64 bits."""
+    for name, value in vars(settings).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float):
+                _require(math.isfinite(number), f"{group}.{name} {number} must be a finite number.")
+            elif isinstance(number, int):
+                _require(-(1 << 63) <= number < 1 << 64, f"{group}.{name} {number} must fit into 64 bits.")
+
+
+def _require_at_least_zero(group: str, settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _require(value is None or value >= 0, f"{group}.{name} {value} must not be negative.")
 
 
 @dataclass
@@ -93,6 +110,7 @@ class ObjectiveSettings:
     """How mim masks: block (rectangles, as BEiT) or uniform (over patches)."""
 
     def __post_init__(self) -> None:
+        check_numbers("objective", self)
         _check_choices("objective", self)
         _require(0 < self.mask_ratio < 1, f"objective.mask_ratio {self.mask_ratio} must lie between 0 and 1.")
         _require(self.permutation_block >= 1, "objective.permutation_block must be at least 1.")
@@ -125,12 +143,13 @@ class OptimizerSettings:
     """Largest norm of all gradients together; null does not clip."""
 
     def __post_init__(self) -> None:
+        check_numbers("optimizer", self)
         _require(self.lr > 0, f"optimizer.lr {self.lr} must be positive.")
         _require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             "optimizer.betas must be two numbers in [0, 1).",
         )
-        _require(self.warmup_epochs >= 0, f"optimizer.warmup_epochs {self.warmup_epochs} must not be negative.")
+        _require_at_least_zero("optimizer", self, "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "eps")
         _require(self.clip_grad is None or self.clip_grad > 0, "optimizer.clip_grad must be positive or null.")
 
 
@@ -159,11 +178,14 @@ class DataSettings:
     """How much of them it keeps, in 10^9 bytes; null is everything."""
 
     def __post_init__(self) -> None:
+        check_numbers("data", self)
         _require(self.cache_gb is None or self.cache_gb > 0, "data.cache_gb must be positive, or null.")
         _require(self.shuffle_shards >= 1, f"data.shuffle_shards {self.shuffle_shards} must be at least 1.")
         _require(0 <= self.color_jitter <= 1, f"data.color_jitter {self.color_jitter} must lie in [0, 1].")
+        _require_at_least_zero("data", self, "workers")
         _check_choices("data", self)
         _require(len(self.mean) == len(self.std) == 3, "data.mean and data.std must have three numbers.")
+        _require(all(number > 0 for number in self.std), f"data.std {self.std} must be positive numbers.")
 
 
 @dataclass
@@ -203,6 +225,7 @@ class TrainSettings:
         return "bfloat16" if device == "cuda" else "float32"
 
     def __post_init__(self) -> None:
+        check_numbers("train", self)
         counts = ("epochs", "batch_size", "log_every", "checkpoint_every", "keep_last", "keep_every")
         for name in counts:
             value = getattr(self, name)
@@ -228,6 +251,7 @@ class ProbeSettings:
     """A seeded subset of this many training images is used, and of a quarter as many validation images."""
 
     def __post_init__(self) -> None:
+        check_numbers("probe", self)
         _require((self.images is None) == (self.val is None), "probe.images and probe.val are given together.")
         _require(self.every >= 1, f"probe.every {self.every} must be at least 1.")
         _require(self.max_images >= 4, f"probe.max_images {self.max_images} must be at least 4.")
@@ -251,6 +275,7 @@ class ExecutionSettings:
     """How many predicted rows have logits at a time; null is all of them."""
 
     def __post_init__(self) -> None:
+        check_numbers("execution", self)
         _require(self.loss_chunk is None or self.loss_chunk >= 1, "execution.loss_chunk must be at least 1, or null.")
         _require(
             self.micro_batch is None or self.micro_batch >= 1, "execution.micro_batch must be at least 1, or null."
@@ -270,6 +295,11 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def flat(settings: "RunSettings") -> dict[str, Any]:
+    """All settings by key, such as "optimizer.lr"."""
+    return {f"{group}.{name}": value for group, values in settings.to_json().items() for name, value in values.items()}
 
 
 class RunSettings(Protocol):
@@ -347,6 +377,7 @@ def _derive(merged: Any) -> None:
 
 
 def _check_model(model: ModelSettings) -> None:
+    check_numbers("model", model)
     sizes = {"dim": model.dim, "depth": model.depth, "heads": model.heads}
     absent = [name for name, value in sizes.items() if value < 1]
     _require(not absent, f"model.{', model.'.join(absent)} must be at least 1.")

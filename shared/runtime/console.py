@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import logging
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +38,14 @@ _in_command = False
 def in_command() -> bool:
     """Whether this process runs a command of `mapet`, and may install signal handlers and tune the allocator."""
     return _in_command
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that end a command in an orderly way: Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 (with which schedulers
+    announce the end of a job) and SIGHUP (a terminal that closes). One that was ignored when the command was started,
+    such as SIGHUP under nohup, stays ignored, except SIGTERM."""
+    numbers = [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
+    return [signal.SIGTERM, *(number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)]
 
 
 @contextmanager

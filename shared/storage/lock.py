@@ -1,7 +1,9 @@
 """The lock that a command holds on what it writes, from before it looks at it until it ends."""
 
 import errno
+import functools
 import hashlib
+import inspect
 import logging
 import os
 import socket
@@ -12,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import filelock
 import msgspec
@@ -20,8 +22,10 @@ from upath import UPath
 
 from ..errors import UsageError
 from .files import not_written
-from .remote import is_remote
+from .remote import as_path, is_remote
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 _LONGEST_WAIT = 60.0
 _SECONDS_BETWEEN_TRIES = 0.2
@@ -64,10 +68,10 @@ def sole_writer(out: Path | UPath, world: Ranks | None = None, *, option: str = 
     """Holds the lock on the file or folder `out` while the block runs; the processes of one `world` count as one.
 
     To be entered before `out` is looked at, so that a command that waited for another one sees what that one wrote. The
-    lock is the file `.NAME.lock` beside `out`, locked by the kernel: that of a killed process blocks nobody, and the
-    empty file stays. `.NAME.lock.json` names the holder while there is one. Where the folder above cannot be written
-    the lock is inside `out`; for a URL it is in the temporary folder of this machine, and processes of other machines
-    are not kept out. File systems without locks are written to without one, and a message says so.
+    lock is the file `.NAME.lock` beside `out`, locked by the kernel: the file of a killed process blocks nobody, and
+    `.NAME.lock.json` names the holder. Where the folder above cannot be written the lock is inside `out`; for a URL it
+    is in the temporary folder of this machine, and processes of other machines are not kept out. File systems without
+    locks are written to without one, and a message says so.
 
     Raises:
         UsageError: another process holds the lock and has not released it within a minute. `option` is the option that
@@ -85,6 +89,20 @@ def sole_writer(out: Path | UPath, world: Ranks | None = None, *, option: str = 
         yield
 
 
+def writes_to_out(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes a function of one process hold the lock of its parameter `out` while it runs (see `sole_writer`)."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        with sole_writer(as_path(bound.arguments["out"])):
+            return function(*args, **kwargs)
+
+    return locked
+
+
 def _discard(_: Any) -> None:
     """Results of rank 0 go to all ranks and must be picklable."""
 
@@ -95,7 +113,6 @@ class _LockPlace:
     def __init__(self, folder: Path, name: str) -> None:
         self.lock = folder / f".{name}.lock"
         self.holder = folder / f".{name}.lock.json"
-        self._out = folder / name
         self._made: list[Path] = []
 
     @classmethod
@@ -116,13 +133,9 @@ class _LockPlace:
 
     def remove_empty_folders(self) -> None:
         """Removes the folders that were made for a lock if the command wrote nothing."""
-        if not self._made or self._out.exists():
-            return
         with suppress(OSError):
-            if set(os.listdir(self.lock.parent)) <= {self.lock.name}:
-                self.lock.unlink(missing_ok=True)
-                for folder in self._made:
-                    folder.rmdir()
+            for folder in self._made:
+                folder.rmdir()
 
     def of_rank(self, rank: int) -> Path:
         return self.lock.with_name(f"{self.lock.name}-{rank}")
@@ -141,7 +154,7 @@ def _first_lock(place: _LockPlace, out: Path | UPath, option: str) -> Iterator[N
             held.enter_context(_acquired(place, place.lock, out, option, deadline))
             for left in place.of_ranks():
                 with _acquired(place, left, out, option, deadline):
-                    left.unlink(missing_ok=True)
+                    pass
             with suppress(OSError):
                 place.holder.write_bytes(msgspec.json.encode(_this_process()))
             held.callback(place.holder.unlink, missing_ok=True)
@@ -151,23 +164,21 @@ def _first_lock(place: _LockPlace, out: Path | UPath, option: str) -> Iterator[N
 @contextmanager
 def _rank_lock(place: _LockPlace, rank: int) -> Iterator[None]:
     path = place.of_rank(rank)
-    lock = filelock.FileLock(path, timeout=_LONGEST_WAIT, thread_local=False)
-    with suppress(OSError, NotImplementedError, filelock.Timeout):
+    lock = filelock.FileLock(path, thread_local=False)
+    with suppress(OSError, NotImplementedError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        _acquire(lock, path, 0)
     try:
         yield
     finally:
-        if lock.is_locked:
-            path.unlink(missing_ok=True)
-            lock.release()
+        _release(lock, path)
 
 
 @contextmanager
 def _acquired(place: _LockPlace, path: Path, out: Path | UPath, option: str, deadline: float) -> Iterator[None]:
     lock = filelock.FileLock(path, thread_local=False)
     try:
-        _acquire(lock, place, out, option, deadline)
+        _acquire_or_refuse(lock, path, place, out, option, deadline)
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in _WITHOUT_LOCKS:
             raise
@@ -175,20 +186,46 @@ def _acquired(place: _LockPlace, path: Path, out: Path | UPath, option: str, dea
     try:
         yield
     finally:
-        lock.release()
+        _release(lock, path)
 
 
-def _acquire(lock: filelock.BaseFileLock, place: _LockPlace, out: Path | UPath, option: str, deadline: float) -> None:
+def _acquire_or_refuse(
+    lock: filelock.BaseFileLock, path: Path, place: _LockPlace, out: Path | UPath, option: str, deadline: float
+) -> None:
     try:
-        lock.acquire(timeout=0)
+        _acquire(lock, path, 0)
     except filelock.Timeout:
         _log.info("Waiting up to a minute, as another process is writing to %s%s.", out, _held_by(place))
         try:
-            lock.acquire(timeout=max(deadline - time.monotonic(), 0), poll_interval=_SECONDS_BETWEEN_TRIES)
+            _acquire(lock, path, deadline - time.monotonic())
         except filelock.Timeout:
             raise UsageError(
                 f"Another process is writing to {out}{_held_by(place)}; wait until it ends or choose another {option}."
             ) from None
+
+
+def _acquire(lock: filelock.BaseFileLock, path: Path, seconds: float) -> None:
+    """Locks the file that is at `path`, or raises filelock.Timeout. A holder deletes its file, so that a process that
+    waited for it may get the lock of a file that is gone, while another process locks a new one."""
+    deadline = time.monotonic() + max(seconds, 0)
+    while True:
+        before = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            lock.acquire(timeout=max(deadline - time.monotonic(), 0), poll_interval=_SECONDS_BETWEEN_TRIES)
+            # One file at both times: it was there in between, too, since a number is not used again while it is open.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(before), path.stat()):
+                    return
+            lock.release()
+        finally:
+            os.close(before)
+
+
+def _release(lock: filelock.BaseFileLock, path: Path) -> None:
+    if lock.is_locked:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
 def _held_by(place: _LockPlace) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
-from ..errors import DataError, UsageError
+from ..errors import DataError, FingerprintMismatch, UsageError
 from ..sources.keys import KeyIndex
 from ..storage.files import read_sealed_json, sha256_file, write_sealed_json
 from ..storage.remote import as_path, exists, is_remote
@@ -57,6 +57,7 @@ __all__ = [
     "TokenStore",
     "entry_path",
     "read_entry",
+    "refuse_mixture",
     "shard_files",
     "stored_entries",
     "write_manifest",
@@ -68,8 +69,9 @@ def write_manifest(store: Path | UPath, description: dict[str, Any], entries: li
     """Assembles the manifest from the entries of all shards; the last write of an encoding.
 
     `description` is the tokenizer's, as in the store's `codebook.json`; of it the manifest repeats `fingerprint`, `k`
-    and `grid`.
+    and `grid`. Raises DataError if an entry does not fit the others.
     """
+    refuse_mixture(store, description["fingerprint"], entries[0]["storage"], entries)
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -82,6 +84,35 @@ def write_manifest(store: Path | UPath, description: dict[str, Any], entries: li
         "shards": entries,
     }
     write_sealed_json(store / "manifest.json", content)
+
+
+def refuse_mixture(
+    store: Path | UPath, fingerprint: str, storage: str | None, entries: Iterable[dict[str, Any]]
+) -> None:
+    """Raises FingerprintMismatch or DataError for a shard made with another codebook, other views or another format.
+
+    `fingerprint` and `storage` are those of the manifest; the views of the first shard are those of the store, as the
+    manifest does not state any.
+    """
+    view = None
+    for entry in entries:
+        name, made_with = entry["name"], entry["codebook_fingerprint"]
+        if made_with != fingerprint:
+            raise FingerprintMismatch(
+                f"{store} is mixed: shard {name} was made with codebook {made_with[:12]} and the store with "
+                f"{fingerprint[:12]}; delete shards/{name}.json and give the encode-shards command of the store again."
+            )
+        if storage is not None and entry["storage"] != storage:
+            raise DataError(
+                f"{store} is mixed: shard {name} has format {entry['storage']} and the store {storage}; delete "
+                f"shards/{name}.json and give the encode-shards command of the store again."
+            )
+        view = view or entry["view"]
+        if entry["view"] != view:
+            raise DataError(
+                f"{store} is mixed: shard {name} has other views ({entry['view']}) than the first one ({view}); delete "
+                f"shards/{name}.json and give the encode-shards command of the store again."
+            )
 
 
 class TokenStore:
@@ -99,6 +130,11 @@ class TokenStore:
         if not is_remote(self.path) and not self.path.is_dir():
             raise DataError(f"{self.path} does not exist or is not a folder; give what encode-shards wrote with --out.")
         if not exists(self.path / "manifest.json"):
+            if exists(self.path / "codebook.json") and not exists(self.path / "centroids.safetensors"):
+                raise DataError(
+                    f"{self.path} is unfinished: {len(stored_entries(self.path))} of its shards are whole and its "
+                    "manifest.json is not written yet; give the same encode-shards command again."
+                )
             raise DataError(
                 f"{self.path} has no manifest.json: it is not a token store, or its encoding did not finish; "
                 "give the same encode-shards command again."
@@ -108,6 +144,7 @@ class TokenStore:
         """The same as `tokenizer`, under its name in earlier versions."""
         self.entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in self.manifest["shards"]}
         """The manifest's entry of each shard, by the shard's name."""
+        refuse_mixture(self.path, self.fingerprint, self.manifest.get("storage"), self.entries.values())
         self._index: KeyIndex | None = None
         self._cached: dict[str, ShardRows] = {}
 

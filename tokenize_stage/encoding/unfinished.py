@@ -44,7 +44,7 @@ def unfinished_shards(
     elif _holds_files(out, besides=f".{embedded.name}.partial"):
         raise UsageError(f"{out} is not empty and not a token store; choose another --out.")
     view, entries = policy.to_json(), stored_entries(out)
-    _refuse_mixture(out, entries, {shard.name for shard in shards}, view, format)
+    _refuse_mixture(out, entries, {shard.name for shard in shards}, fingerprint, view, format)
     return [
         index
         for index, shard in enumerate(shards)
@@ -53,10 +53,20 @@ def unfinished_shards(
 
 
 def _refuse_mixture(
-    out: Path | UPath, entries: dict[str, dict[str, Any]], names: set[str], view: dict[str, Any], format: str
+    out: Path | UPath,
+    entries: dict[str, dict[str, Any]],
+    names: set[str],
+    fingerprint: str,
+    view: dict[str, Any],
+    format: str,
 ) -> None:
-    """All shards of a store have one format and the same views, including those that are not among `names` now."""
+    """All shards of a store have one codebook, one format and the same views, also those not among `names` now."""
     for name, entry in entries.items():
+        if name not in names and entry["codebook_fingerprint"] != fingerprint:
+            raise FingerprintMismatch(
+                f"{out} also holds shard {name}, made with codebook {entry['codebook_fingerprint'][:12]} and not "
+                f"{fingerprint[:12]}; delete shards/{name}.json, or choose another --out."
+            )
         if entry["storage"] != format:
             raise UsageError(
                 f"{out} was begun with --format {entry['storage']} and now --format {format} is given; "

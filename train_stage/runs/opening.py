@@ -14,7 +14,7 @@ from ..training.step_metrics import StepMetrics
 from ..training.task import BatchT, Task
 from ..training.trainer import Trainer
 from ..weights.checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, load_tensors
-from .jsonl import drop_lines_after
+from .jsonl import drop_lines_after, logs
 from .metric_writers import open_writers
 from .metrics import Logbook
 from .record import write_record
@@ -91,7 +91,7 @@ def _begin_folder(task: Task[BatchT], out: Path, start: int, source: dict[str, s
         "processes": world.size,
     }
     write_record(out, start, metadata)
-    for path in (*(out / "keys").glob("*.jsonl"), *out.glob("bad-steps.jsonl"), *out.glob("probe.jsonl")):
+    for path in (*logs(out / "keys", "*.jsonl"), *logs(out, "bad-steps.jsonl"), *logs(out, "probe.jsonl")):
         drop_lines_after(path, start)
 
 

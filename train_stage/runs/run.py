@@ -76,3 +76,4 @@ class Run(Generic[BatchT]):
             numbers = self.evaluator.measure(weights)
             append_line(self.out / "probe.jsonl", {"step": step, **numbers})
             self.logbook.log_evaluation(step, numbers)
+        self.world.wait()  # the first process may take longer than a collective may

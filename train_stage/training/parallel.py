@@ -1,17 +1,15 @@
 """Parallel training: DDP or FSDP2 around the loss, and unsharded tensors for checkpoints."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import DistBackendError, DistError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ...shared.errors import DataError
 from ...shared.runtime.distributed import World
 
 
@@ -73,23 +71,3 @@ def fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         else:
             optimizer.state[parameter][slot] = torch.empty_like(parameter, requires_grad=False)
             fill(optimizer.state[parameter][slot], values)
-
-
-@contextmanager
-def peers_explained(world: World) -> Iterator[None]:
-    """Turns the library errors of a process whose peer has ended into a DataError of one sentence."""
-    try:
-        yield
-    except (DistBackendError, DistError) as error:
-        raise _peer_gone(world) from error
-    except RuntimeError as error:
-        if world.size > 1 and any(word in str(error) for word in ("gloo", "Connection closed by peer", "NCCL")):
-            raise _peer_gone(world) from error
-        raise
-
-
-def _peer_gone(world: World) -> DataError:
-    return DataError(
-        f"Process {world.rank} of {world.size} cannot go on, since another one ended; its message says why. Give the "
-        "same command to resume from the last checkpoint (torchrun --max-restarts does so by itself)."
-    )

@@ -51,7 +51,7 @@ def test_another_process_is_named_and_its_death_releases_the_lock(tmp_path: Path
     )
     with sole_writer(tmp_path / "out"):
         assert json.loads((tmp_path / ".out.lock.json").read_text())["pid"] == os.getpid()
-    assert os.listdir(tmp_path) == [".out.lock"]
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_second_waits_says_so_once_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -97,7 +97,7 @@ def test_a_command_that_writes_nothing_leaves_no_new_folders(tmp_path: Path):
     assert not (tmp_path / "new").exists()
     with sole_writer(tmp_path / "new" / "deep" / "out"):
         (tmp_path / "new" / "deep" / "out").mkdir()
-    assert sorted(os.listdir(tmp_path / "new" / "deep")) == [".out.lock", "out"]
+    assert sorted(os.listdir(tmp_path / "new" / "deep")) == ["out"]
 
 
 def test_a_damaged_or_hostile_note_about_the_holder_is_left_out(tmp_path: Path, impatient: None):
@@ -124,7 +124,7 @@ def test_a_rank_that_outlives_its_torchrun_keeps_the_next_one_waiting(tmp_path: 
         pass
     with sole_writer(tmp_path / "out", Rank(0)), sole_writer(tmp_path / "out", Rank(1)):
         pass
-    assert os.listdir(tmp_path) == [".out.lock"]
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_place_that_cannot_exist_is_one_sentence(tmp_path: Path):
@@ -143,3 +143,24 @@ def test_a_folder_whose_parent_is_read_only_is_locked_inside(tmp_path: Path, run
     (tmp_path / "parent").chmod(0o755)
     assert ran.returncode == 0, ran.stderr
     assert "..lock" in ran.stdout
+
+
+COUNT = """
+import sys, time
+from pathlib import Path
+from mapet.shared.storage.lock import sole_writer
+counter = Path(sys.argv[1], "counter")
+for _ in range(40):
+    with sole_writer(Path(sys.argv[1], "out")):
+        number = int(counter.read_text())
+        time.sleep(0.001)
+        counter.write_text(str(number + 1))
+"""
+
+
+def test_processes_that_take_turns_never_hold_the_lock_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each holder deletes the lock's file, which must not give two processes a lock."""
+    (tmp_path / "counter").write_text("0")
+    turns = [subprocess.Popen([sys.executable, "-c", COUNT, tmp_path], stderr=subprocess.DEVNULL) for _ in range(3)]
+    assert [process.wait() for process in turns] == [0, 0, 0]
+    assert (tmp_path / "counter").read_text() == "120"
