@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
+from ..artifacts.fields import checked
+from ..artifacts.schemas import Manifest
 from ..errors import DataError, UsageError
 from ..images.keys import KeyIndex
 from ..storage.files import read_sealed_json, sha256_file, write_sealed_json
@@ -35,6 +37,7 @@ from .shard_files import (
     read_entry,
     read_shard,
     read_shard_keys,
+    refuse_other_file,
     shard_files,
     stored_entries,
     write_shard,
@@ -84,6 +87,38 @@ def write_manifest(store: Path | UPath, description: dict[str, Any], entries: li
     write_sealed_json(store / "manifest.json", content)
 
 
+def _refuse_mixture(store: Path | UPath, manifest: Manifest, tokenizer: dict[str, Any]) -> None:
+    """Raises DataError unless all shards are of one format, tokenizer, grid and view policy, those of the manifest."""
+    path, names = store / "manifest.json", set[str]()
+    stated = (manifest.codebook_fingerprint, manifest.k, list(manifest.grid))
+    if stated != (tokenizer["fingerprint"], tokenizer["k"], tokenizer["grid"]):
+        raise DataError(
+            f"{path} is of the codebook {manifest.codebook_fingerprint[:12]} (K = {manifest.k}, grid "
+            f"{list(manifest.grid)}), and codebook.json beside it is {tokenizer['fingerprint'][:12]} (K = "
+            f"{tokenizer['k']}, grid {tokenizer['grid']}); restore the two files that belong together."
+        )
+    first = manifest.shards[0]
+    for entry in manifest.shards:
+        refuse_other_file(entry, path)
+        for name, value, expected in (
+            ("codebook_fingerprint", entry.codebook_fingerprint, manifest.codebook_fingerprint),
+            ("storage", entry.storage, manifest.storage),
+            ("grid", entry.grid, manifest.grid),
+            ("view", entry.view, first.view),
+        ):
+            if value != expected:
+                raise DataError(
+                    f"{path}: shard {entry.name!r} has another {name} than the rest of the store; encode its images "
+                    "again into a store of their own."
+                )
+        if entry.name in names:
+            raise DataError(f"{path} lists shard {entry.name!r} twice; restore it or make it again.")
+        names.add(entry.name)
+    images = sum(entry.images for entry in manifest.shards)
+    if images != manifest.images:
+        raise DataError(f"{path} states {manifest.images} images and its shards {images}; restore it or make it again.")
+
+
 class TokenStore:
     """A finished token store, opened for reading.
 
@@ -104,10 +139,12 @@ class TokenStore:
                 "give the same encode-shards command again."
             )
         self.manifest = read_sealed_json(self.path / "manifest.json", format=FORMAT, version=VERSION)
+        manifest = checked(self.manifest, Manifest, self.path / "manifest.json")
         self.codebook: dict[str, Any] = read_description(self.path / "codebook.json")
         """The same as `tokenizer`, under its name in earlier versions."""
         self.entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in self.manifest["shards"]}
         """The manifest's entry of each shard, by the shard's name."""
+        _refuse_mixture(self.path, manifest, self.codebook)
         self._index: KeyIndex | None = None
         self._cached: dict[str, ShardRows] = {}
 
@@ -165,7 +202,13 @@ class TokenStore:
 
     def read_rows(self, name: str, every_byte: bool = False) -> ShardRows:
         """All rows of one shard, checked against the manifest (`shard_files.read_shard`)."""
-        return read_shard(self.path, self.entries[name], every_byte)
+        rows = read_shard(self.path, self.entries[name], every_byte)
+        if rows.tokens.size and int(rows.tokens.max()) >= self.k:
+            raise DataError(
+                f"{self.path}: {name} has token {int(rows.tokens.max())} and K is {self.k}; delete the shard and its "
+                ".json and give the same encode-shards command again."
+            )
+        return rows
 
     def shards(self) -> Iterator[tuple[str, ShardRows]]:
         """(name, rows) of every shard, one in memory at a time."""
