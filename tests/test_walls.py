@@ -13,7 +13,7 @@ LAYERS = {
     "shared": [
         ["doctor"],
         ["tokens"],
-        ["images", "report"],
+        ["images", "report", "artifacts"],
         ["sources"],
         ["storage", "runtime"],
         ["errors", "randomness"],
