@@ -4,17 +4,17 @@ import json
 from pathlib import Path
 
 from ..shared.runtime.console import table
-from ..shared.storage.files import refuse_existing
+from ..shared.storage.files import refuse_existing, sha256_file
 from .weights.read import load_weights
 from .weights.weights import Weights
-from .weights.write import describe_weights, weights_folder
+from .weights.write import TENSORS, describe_weights, weights_folder
 
 
 def export(weights: str | Path, out: str | Path, *, image_size: int | None = None) -> Path:
     """Writes a folder that `timm.create_model("local-dir:OUT", pretrained=True)` opens.
 
-    The folder holds `model.safetensors` and `config.json`: the encoder, and the head of a fine-tuned model. Decoder and
-    mask embedding are left out (`import_weights` keeps them). In timm, `forward_features` gives the final norm's output
+    The folder holds `model.safetensors` and `config.json`, which has the digest of the former: the encoder, and the
+    head of a fine-tuned model. Decoder and mask embedding are left out (`import_weights` keeps them). In timm, `forward_features` gives the final norm's output
     of all rows, and the pooled output equals `MaPeT.features`; a fine-tuned model gives its logits.
 
     Args:
@@ -31,7 +31,9 @@ def export(weights: str | Path, out: str | Path, *, image_size: int | None = Non
     refuse_existing(folder := Path(out))
     loaded = load_weights(weights).resized(image_size)
     with weights_folder(folder, loaded.timm_tensors()) as partial:
-        (partial / "config.json").write_text(json.dumps(loaded.timm_config(), indent=1) + "\n")
+        (partial / "config.json").write_text(
+            json.dumps(loaded.timm_config(sha256_file(partial / TENSORS)), indent=1) + "\n"
+        )
     show_export(loaded, folder)
     return folder
 
