@@ -16,6 +16,7 @@ Text = Annotated[str, Meta(max_length=65_536)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Size = Annotated[int, Meta(ge=1, le=1 << 20)]
 """A size of a model, an image or a grid."""
+Pixels = Annotated[int, Meta(ge=1, lt=2**31)]
 Side = Annotated[int, Meta(ge=1, le=4096)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[float, Meta(gt=0, le=1e300)]

@@ -43,6 +43,21 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def refuse_other_tensors(
+    path: str, names: Mapping[str, Tensor], tensors: Mapping[str, Tensor], slots: bool = False
+) -> None:
+    """Raises DataError unless `tensors` have the names and shapes of `names`, with `slots` as "PARAMETER/SLOT"."""
+    for name, tensor in tensors.items():
+        owner, _, slot = name.rpartition("/") if slots else (name, "", "")
+        expected = names.get(owner)
+        shape = () if slot == "step" else None if expected is None else tuple(expected.shape)
+        if expected is None or tuple(tensor.shape) != shape:
+            raise DataError(f"{path} has {name[:200]!r} of shape {tuple(tensor.shape)}, which is not of this model.")
+    missing = [] if slots else sorted(names.keys() - tensors.keys())
+    if missing:
+        raise DataError(f"{path} lacks {missing[0][:200]!r}, which the model has.")
+
+
 def fill(target: Tensor, values: Tensor) -> None:
     """Copies unsharded `values` into a tensor that may be sharded; each process copies its own shard."""
     if isinstance(target, DTensor):
