@@ -36,6 +36,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from . import __version__
 from .shared.errors import MapetError, UsageError
+from .shared.printable import printable
 from .shared.runtime.console import log, running_command, stop_signals
 from .shared.runtime.distributed import is_first_process
 from .shared.runtime.static_signature import REQUIRED, Parameter, StaticSignature, read_signature
@@ -364,7 +365,7 @@ def _fail(sentence: str, code: int) -> None:
     if error is not None and log.isEnabledFor(logging.DEBUG):
         _reveal_contexts(error)
         traceback.print_exception(error)
-    print(f"mapet: {sentence}", file=sys.stderr)
+    print(f"mapet: {printable(sentence)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -105,7 +105,8 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
         report(out / "run", html=out / "run.html", tokens=str(out / "val-tokens"), images=str(val))
     records = read_records(str(train))
     picture = draw_token_maps(records[:12], store, codebook, out / "tokens.png")
-    say(_ON_IMAGENET.format(out=out, picture=picture, tokens=out / "tokens.html", run=out / "run.html"))
+    for line in _ON_IMAGENET.splitlines():
+        say(line.format(out=out, picture=picture, tokens=out / "tokens.html", run=out / "run.html"))
     say(f"Done in {time.monotonic() - began:.0f} s.")
     return results
 
@@ -121,7 +122,8 @@ def _claim(out: Path, source: str) -> None:
 
 @contextmanager
 def _chapter(title: str) -> Iterator[None]:
-    say(f"\n{title}")
+    say("")
+    say(title)
     began = time.monotonic()
     yield
     say(f"   {time.monotonic() - began:.0f} s")

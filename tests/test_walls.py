@@ -13,10 +13,11 @@ LAYERS = {
     "shared": [
         ["doctor"],
         ["tokens"],
-        ["images", "report"],
+        ["images", "report", "artifacts"],
         ["sources"],
         ["storage", "runtime"],
         ["errors", "randomness"],
+        ["printable"],
     ],
     "tokenize_stage": [
         ["build_codebook", "encode_shards", "inspect", "verify", "import_tokens"],

@@ -5,21 +5,22 @@ from pathlib import Path
 
 from ..shared.runtime.console import table
 from ..shared.runtime.devices import refuse_many_processes
-from ..shared.storage.files import refuse_existing
+from ..shared.storage.files import refuse_existing, sha256_file
 from ..shared.storage.lock import writes_to_out
 from .weights.onnx import ONNX, require_onnx, write_onnx
 from .weights.read import load_weights
 from .weights.weights import Weights
-from .weights.write import describe_weights, weights_folder
+from .weights.write import TENSORS, describe_weights, weights_folder
 
 
 @writes_to_out
 def export(weights: str | Path, out: str | Path, *, image_size: int | None = None, onnx: bool = False) -> Path:
     """Writes a folder that `timm.create_model("local-dir:OUT", pretrained=True)` opens.
 
-    The folder holds `model.safetensors` and `config.json`: the encoder, and the head of a fine-tuned model. Decoder and
-    mask embedding are left out (`import_weights` keeps them). In timm, `forward_features` gives the final norm's output
-    of all rows, and the pooled output equals `MaPeT.features`; a fine-tuned model gives its logits.
+    The folder holds `model.safetensors` and `config.json`, which has the former's SHA-256: the encoder, and the head
+    of a fine-tuned model. Decoder and mask embedding are left out (`import_weights` keeps them). In timm,
+    `forward_features` gives the final norm's output of all rows, and the pooled output equals `MaPeT.features`; a
+    fine-tuned model gives its logits.
 
     Args:
         weights: A run, a checkpoint, an imported or exported folder, or a published .pth.tar.
@@ -41,7 +42,8 @@ def export(weights: str | Path, out: str | Path, *, image_size: int | None = Non
         require_onnx()
     loaded = load_weights(weights).resized(image_size)
     with weights_folder(folder, loaded.timm_tensors()) as partial:
-        (partial / "config.json").write_text(json.dumps(loaded.timm_config(), indent=1) + "\n")
+        config = loaded.timm_config(sha256_file(partial / TENSORS))
+        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         difference = write_onnx(loaded, partial / ONNX) if onnx else None
     show_export(loaded, folder, difference)
     return folder

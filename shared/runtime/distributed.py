@@ -242,8 +242,8 @@ def _explanation(world: World, error: RuntimeError) -> str | None:
         minutes = collective_timeout() / timedelta(minutes=1)
         return (
             f"Process {world.rank} of {world.size} waited {minutes:g} minutes for another one, which lives and does "
-            f"not answer; see what that one does (py-spy dump), then give the same command again. {_TIMEOUT} sets how long "
-            "to wait."
+            f"not answer; see what that one does (py-spy dump), then give the same command again. {_TIMEOUT} sets how "
+            "long to wait."
         )
     return (
         f"Process {world.rank} of {world.size} cannot go on, since another one ended; its message says why. Give the "

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from upath import UPath
 
 from ..errors import DataError, UsageError
-from .remote import explained, is_remote, read_whole, uploaded_whole
+from .bounded import MOST_JSON_BYTES, read_bounded
+from .remote import explained, is_remote, uploaded_whole
 
 if TYPE_CHECKING:
     from io import BufferedReader
@@ -30,6 +31,8 @@ _REMEDIES = {
     errno.EIO: "check the disk",
     errno.ESTALE: "check the file server",
 }
+_TOO_DEEP = "\n" + " " * 32
+"""How a line begins, in sealed JSON, that is nested 32 levels deep; a newline inside a text is escaped."""
 SEAL = "sha256_of_the_rest"
 """The field of a sealed JSON file that has the digest of all other fields."""
 
@@ -152,13 +155,13 @@ def read_sealed_json(path: Path | UPath, *, format: str, version: int) -> dict[s
     Raises DataError if it is missing, was changed, or has another format or version than the given ones.
     """
     try:
-        text = read_whole(path).decode("utf-8")
+        text = read_bounded(path, MOST_JSON_BYTES).decode("utf-8")
         content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError("not an object")
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}); restore it or make it again.") from None
     if content.get("format") != format:
         raise DataError(f"{path} is not a {format}: it says format {content.get('format')!r}.")
@@ -170,10 +173,12 @@ def read_sealed_json(path: Path | UPath, *, format: str, version: int) -> dict[s
     content.pop(SEAL, None)
     try:
         unchanged = _sealed_text(content) == text
-    except ValueError:  # JSON that `write_sealed_json` never writes: infinities, lone surrogates
+    except (ValueError, RecursionError):  # JSON that `write_sealed_json` never writes: infinities, lone surrogates
         unchanged = False
     if not unchanged:
         raise DataError(
             f"{path} was changed since it was written (its digest does not match); restore it or make it again."
         )
+    if _TOO_DEEP in text:
+        raise DataError(f"{path} has values nested deeper than any that mapet writes; restore it or make it again.")
     return content

@@ -9,19 +9,23 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 from upath import UPath
 
+from ..artifacts.fields import checked
+from ..artifacts.schemas import CodebookDescription, TokenizerDescription
+from ..artifacts.tensors import tensor_errors
 from ..errors import DataError
 from ..runtime.faiss_build import faiss_gpus, import_faiss
+from ..storage.bounded import file_inside, read_bounded
 from ..storage.files import canonical_json, read_sealed_json, sha256_file, write_sealed_json, written_whole
-from ..storage.remote import as_path, is_remote, read_whole
+from ..storage.remote import as_path, is_remote
 from .code_usage import usage
 from .notebook import facts_html
 
 FORMAT, VERSION = "mapet-codebook", 1
 MAX_K = 65_536
+_MOST_HEADER_BYTES = 1 << 20
 
 TOKEN_FIELDS = (
     "library",
@@ -163,17 +167,10 @@ class Codebook:
         if not is_remote(folder) and not folder.is_dir():
             raise DataError(f"{folder} does not exist or is not a folder; --codebook takes what build-codebook wrote.")
         description = read_description(folder / "codebook.json")
-        weights = folder / "centroids.safetensors"
-        try:
-            content = read_whole(weights)
-            intact = hashlib.sha256(content).hexdigest() == description["centroids_sha256"]
-            arrays = load(content) if intact else {}
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{weights} cannot be read ({error}); build the codebook again.") from None
-        if not intact:
-            raise DataError(f"{weights} was changed since it was written (its digest does not match); build it again.")
+        fields = checked(description, CodebookDescription, folder / "codebook.json", "build it again")
+        centroids, counts = _read_centroids(folder, fields)
         described = {name: value for name, value in description.items() if name not in _ARTIFACT_FIELDS}
-        codebook = cls(arrays["centroids"], arrays["counts"], described)
+        codebook = cls(centroids, counts, described)
         if codebook.fingerprint != description["fingerprint"]:
             raise DataError(f"{folder} does not have the fingerprint that it states; build it again.")
         refuse_not_finite(codebook.centroids, f"{folder} holds", "build it again")
@@ -194,6 +191,30 @@ def refuse_not_finite(centroids: NDArray[np.floating[Any]], place: str, remedy: 
 def read_description(path: Path | UPath) -> dict[str, Any]:
     """The description of a tokenizer: `codebook.json` of a codebook, or embedded in a token store.
 
-    Raises DataError if the file is missing or was changed.
+    Raises DataError if the file is missing, was changed, or has a field of the wrong type.
     """
-    return read_sealed_json(path, format=FORMAT, version=VERSION)
+    description = read_sealed_json(path, format=FORMAT, version=VERSION)
+    checked(description, TokenizerDescription, path)
+    return description
+
+
+def _read_centroids(folder: Path | UPath, described: CodebookDescription) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The centroids (K, dim) float32 and counts (K,) int64. Raises DataError unless they are as described."""
+    path = file_inside(folder, "centroids.safetensors")
+    rebuild = "build the codebook again"
+    with tensor_errors(path, rebuild):
+        content = read_bounded(path, described.k * (4 * described.dim + 8) + _MOST_HEADER_BYTES)
+        if hashlib.sha256(content).hexdigest() != described.centroids_sha256:
+            raise DataError(f"{path} was changed since it was written (its digest does not match); build it again.")
+        arrays = load(content)
+    shapes = {"centroids": (described.k, described.dim), "counts": (described.k,)}
+    found = {name: array.shape for name, array in arrays.items()}
+    if found != shapes or (arrays["centroids"].dtype, arrays["counts"].dtype) != (np.float32, np.int64):
+        shown = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in sorted(arrays.items()))
+        raise DataError(
+            f"{path} holds {shown[:200]}, and codebook.json describes K = {described.k} centroids of {described.dim} "
+            f"dimensions; {rebuild}."
+        )
+    if not np.isfinite(arrays["centroids"]).all() or (arrays["counts"] < 0).any():
+        raise DataError(f"{path} holds centroids that are not finite, or counts below 0; {rebuild}.")
+    return arrays["centroids"], arrays["counts"]

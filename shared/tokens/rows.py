@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NO_LABEL = -1
+_LARGEST = 1 << 62
 STRINGS = ("keys", "paths")
 """The columns of text; all others are numbers."""
 Strings = NDArray[np.object_]
@@ -71,6 +72,32 @@ def concatenate_rows(parts: Sequence[ShardRows]) -> ShardRows:
 def take_rows(rows: ShardRows, places: Sequence[int]) -> ShardRows:
     """The rows at `places`, in the order of `places`."""
     return ShardRows(**{field.name: getattr(rows, field.name)[list(places)] for field in fields(ShardRows)})
+
+
+def check_rows(rows: ShardRows, images: int, source_bytes: int | None) -> None:
+    """Checks what a shard's rows say about their images, whatever file they were read from.
+
+    Args:
+        rows: the rows; shapes and types are those of `ShardRows`.
+        images: how many there must be.
+        source_bytes: bytes of the tar or folder that the images are in, or None if that is not known.
+
+    Raises:
+        ValueError for a wrong number of rows, a path that leads out of its folder, an image that lies outside of its
+        file, or a crop that is empty or not finite.
+    """
+    if len(rows) != images:
+        raise ValueError(f"{len(rows)} rows instead of {images}")
+    for path in set(rows.paths):
+        if path and (path.startswith("/") or ".." in path.split("/") or "\0" in path):
+            raise ValueError(f"path {path[:200]!r}, which leads out of the folder of images")
+    if not len(rows):
+        return
+    last = _LARGEST if source_bytes is None else source_bytes
+    if rows.offsets.min() < 0 or rows.lengths.min() < 0 or (rows.lengths > last - np.minimum(rows.offsets, last)).any():
+        raise ValueError("an image that lies outside of its file")
+    if not np.isfinite(rows.crops).all() or rows.crops[..., 2:].min(initial=1) <= 0 or rows.sizes.min() <= 0:
+        raise ValueError("a crop or an image without a size")
 
 
 def rows_sha256(rows: ShardRows) -> str:

@@ -11,11 +11,14 @@ from typing import Any
 
 from upath import UPath
 
+from ..artifacts.fields import checked
+from ..artifacts.schemas import ShardEntry
 from ..errors import DataError
 from ..sources.records import ImageRecord
+from ..storage.bounded import file_inside
 from ..storage.files import read_sealed_json, sha256_file, write_sealed_json, written_whole
 from ..storage.remote import exists, explained, file_size, is_remote, on_this_disk, read_whole
-from .rows import ShardRows, Strings, rows_sha256
+from .rows import ShardRows, Strings, check_rows, rows_sha256
 from .tar_shard import read_tar, write_tar
 from .zarr_shard import read_zarr, read_zarr_keys, write_zarr
 
@@ -23,6 +26,7 @@ SHARD_FORMAT, VERSION = "mapet-token-shard", 2
 ZARR, WEBDATASET = "zarr", "webdataset"
 SUFFIXES = {ZARR: ".zarr.zip", WEBDATASET: ".tar"}
 """The storage formats of a shard, and the suffixes of their files."""
+_AGAIN = "delete it and its .json and give the same encode-shards command again"
 
 
 def write_shard(
@@ -65,9 +69,25 @@ def entry_path(store: Path | UPath, name: str) -> Path | UPath:
 
 
 def read_entry(store: Path | UPath, name: str) -> dict[str, Any]:
-    """The manifest entry of one complete shard; DataError if it is missing or was changed."""
-    entry = read_sealed_json(entry_path(store, name), format=SHARD_FORMAT, version=VERSION)
-    return {key: value for key, value in entry.items() if key not in ("format", "version")}
+    """The manifest entry of one complete shard; DataError if it is missing, was changed or is of something else."""
+    path = entry_path(store, name)
+    content = read_sealed_json(path, format=SHARD_FORMAT, version=VERSION)
+    entry = {key: value for key, value in content.items() if key not in ("format", "version")}
+    fields = checked(entry, ShardEntry, path)
+    refuse_other_file(fields, path)
+    if fields.name != name:
+        raise DataError(f"{path} is the entry of another shard, {fields.name!r}; delete it and give the command again.")
+    return entry
+
+
+def refuse_other_file(entry: ShardEntry, path: Path | UPath) -> None:
+    """Raises DataError, which names the file `path`, unless an entry's file is the one that its name implies."""
+    expected = f"shards/{entry.name}{SUFFIXES[entry.storage]}"
+    if entry.file != expected or ".." in entry.name.split("/"):
+        raise DataError(
+            f"{path}: the file of shard {entry.name!r} is {entry.file!r}, not {expected!r}; restore it or make it "
+            "again."
+        )
 
 
 def stored_entries(store: Path | UPath) -> dict[str, dict[str, Any]]:
@@ -97,22 +117,31 @@ def read_shard(store: Path | UPath, entry: dict[str, Any], every_byte: bool = Fa
     """
     with _checked_file(store, entry) as path:
         if entry["storage"] == ZARR:
-            return read_zarr(_checked_bytes(path, entry))
-        return _read_tar_shard(path, entry, every_byte)
+            rows = read_zarr(_checked_bytes(path, entry), *_sizes(entry))
+        else:
+            rows = _read_tar_shard(path, entry, every_byte)
+        check_rows(rows, entry["images"], entry["source"]["size"] if entry["storage"] == ZARR else entry["bytes"])
+        return rows
 
 
 def read_shard_keys(store: Path | UPath, entry: dict[str, Any]) -> Strings:
     """The keys (n,) of a shard, checked as `read_shard` checks its rows; a Zarr file's other columns stay encoded."""
     with _checked_file(store, entry) as path:
         if entry["storage"] == ZARR:
-            return read_zarr_keys(_checked_bytes(path, entry))
+            return read_zarr_keys(_checked_bytes(path, entry), *_sizes(entry))
         return _read_tar_shard(path, entry, every_byte=False).keys
+
+
+def _sizes(entry: dict[str, Any]) -> tuple[int, int, tuple[int, int]]:
+    """Images, views, and rows and columns of the grid."""
+    height, width = entry["grid"]
+    return entry["images"], entry["view"]["views"], (height, width)
 
 
 @contextmanager
 def _checked_file(store: Path | UPath, entry: dict[str, Any]) -> Iterator[Path | UPath]:
     """Yields the path of a shard's file if it has the expected size; errors about it say how to restore it."""
-    path = store / entry["file"]
+    path = file_inside(store, entry["file"])
     try:
         if not exists(path):
             raise DataError(f"{path} is missing")
@@ -120,8 +149,12 @@ def _checked_file(store: Path | UPath, entry: dict[str, Any]) -> Iterator[Path |
         if size != entry["bytes"]:
             raise DataError(f"{path} has {size} bytes instead of {entry['bytes']}")
         yield path
+    except (OSError, MemoryError) as error:
+        raise DataError(f"{path} cannot be read ({error}); make it readable, or free memory.") from None
+    except ValueError as error:
+        raise DataError(f"{path} does not hold the rows that its entry describes ({error}); {_AGAIN}.") from None
     except DataError as error:
-        raise DataError(f"{error}; delete it and its .json and give the same encode-shards command again.") from None
+        raise DataError(f"{error}; {_AGAIN}.") from None
 
 
 def _checked_bytes(path: Path | UPath, entry: dict[str, Any]) -> bytes:

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
+from ..artifacts.fields import checked
+from ..artifacts.schemas import Manifest
 from ..errors import DataError, FingerprintMismatch, UsageError
 from ..sources.keys import KeyIndex
 from ..storage.files import read_sealed_json, sha256_file, write_sealed_json
@@ -35,6 +37,7 @@ from .shard_files import (
     read_entry,
     read_shard,
     read_shard_keys,
+    refuse_other_file,
     shard_files,
     stored_entries,
     write_shard,
@@ -115,6 +118,31 @@ def refuse_mixture(
             )
 
 
+def _refuse_inconsistent(store: Path | UPath, manifest: Manifest, tokenizer: dict[str, Any]) -> None:
+    """Raises DataError unless manifest, codebook.json and shards agree in everything that they state."""
+    path, names = store / "manifest.json", set[str]()
+    stated = (manifest.codebook_fingerprint, manifest.k, list(manifest.grid))
+    if stated != (tokenizer["fingerprint"], tokenizer["k"], tokenizer["grid"]):
+        raise DataError(
+            f"{path} is of the codebook {manifest.codebook_fingerprint[:12]} (K = {manifest.k}, grid "
+            f"{list(manifest.grid)}), and codebook.json beside it is {tokenizer['fingerprint'][:12]} (K = "
+            f"{tokenizer['k']}, grid {tokenizer['grid']}); restore the two files that belong together."
+        )
+    for entry in manifest.shards:
+        refuse_other_file(entry, path)
+        if entry.grid != manifest.grid:
+            raise DataError(
+                f"{path}: shard {entry.name!r} has another grid than the rest of the store; encode its images again "
+                "into a store of their own."
+            )
+        if entry.name in names:
+            raise DataError(f"{path} lists shard {entry.name!r} twice; restore it or make it again.")
+        names.add(entry.name)
+    images = sum(entry.images for entry in manifest.shards)
+    if images != manifest.images:
+        raise DataError(f"{path} states {manifest.images} images and its shards {images}; restore it or make it again.")
+
+
 class TokenStore:
     """A finished token store, opened for reading.
 
@@ -141,11 +169,13 @@ class TokenStore:
                 "give the same encode-shards command again."
             )
         self.manifest = read_sealed_json(self.path / "manifest.json", format=FORMAT, version=VERSION)
+        manifest = checked(self.manifest, Manifest, self.path / "manifest.json")
         self.codebook: dict[str, Any] = read_description(self.path / "codebook.json")
         """The same as `tokenizer`, under its name in earlier versions."""
         self.entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in self.manifest["shards"]}
         """The manifest's entry of each shard, by the shard's name."""
         refuse_mixture(self.path, self.fingerprint, self.manifest.get("storage"), self.entries.values())
+        _refuse_inconsistent(self.path, manifest, self.codebook)
         self._index: KeyIndex | None = None
         self._cached: dict[str, ShardRows] = {}
 

@@ -8,14 +8,18 @@ KEY.views.json   crops [[top, left, height, width], ...] in upright source pixel
 """
 
 import io
-import json
 import tarfile
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import msgspec
 import numpy as np
+from msgspec import Meta, Struct
+from numpy.typing import NDArray
 
+from ..artifacts.fields import Finite, Pixels
 from ..errors import DataError
 from ..sources.keys import EXTENSIONS, extension_of, key_of
 from ..sources.records import ImageRecord, crc32, read_bytes
@@ -23,6 +27,19 @@ from ..storage.files import canonical_json
 from .rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
 
 _TOKENS, _VIEWS = "tokens.npy", "views.json"
+_MOST_EXTRA_BYTES = 4096
+"""The largest header of tokens.npy, and what views.json has besides its views."""
+_DAMAGE = (tarfile.TarError, OSError, LookupError, TypeError, ValueError, OverflowError, RecursionError, MemoryError)
+"""What tarfile, NumPy and msgspec raise for content that `write_tar` did not write."""
+
+
+class _ViewsJson(Struct):
+    """KEY.views.json"""
+
+    crops: list[tuple[Finite, Finite, Finite, Finite]]
+    flips: list[bool]
+    size: tuple[Pixels, Pixels]
+    crc32: Annotated[int, Meta(ge=0, lt=2**32)]
 
 
 def write_tar(path: Path, rows: ShardRows, records: Sequence[ImageRecord], codebook_fingerprint: str) -> None:
@@ -81,15 +98,19 @@ def read_tar(path: Path, views: int, grid: tuple[int, int]) -> ShardRows:
     try:
         with tarfile.open(path, "r:") as tar:
             parts = [_row(tar, key, sample, views, grid) for key, sample in _samples(tar)]
-    except (tarfile.TarError, OSError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is not a tar of images and their tokens ({error})") from None
+    except _DAMAGE as error:
+        raise DataError(f"{path} is not a tar of images and their tokens ({str(error)[:200]})") from None
     return concatenate_rows([empty_rows(views, grid), *parts])
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """Yields (key, its members by extension) of consecutive members with the same key."""
-    key, sample = "", dict[str, tarfile.TarInfo]()
+    key, sample, end = "", dict[str, tarfile.TarInfo](), 0
     for member in tar:
+        # tarfile follows a negative size backwards, for ever.
+        if member.offset < end or member.size < 0 or not member.isreg() or member.issparse():
+            raise ValueError(f"{member.name[:200]!r} is not a plain file")
+        end = member.offset_data
         member_key = key_of(member.name)
         if member_key != key and sample:
             yield key, sample
@@ -105,25 +126,48 @@ def _row(
 ) -> ShardRows:
     """The single row of one image."""
     (image,) = (member for member in sample.values() if extension_of(member.name) in EXTENSIONS)
-    tokens = np.load(io.BytesIO(_content(tar, sample[_TOKENS])), allow_pickle=False)
-    views_json: dict[str, Any] = json.loads(_content(tar, sample[_VIEWS]))
-    if tokens.dtype != np.uint16 or tokens.shape != (views, *grid):
-        raise ValueError(f"{key}.{_TOKENS} is {tokens.dtype} {tokens.shape}")
+    tokens = _tokens(_content(tar, sample[_TOKENS], prod((2, views, *grid)) + _MOST_EXTRA_BYTES), views, grid)
+    views_json = msgspec.json.decode(_content(tar, sample[_VIEWS], 256 * views + _MOST_EXTRA_BYTES), type=_ViewsJson)
+    if not len(views_json.crops) == len(views_json.flips) == views:
+        raise ValueError(f"{key}.{_VIEWS} has {len(views_json.crops)} crops for {views} views")
     return ShardRows(
         keys=np.array([key], dtype=object),
         tokens=tokens[None],
-        crops=np.array([views_json["crops"]], dtype=np.float64).reshape(1, views, 4),
-        flips=np.array([views_json["flips"]], dtype=bool).reshape(1, views),
-        sizes=np.array([views_json["size"]], dtype=np.int32).reshape(1, 2),
-        labels=np.array([int(_content(tar, sample["cls"])) if "cls" in sample else NO_LABEL], dtype=np.int64),
+        crops=np.array([views_json.crops], dtype=np.float64).reshape(1, views, 4),
+        flips=np.array([views_json.flips], dtype=bool).reshape(1, views),
+        sizes=np.array([views_json.size], dtype=np.int32).reshape(1, 2),
+        labels=np.array([_label(_content(tar, sample["cls"], 32)) if "cls" in sample else NO_LABEL], dtype=np.int64),
         paths=np.array([""], dtype=object),
         offsets=np.array([image.offset_data], dtype=np.int64),
         lengths=np.array([image.size], dtype=np.int64),
-        crc32=np.array([views_json["crc32"]], dtype=np.uint32),
+        crc32=np.array([views_json.crc32], dtype=np.uint32),
     )
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _tokens(npy: bytes, views: int, grid: tuple[int, int]) -> NDArray[np.uint16]:
+    """The tokens (V, H, W) of a .npy file; nothing is allocated for another shape or type."""
+    file = io.BytesIO(npy)
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"{_TOKENS} of version {version}")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    content = npy[file.tell() :]
+    if dtype != np.uint16 or shape != (views, *grid) or fortran or len(content) != 2 * prod(shape):
+        raise ValueError(f"{_TOKENS} is {dtype} {shape}, not uint16 {(views, *grid)}")
+    return np.frombuffer(content, dtype=dtype).astype(np.uint16).reshape(shape)
+
+
+def _label(text: bytes) -> int:
+    label = int(text)
+    if not -(2**63) <= label < 2**63:
+        raise ValueError(f"label {label}")
+    return label
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes:
+    """The bytes of a small member. Raises ValueError if it states more than `most`."""
+    if member.size > most:
+        raise ValueError(f"{member.name[:200]!r} has {member.size:,} bytes")
     file = tar.fileobj
     assert file is not None
     file.seek(member.offset_data)

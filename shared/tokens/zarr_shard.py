@@ -1,19 +1,16 @@
 """The token store's own shard format: a Zarr v3 group in a zip file, with one array per column of the rows."""
 
-import io
 import zipfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import zarr
-from numpy.typing import NDArray
-from zarr.buffer.cpu import Buffer
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from .rows import STRINGS, ShardRows, Strings
+from ..artifacts.zipped_zarr import Column, ZippedZarr
+from .rows import STRINGS, ShardRows, Strings, empty_rows
 
 # The smallest that benchmarks/storage.py measured: tokens hardly repeat, but only log2(K) of their 16 bits vary.
 TOKEN_CODEC = BloscCodec(cname="zstd", clevel=9, shuffle="bitshuffle", typesize=2)
@@ -41,26 +38,26 @@ def write_zarr(path: Path, rows: ShardRows, attributes: dict[str, Any]) -> None:
             archive.writestr(zipfile.ZipInfo(name, _EPOCH_OF_ZIP), files[name].to_bytes(), compression)
 
 
-def read_zarr(data: bytes) -> ShardRows:
-    """The rows of a zipped Zarr group, from the bytes of the whole file."""
-    group = _open_group(data)
-    columns = {field.name: _column(group, field.name) for field in fields(ShardRows)}
-    return ShardRows(**columns)
+def read_zarr(data: bytes, images: int, views: int, grid: tuple[int, int]) -> ShardRows:
+    """The rows of a zipped Zarr group, from the bytes of the whole file.
+
+    Raises ValueError unless it holds `images` rows with `views` views and `grid` (H, W) tokens per view, as
+    `write_zarr` writes them.
+    """
+    group = ZippedZarr(data, _columns(images, views, grid))
+    return ShardRows(**{field.name: group.read(field.name) for field in fields(ShardRows)})
 
 
-def read_zarr_keys(data: bytes) -> Strings:
-    """The keys (n,) alone, without decoding the other columns."""
-    return _column(_open_group(data), "keys")
+def read_zarr_keys(data: bytes, images: int, views: int, grid: tuple[int, int]) -> Strings:
+    """The keys (n,) alone, without decoding the other columns; as `read_zarr`."""
+    return ZippedZarr(data, _columns(images, views, grid)).read("keys")
 
 
-def _open_group(data: bytes) -> zarr.Group:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        files: dict[str, Any] = {name: Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
-    return zarr.open_group(MemoryStore(files), mode="r")
-
-
-def _column(group: zarr.Group, name: str) -> NDArray[Any]:
-    array = group[name]
-    assert isinstance(array, zarr.Array)
-    column = np.asarray(array[:])
-    return column.astype(object) if name in STRINGS else column
+def _columns(images: int, views: int, grid: tuple[int, int]) -> dict[str, Column]:
+    """Shape and type of each column."""
+    empty = empty_rows(views, grid)
+    columns = {field.name: getattr(empty, field.name) for field in fields(ShardRows)}
+    return {
+        name: Column((images, *column.shape[1:]), "string" if name in STRINGS else column.dtype.name)
+        for name, column in columns.items()
+    }

@@ -376,7 +376,7 @@ def test_verify_of_a_codebook(chain, capsys: pytest.CaptureFixture[str]):
 )
 def test_verify_finds_a_codebook_that_cannot_be(chain, tmp_path: Path, change: dict):
     replace(Codebook.load(chain.codebook), **change).save(tmp_path / "book")
-    expect_problem(tmp_path / "book", "book holds centroids")
+    expect_problem(tmp_path / "book", r"centroids\.safetensors holds centroids")
 
 
 def test_centroids_that_are_not_finite_are_neither_saved_nor_opened(chain, tmp_path: Path):

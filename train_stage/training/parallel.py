@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ...shared.errors import DataError
 from ...shared.runtime.distributed import World
 
 
@@ -41,6 +42,21 @@ def gradient_sync(module: nn.Module, now: bool) -> AbstractContextManager[None]:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The unsharded tensor. Every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def refuse_other_tensors(
+    path: str, names: Mapping[str, Tensor], tensors: Mapping[str, Tensor], slots: bool = False
+) -> None:
+    """Raises DataError unless `tensors` have the names and shapes of `names`, with `slots` as "PARAMETER/SLOT"."""
+    for name, tensor in tensors.items():
+        owner, _, slot = name.rpartition("/") if slots else (name, "", "")
+        expected = names.get(owner)
+        shape = () if slot == "step" else None if expected is None else tuple(expected.shape)
+        if expected is None or tuple(tensor.shape) != shape:
+            raise DataError(f"{path} has {name[:200]!r} of shape {tuple(tensor.shape)}, which is not of this model.")
+    missing = [] if slots else sorted(names.keys() - tensors.keys())
+    if missing:
+        raise DataError(f"{path} lacks {missing[0][:200]!r}, which the model has.")
 
 
 def fill(target: Tensor, values: Tensor) -> None:

@@ -79,7 +79,7 @@ def write_onnx(weights: Weights, file: Path) -> float:
         if not difference <= TOLERANCE:  # nan is a failure as well
             raise DataError(
                 f"{file.name} gives other outputs in ONNX Runtime than in PyTorch (relative difference "
-                f"{difference:.1e}); export without --onnx, and report this with the versions that `mapet doctor` prints."
+                f"{difference:.1e}); export without --onnx, and report this with the versions of `mapet doctor`."
             )
         largest = max(largest, difference)
     return largest

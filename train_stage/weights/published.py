@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,10 @@ from ...shared.errors import DataError, UsageError
 from ..model.mapet import MaPeT
 from ..model.shape import SIZES, Shape
 from .weights import Weights
+
+_DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError)
+_DAMAGE += (ValueError, SafetensorError)
+"""What PyTorch and safetensors raise for content that is incomplete or impossible."""
 
 
 def load_published(path: str | Path) -> MaPeT:
@@ -40,7 +45,7 @@ def damage_explained(path: Path, verdict: str) -> Iterator[None]:
     """Turns the errors of reading incomplete or impossible content into a DataError: "`path` is `verdict` (...)"."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, SafetensorError) as error:
+    except _DAMAGE as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise DataError(f"{path} is {verdict} ({reason}).") from None
     except UsageError as error:
@@ -55,15 +60,25 @@ def read_published(path: Path) -> Weights:
     """
     checkpoint = _unpickled(path)
     with damage_explained(path, "not a published checkpoint"):
-        tensors = {name.removeprefix("module."): tensor.float() for name, tensor in checkpoint["state_dict"].items()}
+        state = checkpoint["state_dict"]
+        _refuse_expanded(state)
+        tensors = {name.removeprefix("module."): tensor.float() for name, tensor in state.items()}
         architecture = str(checkpoint.get("arch", ""))
     with damage_explained(path, "not a checkpoint with the weights of a MaPeT model"):
         return Weights(path, _published_shape(tensors, architecture, path), tensors)
 
 
+def _refuse_expanded(tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError for a tensor that claims more values than the file stores."""
+    for name, tensor in tensors.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{str(name)[:200]} has more values than the file")
+
+
 def _unpickled(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{path} does not exist; give a published .pth.tar.")
+    _refuse_compressed(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -75,6 +90,17 @@ def _unpickled(path: Path) -> dict[str, Any]:
     except Exception as error:  # other bytes make the unpickler fail in any way
         raise DataError(f"{path} is not a published checkpoint ({type(error).__name__}).") from None
     return checkpoint
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raises DataError for a zip file with compressed parts, which torch.save never writes and which may be bombs."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return  # another format, or damaged, which torch.load finds out
+    if compressed:
+        raise DataError(f"{path} is not a published checkpoint: torch.save did not write its {compressed[0][:200]!r}.")
 
 
 def _published_shape(tensors: dict[str, Tensor], architecture: str, path: Path) -> Shape:

@@ -1,19 +1,24 @@
 """Reads weights from a run, a checkpoint, an import, an export or a published file."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
+from msgspec import UNSET, UnsetType
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ...shared.artifacts.fields import checked, read_json
+from ...shared.artifacts.tensors import read_shapes
 from ...shared.errors import DataError
+from ...shared.runtime.console import say
 from ...shared.storage.files import read_sealed_json, sha256_file
-from ..model.shape import Shape
 from .checkpoint import EMA, newest_checkpoint, read_state
 from .published import damage_explained, read_published
+from .schema import CheckpointState, ExportConfig, ImportedWeights
 from .weights import Input, Weights, published_names
 from .write import FORMAT, TENSORS, VERSION
+
+_RESTORE = "restore it or make it again"
 
 
 def load_weights(path: str | Path) -> Weights:
@@ -45,44 +50,44 @@ def load_weights(path: str | Path) -> Weights:
     return _READERS[descriptions[0]](folder)
 
 
-def _read_tensors(folder: Path, name: str = TENSORS) -> dict[str, Tensor]:
-    with damage_explained(folder / name, "damaged"):
-        return {key: tensor.float() for key, tensor in load_file(folder / name).items()}
+def _read_tensors(path: Path, digest: str | UnsetType) -> dict[str, Tensor]:
+    """The tensors of a file of weights, float32, whose SHA-256 must be `digest`."""
+    read_shapes(path, _RESTORE)  # before anything is loaded
+    if digest is UNSET:
+        say(f"{path} carries no digest: it was written before exports had one, so damage would not be noticed.")
+    elif sha256_file(path) != digest:
+        raise DataError(f"{path} was changed since it was written (its digest does not match); {_RESTORE}.")
+    with damage_explained(path, "damaged"):
+        return {key: tensor.float() for key, tensor in load_file(path).items()}
 
 
 def _read_checkpoint(folder: Path) -> Weights:
-    state = read_state(folder)
-    with damage_explained(folder, "damaged"):
-        name = EMA if EMA in state["files"] else TENSORS
-        shape, model_input = Shape(**state["model"]), Input.from_json(state["input"])
-        if sha256_file(folder / name) != state["files"][name]["sha256"]:
-            raise ValueError(f"the digest of {name} does not match")
-        return Weights(folder / name, shape, _read_tensors(folder, name), model_input, state["seed"])
+    content = read_state(folder)
+    state = checked(content, CheckpointState, folder / "state.json", "use another checkpoint")
+    if state.model is UNSET:
+        raise DataError(f"{folder / 'state.json'} is of a run of another task, which has no pre-trained model.")
+    name = EMA if EMA in state.files else TENSORS
+    tensors = _read_tensors(folder / name, state.files[name].sha256)
+    return Weights(folder / name, state.model.to_shape(), tensors, Input.from_json(content["input"]), state.seed)
 
 
 def _read_imported(folder: Path) -> Weights:
-    metadata = read_sealed_json(folder / "weights.json", format=FORMAT, version=VERSION)
-    if sha256_file(folder / TENSORS) != metadata["sha256"]:
-        raise DataError(f"{folder / TENSORS} was changed since it was written (its digest does not match).")
-    shape, model_input = Shape(**metadata["shape"]), Input.from_json(metadata["input"])
-    return Weights(folder / TENSORS, shape, _read_tensors(folder), model_input, metadata["seed"])
+    content = read_sealed_json(folder / "weights.json", format=FORMAT, version=VERSION)
+    metadata = checked(content, ImportedWeights, folder / "weights.json", "import the weights again")
+    tensors = _read_tensors(folder / TENSORS, metadata.sha256)
+    return Weights(
+        folder / TENSORS, metadata.shape.to_shape(), tensors, Input.from_json(content["input"]), metadata.seed
+    )
 
 
 def _read_exported(folder: Path) -> Weights:
-    tensors, config = published_names(_read_tensors(folder)), folder / "config.json"
-    with damage_explained(config, "not a description of a ViT that mapet exported"):
-        metadata = json.loads(config.read_text())
-        arguments = metadata["model_args"]
-        shape = Shape(
-            dim=arguments["embed_dim"],
-            depth=arguments["depth"],
-            heads=arguments["num_heads"],
-            patch_size=arguments["patch_size"],
-            image_size=arguments["img_size"],
-            k=0,
-            mlp_ratio=arguments["mlp_ratio"],
-        )
-        return Weights(folder / TENSORS, shape, tensors, Input.from_json(metadata["pretrained_cfg"]))
+    config = read_json(folder / "config.json", ExportConfig, "a description of a ViT that mapet exported")
+    tensors = _read_tensors(folder / TENSORS, config.model_sha256)
+    with damage_explained(folder / "config.json", "not a description of a ViT that mapet exported"):
+        shape = config.model_args.to_shape()
+        size = config.pretrained_cfg
+        model_input = Input.from_json({"mean": size.mean, "std": size.std, "interpolation": size.interpolation})
+        return Weights(folder / TENSORS, shape, published_names(tensors), model_input)
 
 
 # The description beside the tensors tells what wrote the folder.

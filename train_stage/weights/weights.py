@@ -16,6 +16,7 @@ from ...shared.images.views import Preprocess
 from ...shared.storage.files import sha256_file
 from ..model.mapet import MaPeT
 from ..model.shape import SIZES, Shape
+from .schema import refuse_other_sizes
 
 _PRETRAINING_ONLY = ("mask_positional_token", "decoder.weight", "decoder.bias")
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -69,6 +70,10 @@ class Weights:
     """The seed of the run that trained the weights; 0 if it is not known."""
 
     def __post_init__(self) -> None:
+        refuse_other_sizes(self.shape, {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}, self.file)
+        for name, tensor in self.tensors.items():
+            if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+                raise DataError(f"{self.file} holds numbers that are not finite, in {name[:200]}; use other weights.")
         _ = self.mapet() if self.kind == "pretraining" else self.vit()
 
     @property
@@ -177,8 +182,11 @@ class Weights:
                 renamed[name] = tensor
         return renamed
 
-    def timm_config(self) -> dict[str, Any]:
-        """The `config.json` from which timm opens a folder (`timm.models._hub.save_config_for_hf` writes the same)."""
+    def timm_config(self, model_sha256: str) -> dict[str, Any]:
+        """The `config.json` from which timm opens a folder (`timm.models._hub.save_config_for_hf` writes the same).
+
+        `model_sha256`, the digest of the tensors' file, is mapet's own; timm leaves it alone.
+        """
         size = (self.shape.dim, self.shape.depth, self.shape.heads)
         name = next((name for name, known in SIZES.items() if known == size), "base")
         side = self.shape.image_size
@@ -199,6 +207,7 @@ class Weights:
                 "first_conv": "patch_embed.proj",
                 "classifier": "head",
             },
+            "model_sha256": model_sha256,
         }
 
 

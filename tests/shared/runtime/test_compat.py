@@ -51,7 +51,7 @@ def private_names(path: Path, defined: set[str]) -> list[str]:
 
 
 def _is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__")
+    return name.startswith("_") and not name.startswith("__") and name != "_exit"  # os._exit is documented
 
 
 def defined_names(path: Path) -> set[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import zarr
 from mapet.shared.errors import DataError
+from mapet.shared.images.views import Preprocess
 from mapet.shared.storage.files import sha256_file, write_sealed_json
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.rows import ShardRows
@@ -27,11 +28,14 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import ZipStore
 
 K, GRID = 300, (3, 5)
+PREPROCESS = Preprocess(40, "squash", 40, "bicubic", (0.5,) * 3, (0.5,) * 3).to_json()
+DESCRIPTION = dict.fromkeys(("library", "architecture", "weights_sha256", "precision", "metric"), "x")
+DESCRIPTION |= {"layer": -1, "final_norm": False, "preprocess": PREPROCESS, "grid": list(GRID), "k": K}
+BOOK = Codebook(np.eye(4, dtype=np.float32), np.zeros(4, dtype=np.int64), DESCRIPTION)
 ATTRIBUTES = {
-    # That of the codebook that `write_store` embeds.
-    "codebook_fingerprint": "8b4ef584999bdf08bf8e2bbdc751e7fa1d136f1f046c334af2b5e3baf3a157a4",
+    "codebook_fingerprint": BOOK.fingerprint,
     "view": {"crop": "center", "views": 2},
-    "source": {"kind": "tar", "size": 7, "sha256": "0" * 64},
+    "source": {"kind": "tar", "size": None, "sha256": "0" * 64},
 }
 KEYS = ["plain", "dir.v1/größe", "日本/鍵", "a b", ""]
 
@@ -53,14 +57,11 @@ def rows_of(seed: int, count: int = 5, views: int = 2) -> ShardRows:
 
 
 def write_store(path: Path) -> Path:
-    description = dict.fromkeys(("library", "architecture", "weights_sha256", "precision", "metric"), "x")
-    description |= {"layer": -1, "final_norm": False, "preprocess": {}, "grid": list(GRID), "k": K}
-    book = Codebook(np.eye(4, dtype=np.float32), np.zeros(4, dtype=np.int64), description)
-    write_sealed_json(path / "codebook.json", book.as_json("0" * 64))
+    write_sealed_json(path / "codebook.json", BOOK.as_json("0" * 64))
     for number in range(2):
         write_shard(path, f"shard-{number}", rows_of(number), ATTRIBUTES)
     entries = [read_entry(path, f"shard-{number}") for number in range(2)]
-    write_manifest(path, {**book.as_json(""), "k": K}, entries)
+    write_manifest(path, BOOK.as_json(""), entries)
     return path
 
 
