@@ -113,6 +113,10 @@ def mixed(store: Path, tokens: Path, **changed: object) -> Path:
     shutil.copytree(tokens, store)
     manifest = read_sealed_json(store / "manifest.json", format="mapet-token-store", version=2)
     entry = manifest["shards"][1]
+    if "storage" in changed:
+        file = entry["file"].replace(".zarr.zip", ".tar")
+        (store / entry["file"]).rename(store / file)
+        changed |= {"file": file, "rows_sha256": "0" * 64}
     entry |= changed
     write_sealed_json(store / "manifest.json", manifest)
     path = store / "shards" / f"{entry['name']}.json"
