@@ -15,6 +15,7 @@ LAYERS = {
         ["tokens"],
         ["images", "report"],
         ["sources"],
+        ["labels"],
         ["storage", "runtime"],
         ["errors", "randomness"],
     ],

@@ -1,7 +1,7 @@
 """The token store's other shard format: WebDataset tars with each image beside its tokens, usable on their own.
 
 KEY.jpg          the image's bytes, under its extension in the source
-KEY.cls          its label, if it has one
+KEY.cls          its label, a class number or name, if it has one
 KEY.tokens.npy   (V, H, W) uint16
 KEY.views.json   crops [[top, left, height, width], ...] in upright source pixels and flips, one of each per view; the
                  image's size [height, width]; the CRC32 of its bytes; the fingerprint of the tokenizer
@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
+from ..labels.columns import to_column
+from ..labels.parsing import stored_label
 from ..sources.keys import EXTENSIONS, extension_of, key_of
 from ..sources.records import ImageRecord, crc32, read_bytes
 from ..storage.files import canonical_json
-from .rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
+from .rows import ShardRows, concatenate_rows, empty_rows
 
 _TOKENS, _VIEWS = "tokens.npy", "views.json"
 
@@ -58,8 +60,9 @@ def _members_beside_image(rows: ShardRows, row: int, codebook_fingerprint: str) 
         "flips": rows.flips[row].tolist(),
         "size": rows.sizes[row].tolist(),
     }
-    label = {} if rows.labels[row] == NO_LABEL else {"cls": str(rows.labels[row]).encode()}
-    return {_TOKENS: tokens.getvalue(), _VIEWS: canonical_json(views).encode(), **label}
+    label = rows.label(row)
+    members = {_TOKENS: tokens.getvalue(), _VIEWS: canonical_json(views).encode()}
+    return members if label is None else {**members, "cls": str(label).encode()}
 
 
 def bytes_of_tar(rows: ShardRows) -> int:
@@ -109,17 +112,19 @@ def _row(
     views_json: dict[str, Any] = json.loads(_content(tar, sample[_VIEWS]))
     if tokens.dtype != np.uint16 or tokens.shape != (views, *grid):
         raise ValueError(f"{key}.{_TOKENS} is {tokens.dtype} {tokens.shape}")
+    labels, classes = to_column([stored_label(_content(tar, sample["cls"])) if "cls" in sample else None])
     return ShardRows(
         keys=np.array([key], dtype=object),
         tokens=tokens[None],
         crops=np.array([views_json["crops"]], dtype=np.float64).reshape(1, views, 4),
         flips=np.array([views_json["flips"]], dtype=bool).reshape(1, views),
         sizes=np.array([views_json["size"]], dtype=np.int32).reshape(1, 2),
-        labels=np.array([int(_content(tar, sample["cls"])) if "cls" in sample else NO_LABEL], dtype=np.int64),
+        labels=labels,
         paths=np.array([""], dtype=object),
         offsets=np.array([image.offset_data], dtype=np.int64),
         lengths=np.array([image.size], dtype=np.int64),
         crc32=np.array([views_json["crc32"]], dtype=np.uint32),
+        classes=classes,
     )
 
 

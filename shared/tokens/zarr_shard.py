@@ -2,7 +2,6 @@
 
 import io
 import zipfile
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from zarr.buffer.cpu import Buffer
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from .rows import STRINGS, ShardRows, Strings
+from .rows import COLUMNS, STRINGS, ShardRows, Strings
 
 # The smallest that benchmarks/storage.py measured: tokens hardly repeat, but only log2(K) of their 16 bits vary.
 TOKEN_CODEC = BloscCodec(cname="zstd", clevel=9, shuffle="bitshuffle", typesize=2)
@@ -26,26 +25,25 @@ def write_zarr(path: Path, rows: ShardRows, attributes: dict[str, Any]) -> None:
     """Writes the rows as a zipped Zarr group with these attributes; the same rows always give the same bytes."""
     files: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(files), attributes=attributes)
-    for field in fields(rows):
-        data = getattr(rows, field.name)
+    for name in COLUMNS:
+        data = getattr(rows, name)
         chunks = (min(max(len(data), 1), ROWS_PER_CHUNK), *data.shape[1:])
-        dtype = str if field.name in STRINGS else data.dtype
+        dtype = str if name in STRINGS else data.dtype
         # Zarr does not checksum chunks unless told to.
-        codecs = [TOKEN_CODEC if field.name == "tokens" else OTHER_CODEC, Crc32cCodec()]
-        array = group.create_array(field.name, shape=data.shape, chunks=chunks, dtype=dtype, compressors=codecs)
+        codecs = [TOKEN_CODEC if name == "tokens" else OTHER_CODEC, Crc32cCodec()]
+        array = group.create_array(name, shape=data.shape, chunks=chunks, dtype=dtype, compressors=codecs)
         array[:] = data
     with zipfile.ZipFile(path, "w") as archive:
-        for name in sorted(files):
+        for file in sorted(files):
             # Chunks are compressed already.
-            compression = zipfile.ZIP_DEFLATED if name.endswith("zarr.json") else zipfile.ZIP_STORED
-            archive.writestr(zipfile.ZipInfo(name, _EPOCH_OF_ZIP), files[name].to_bytes(), compression)
+            compression = zipfile.ZIP_DEFLATED if file.endswith("zarr.json") else zipfile.ZIP_STORED
+            archive.writestr(zipfile.ZipInfo(file, _EPOCH_OF_ZIP), files[file].to_bytes(), compression)
 
 
 def read_zarr(data: bytes) -> ShardRows:
-    """The rows of a zipped Zarr group, from the bytes of the whole file."""
+    """The rows of a zipped Zarr group, from the bytes of the whole file; class names are in the shard's entry."""
     group = _open_group(data)
-    columns = {field.name: _column(group, field.name) for field in fields(ShardRows)}
-    return ShardRows(**columns)
+    return ShardRows(**{name: _column(group, name) for name in COLUMNS})
 
 
 def read_zarr_keys(data: bytes) -> Strings:

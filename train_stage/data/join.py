@@ -129,7 +129,7 @@ class _Join:
         """The images of sources that must be listed, by key. Raises DataError for a duplicate key."""
         lenient = bool(self.store.skipped())
         ledger = KeyLedger()
-        by_shard = {shard.name: shard.index([] if lenient else None) for shard in shards}
+        by_shard = {shard.name: shard.index([] if lenient else None, []) for shard in shards}
         for name, records in by_shard.items():
             ledger.add(name, (record.key for record in records))
         ledger.refuse_doubles(lambda name: [record.key for record in by_shard[name]])
