@@ -281,5 +281,5 @@ def _summary(store: TokenStore, encoded: int) -> None:
     unlabelled = store.unlabelled()
     if unlabelled:
         name, _, reason = unlabelled[0]
-        rows.append(("without a label", f"{len(unlabelled)} images are kept, the first in {name}: it {reason}"))
+        rows.append(("without a label", f"{len(unlabelled):,} image(s) are kept, the first in {name}: it {reason}"))
     table("Token store", rows)
