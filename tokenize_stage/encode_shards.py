@@ -12,7 +12,7 @@ from ..shared.images.views import ViewPolicy
 from ..shared.runtime.console import say, table
 from ..shared.runtime.devices import choose_workers
 from ..shared.runtime.distributed import World, joined_world
-from ..shared.sources.sources import KeyLedger, SourceShard, open_source
+from ..shared.sources.sources import KeyLedger, SourceShard, open_source, with_labels
 from ..shared.storage.lock import sole_writer
 from ..shared.storage.remote import as_path
 from ..shared.tokens.store import SUFFIXES, TokenStore
@@ -38,6 +38,8 @@ def encode_shards(
     seed: int = 0,
     format: str = "zarr",
     on_error: str = "stop",
+    labels: str | Path | None = None,
+    label_field: str | None = None,
     tower: str | None = None,
     batch_size: int = 64,
     workers: int | None = None,
@@ -60,7 +62,11 @@ def encode_shards(
         with_center: View 0 is the centre view.
         seed: Seed of the random views.
         format: zarr (tokens only), or webdataset (tars of images and their tokens).
-        on_error: At an unreadable image, stop, or skip it (it is counted and listed).
+        on_error: At an unreadable image, stop, or skip it (it is counted and listed); an image with an unreadable label
+            is kept without one.
+        labels: File of labels: a number or name a line in the sorted order of the images, or a CSV or JSON lines with a
+            key column.
+        label_field: Field of the tars' JSON members that holds the label; of a file of labels, its label column.
         tower: Where the codebook's tower is now, if it moved.
         batch_size: Views per forward pass.
         workers: Processes that decode images (default: 0 on the CPU, up to 16 on CUDA).
@@ -79,6 +85,8 @@ def encode_shards(
         policy=ViewPolicy(crop, views, scale, ratio, flip, with_center, seed),
         format=_known_format(format),
         skip=skips(on_error),
+        labels=labels,
+        label_field=label_field,
         tower=tower,
         batch_size=batch_size,
         workers=workers,
@@ -114,6 +122,8 @@ def encode_shards_dry_run(
     seed: int = 0,
     format: str = "zarr",
     on_error: str = "stop",
+    labels: str | Path | None = None,
+    label_field: str | None = None,
     tower: str | None = None,
     batch_size: int = 64,
     workers: int | None = None,
@@ -135,7 +145,11 @@ def encode_shards_dry_run(
         with_center: View 0 is the centre view.
         seed: Seed of the random views.
         format: zarr (tokens only), or webdataset (tars of images and their tokens).
-        on_error: At an unreadable image, stop, or skip it (it is counted and listed).
+        on_error: At an unreadable image, stop, or skip it (it is counted and listed); an image with an unreadable label
+            is kept without one.
+        labels: File of labels: a number or name a line in the sorted order of the images, or a CSV or JSON lines with a
+            key column.
+        label_field: Field of the tars' JSON members that holds the label; of a file of labels, its label column.
         tower: Where the codebook's tower is now, if it moved.
         batch_size: Views per forward pass.
         workers: Processes that decode images (default: 0 on the CPU, up to 16 on CUDA).
@@ -154,6 +168,8 @@ def encode_shards_dry_run(
         policy=ViewPolicy(crop, views, scale, ratio, flip, with_center, seed),
         format=_known_format(format),
         skip=skips(on_error),
+        labels=labels,
+        label_field=label_field,
         tower=tower,
         batch_size=batch_size,
         workers=workers,
@@ -197,6 +213,8 @@ class _Options:
     policy: ViewPolicy
     format: str
     skip: bool
+    labels: str | Path | None
+    label_field: str | None
     tower: str | None
     batch_size: int
     workers: int | None
@@ -228,7 +246,12 @@ def _plan_work(
     world: World,
 ) -> _Work:
     """Compares the source with the store, and reads the headers of the source's shards."""
-    shards, saved = world.all_or_raise(lambda: (open_source(images), read_tokenizer(codebook)))
+    shards, saved = world.all_or_raise(
+        lambda: (
+            with_labels(open_source(images), options.labels, options.label_field),
+            read_tokenizer(codebook),
+        )
+    )
     world.refuse_differences(
         {"the fingerprint of --codebook": saved.fingerprint, "the shards of IMAGES": [shard.name for shard in shards]}
     )
@@ -261,4 +284,8 @@ def _summary(store: TokenStore, encoded: int) -> None:
     if skipped:
         name, key, reason = skipped[0]
         rows.append(("skipped", f"{len(skipped)}, the first in {name}: {key or '(no key)'}: {reason}"))
+    unlabelled = store.unlabelled()
+    if unlabelled:
+        name, _, reason = unlabelled[0]
+        rows.append(("without a label", f"{len(unlabelled):,} image(s) are kept, the first in {name}: it {reason}"))
     table("Token store", rows)

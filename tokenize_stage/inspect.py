@@ -10,7 +10,6 @@ from ..shared.errors import DataError, UsageError
 from ..shared.storage.lock import sole_writer
 from ..shared.storage.remote import as_path, exists
 from ..shared.tokens.codebook import Codebook
-from ..shared.tokens.rows import NO_LABEL
 from ..shared.tokens.store import TokenStore
 from .inspection.centroids import codebook_statistics
 from .inspection.compare import KeptTokens, compare_codebooks, compare_stores
@@ -157,10 +156,9 @@ def _inspect_store(store: TokenStore, key: str | None, other: TokenStore | None)
 
 def _image(store: TokenStore, key: str) -> dict[str, Any]:
     rows, at = store.find(key)
-    label = int(rows.labels[at])
     return {
         "key": key,
-        "label": None if label == NO_LABEL else label,
+        "label": rows.label(at),
         "height": int(rows.sizes[at, 0]),
         "width": int(rows.sizes[at, 1]),
         "views": [

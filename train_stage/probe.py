@@ -11,7 +11,7 @@ from ..shared.runtime.devices import choose_device, choose_workers
 from .evaluation.base import EvaluationResult, evaluate
 from .evaluation.embed import Execution, extract_features, fresh_weights, pixel_encoder, pooled_encoder
 from .evaluation.knn import KNearestNeighbours
-from .evaluation.labelled import LabelledImages, labelled_images
+from .evaluation.labelled import LabelledImages, labelled_pair
 from .evaluation.linear_probe import LinearProbe
 from .weights.read import load_weights
 
@@ -36,6 +36,10 @@ def probe(
     images: str | Path | Sequence[str | Path],
     val: str | Path | Sequence[str | Path],
     *,
+    labels: str | Path | None = None,
+    val_labels: str | Path | None = None,
+    label_field: str | None = None,
+    classes: str | Path | None = None,
     random_init: bool = False,
     pixels: bool = False,
     batch_size: int = 128,
@@ -52,7 +56,12 @@ def probe(
     Args:
         weights: A run, a checkpoint, an imported or exported folder, or a published .pth.tar.
         images: Labelled training images: a tar, a folder of class folders, or a pattern or list of tars.
-        val: Labelled validation images.
+        val: Labelled validation images; their classes are joined with those of the training images by name.
+        labels: File of the training images' labels: a number or name a line in the sorted order of the images, or a CSV
+            or JSON lines with a key column.
+        val_labels: The same for the validation images.
+        label_field: Field of the tars' JSON members that holds the label; of a file of labels, its label column.
+        classes: File of class names, for class numbers beside names: line i, counted from 0, is the name of class i.
         random_init: Also probe the same model with the initial weights of the run's seed.
         pixels: Also probe the raw pixels, averaged to 32x32.
         batch_size: Images per forward pass.
@@ -63,12 +72,14 @@ def probe(
         One row for the weights, then one for each of the comparisons asked for.
 
     Raises:
-        DataError if the weights or images cannot be read or images have no labels; UsageError if CUDA is asked for and
-        is not there.
+        DataError if the weights or images cannot be read, images have no labels, or the classes of the two sets do not
+        fit; UsageError if CUDA is asked for and is not there.
     """
     device_name = choose_device(device)
     loaded = load_weights(weights)
-    train_images, val_images = labelled_images(images), labelled_images(val)
+    train_images, val_images = labelled_pair(
+        images, val, labels=labels, val_labels=val_labels, label_field=label_field, classes=classes
+    )
     encoders = [pooled_encoder(loaded, device_name)]
     if random_init:
         encoders.append(pooled_encoder(fresh_weights(loaded), device_name, "random init"))

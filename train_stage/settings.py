@@ -242,7 +242,16 @@ class ProbeSettings:
     images: str | None = None
     """Labelled training images: a tar, a folder of class folders, or a pattern of tars."""
     val: str | None = None
-    """Labelled validation images."""
+    """Labelled validation images. Their classes are joined with those of `images` by name."""
+    labels: str | None = None
+    """File of the labels of `images`: a number or name a line in the sorted order of the images, or a CSV or JSON lines
+    with a key column."""
+    val_labels: str | None = None
+    """The same for `val`."""
+    label_field: str | None = None
+    """Field of the tars' JSON members that holds the label; of a file of labels, its label column."""
+    classes: str | None = None
+    """File of class names, for class numbers beside names: line i, counted from 0, is the name of class i."""
     every: int = 1000
     """Steps between probes; one more is made at the end."""
     linear: bool = False

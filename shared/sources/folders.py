@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import DataError
+from ..labels.parsing import Label, label_of_name
 from .keys import EXTENSIONS, OTHER_PICTURES, Skipped, extension_of, key_of, plain, unfit_name
 from .records import ImageRecord
 
@@ -32,7 +33,7 @@ def list_folder(root: Path) -> list[tuple[str, tuple[Listed, ...]]]:
             listed[key] = _entry_of(root, name, key)
     if not listed:
         raise DataError(f"{root} holds neither tars nor images ({', '.join(EXTENSIONS)}).")
-    labels = _class_numbers(listed)
+    labels = _class_labels(listed)
     entries = [
         (key, replace(entry, label=labels.get(key)) if isinstance(entry, ImageRecord) else entry)
         for key, entry in listed.items()
@@ -94,11 +95,9 @@ def _entry_of(root: Path, name: str, key: str) -> Listed:
     return ImageRecord(key, path, 0, status.st_size, None, extension_of(name))
 
 
-def _class_numbers(keys: Iterable[str]) -> dict[str, int]:
-    """The label of every image if all of them are in class folders: its folder's index in sorted order. Else none."""
+def _class_labels(keys: Iterable[str]) -> dict[str, Label]:
+    """The label of every image if all of them are in class folders: its folder's name. Else none."""
     keys = list(keys)
     if not all("/" in key for key in keys):
         return {}
-    folders = {key: key.split("/")[0] for key in keys}
-    labels = {name: index for index, name in enumerate(sorted(set(folders.values())))}
-    return {key: labels[name] for key, name in folders.items()}
+    return {key: label_of_name(key.split("/")[0]) for key in keys}

@@ -10,6 +10,7 @@ from pathlib import Path
 from zlib_ng import zlib_ng
 
 from ..errors import DataError
+from ..labels.parsing import Label
 
 crc32: Callable[[bytes], int] = zlib_ng.crc32
 """The same as `zlib.crc32`, in a tenth of the time."""
@@ -19,14 +20,15 @@ crc32: Callable[[bytes], int] = zlib_ng.crc32
 class ImageRecord:
     """Where the encoded bytes of one image are: `length` bytes from `offset` in the file at `path`.
 
-    `label` is None for an image without one; `extension` is its file name's, in lower case.
+    `label` is a class number or a class name, None for an image without one; `extension` is its file name's, in lower
+    case.
     """
 
     key: str
     path: Path
     offset: int
     length: int
-    label: int | None
+    label: Label | None
     extension: str = "jpg"
 
 

@@ -5,7 +5,7 @@ Opening a source reads no tar. Staging a shard downloads a remote tar; indexing 
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +16,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError, UsageError
+from ..labels.label_list import read_label_list
+from ..labels.parsing import Label
+from ..labels.tar_labels import TarLabels
 from ..storage.files import sha256_file
 from ..storage.remote import as_path, download, is_url, list_tars, remote_size
 from .folders import list_folder
-from .keys import Skipped, key_digests
+from .keys import Skipped, key_digests, key_of
 from .records import ImageRecord
 from .tars import index_tar
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Labels that a source does not carry in `.cls` members or class folders."""
+
+    field: str | None = None
+    """The field of the JSON members of tars that holds the label."""
+    by_key: Mapping[str, Label] | None = None
+    """The label of each image, from the list in `file`; it takes the place of what the source carries."""
+    file: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What a store records: the digest of the list, or the field."""
+        return {"list_sha256": sha256_file(self.file)} if self.file else {"field": self.field}
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,8 @@ class SourceShard:
     """A folder's images, or (key, reason) for one that cannot be used; None for a tar."""
     url: str | None = None
     """The URL from which the tar at `root` was downloaded, while it is staged."""
+    labelling: "Labelling | None" = None
+    """Where the labels come from, if not from the source alone."""
 
     @property
     def is_tar(self) -> bool:
@@ -68,21 +88,40 @@ class SourceShard:
         """`error` with the shard's URL in its message instead of the path of the download."""
         return error if self.url is None else type(error)(str(error).replace(str(self.root), self.url))
 
-    def index(self, skipped: Skipped | None = None) -> list[ImageRecord]:
+    def index(self, skipped: Skipped | None = None, unlabelled: Skipped | None = None) -> list[ImageRecord]:
         """The shard's images in order, from headers alone.
 
-        Anything unusable (a truncated or damaged part, a duplicate key, a label that is not a number, a name that
-        cannot be a key) is added to `skipped`; without such a list it raises a DataError that names it.
+        Anything unusable (a truncated or damaged part, a duplicate key, a name that cannot be a key) is added to
+        `skipped`; without such a list it raises a DataError that names it. An image whose label cannot be read has
+        none; the reason is added to `unlabelled`, or raised if neither list is given.
         """
-        if self.listed is None:
-            records, problems = index_tar(Path(self.root))
-        else:
-            records, problems = self._files(), [entry for entry in self.listed if not isinstance(entry, ImageRecord)]
+        records, problems, label_problems = self._listing()
         if skipped is not None:
             skipped += problems
         elif problems:
             raise self.named(DataError(f"{self.root} {problems[0][1]}."))
+        if unlabelled is not None:
+            unlabelled += label_problems
+        elif label_problems and skipped is None:
+            raise self.named(DataError(f"{self.root} {label_problems[0][1]}."))
         return records
+
+    def _listing(self) -> tuple[list[ImageRecord], Skipped, Skipped]:
+        """The shard's images, what is unusable, and which labels could not be read."""
+        labelling = self.labelling or Labelling()
+        if self.listed is None:
+            tar_labels = TarLabels(Path(self.root), labelling.field)
+            records, problems = index_tar(Path(self.root), tar_labels)
+            label_problems = tar_labels.problems
+        else:
+            records, problems = self._files(), [entry for entry in self.listed if not isinstance(entry, ImageRecord)]
+            label_problems = []
+        if labelling.by_key is None:
+            return records, problems, label_problems
+        labels = labelling.by_key
+        records = [replace(record, label=labels.get(record.key)) for record in records]
+        missing = [record.key for record in records if record.label is None]
+        return records, problems, [(key, f"has image {key!r}, and {labelling.file} no label for it") for key in missing]
 
     def size(self) -> int | None:
         """Bytes of the tar, or of all images of a folder's shard; None if a server does not tell."""
@@ -145,13 +184,51 @@ def open_source(images: str | Path | Sequence[str | Path]) -> list[SourceShard]:
     return shards
 
 
-def read_records(images: str | Path | Sequence[str | Path], skipped: Skipped | None = None) -> list[ImageRecord]:
-    """The records of all images of a local source; `skipped` as in `SourceShard.index`.
+def with_labels(shards: Sequence[SourceShard], labels: str | Path | None, label_field: str | None) -> list[SourceShard]:
+    """The shards with the labels of the list in the file `labels`, or of a field of JSON members.
+
+    With `labels`, `label_field` is the list's label column. Raises DataError for a list that cannot be read or does not
+    fit the images; UsageError for `label_field` alone with a folder, and for a list with remote images, whose keys
+    would have to be known beforehand.
+    """
+    if labels is None and label_field is None:
+        return list(shards)
+    if labels is None:
+        folder = next((shard.root for shard in shards if not shard.is_tar), None)
+        if folder:
+            raise UsageError(
+                f"--label-field {label_field} reads .json members of tars, and {folder} is a folder; give its labels "
+                "with --labels FILE."
+            )
+        return [replace(shard, labelling=Labelling(label_field)) for shard in shards]
+    file = Path(labels)
+    listed = read_label_list(file, label_field)
+    remote = next((shard.root for shard in shards if shard.is_remote), None)
+    if remote:
+        raise UsageError(
+            f"--labels {file} needs local images to find its lines, and {remote} is remote; download them."
+        )
+    # Where lines count images, one that cannot be used would shift the labels of all that follow.
+    keys = [record.key for shard in shards for record in shard.index([] if listed.names else None, [])]
+    by_key = listed.by_key(keys, key_of)
+    if not by_key:
+        raise DataError(f"{file} names none of the {len(keys):,} images, such as {keys[0]!r}; give the list of these.")
+    return [replace(shard, labelling=Labelling(None, by_key, file)) for shard in shards]
+
+
+def read_records(
+    images: str | Path | Sequence[str | Path],
+    skipped: Skipped | None = None,
+    *,
+    labels: str | Path | None = None,
+    label_field: str | None = None,
+) -> list[ImageRecord]:
+    """The records of all images of a local source; `skipped` as in `SourceShard.index`, labels as in `with_labels`.
 
     Raises DataError as `open_source` and `SourceShard.index` do, and for a key that is in two shards; UsageError for
     remote tars, which have to be staged one by one.
     """
-    shards = {shard.name: shard for shard in open_source(images)}
+    shards = {shard.name: shard for shard in with_labels(open_source(images), labels, label_field)}
     remote = next((shard for shard in shards.values() if shard.is_remote), None)
     if remote:
         raise UsageError(f"{remote.root} is remote; this command needs local files, download them first.")

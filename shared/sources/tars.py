@@ -5,17 +5,17 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
+from ..labels.tar_labels import TarLabels
 from .keys import EXTENSIONS, OTHER_PICTURES, Skipped, extension_of, key_of, plain, unfit_name
 from .records import ImageRecord
 
-_LONGEST_LABEL = 1024
-"""Bytes of a .cls member that are read."""
 
+def index_tar(path: Path, tar_labels: TarLabels | None = None) -> tuple[list[ImageRecord], Skipped]:
+    """The images of a tar in its order, from headers alone, and (key, reason) of what cannot be used.
 
-def index_tar(path: Path) -> tuple[list[ImageRecord], Skipped]:
-    """The images of a tar in its order, from headers alone, and (key, reason) of what cannot be used."""
+    An image whose label cannot be read has none; `tar_labels` lists the reason.
+    """
+    tar_labels = TarLabels(path) if tar_labels is None else tar_labels
     problems: Skipped = []
     images: dict[str, tarfile.TarInfo] = {}
     classes: dict[str, tarfile.TarInfo] = {}
@@ -32,7 +32,7 @@ def index_tar(path: Path) -> tuple[list[ImageRecord], Skipped]:
                 problems.append((key, f"holds key {key!r} twice; keys must be unique"))
             else:
                 images[key] = member
-        elif extension == "cls" and member.isfile():
+        elif tar_labels.is_label(member, key):
             classes[key] = member
         elif extension in OTHER_PICTURES:
             unread_pictures[key] = member.name
@@ -42,11 +42,10 @@ def index_tar(path: Path) -> tuple[list[ImageRecord], Skipped]:
             problems.append((plain(key), reason))
     if not images and not problems:
         problems.append(("", f"holds no images ({', '.join(EXTENSIONS)}); give tars in WebDataset layout"))
-    labels = _read_labels(path, {key: classes[key] for key in images if key in classes}, problems)
+    labels = tar_labels.read(path, classes, images)
     records = [
         ImageRecord(key, path, member.offset_data, member.size, labels.get(key), extension_of(member.name))
         for key, member in images.items()
-        if key not in classes or key in labels
     ]
     return records, problems
 
@@ -112,18 +111,3 @@ def _check_end(file: BinaryIO, end: int, problems: Skipped) -> None:
                 ("", f"goes on after its end at byte {end}, as two tars in one file do; pack its files anew")
             )
             return
-
-
-def _read_labels(path: Path, classes: dict[str, tarfile.TarInfo], problems: Skipped) -> dict[str, int]:
-    labels: dict[str, int] = {}
-    if not classes:
-        return labels
-    with open(path, "rb") as file:
-        for key, member in classes.items():
-            file.seek(member.offset_data)
-            text = file.read(min(member.size, _LONGEST_LABEL))
-            try:
-                labels[key] = int(np.int64(int(text)))
-            except (ValueError, OverflowError):
-                problems.append((key, f"holds {text[:20]!r} in {member.name!r}, not a class number"))
-    return labels

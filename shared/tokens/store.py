@@ -230,6 +230,12 @@ class TokenStore:
         """(shard, key, reason) of everything that was left out with --on-error skip."""
         return [(name, key, reason) for name, entry in self.entries.items() for key, reason in entry.get("skipped", ())]
 
+    def unlabelled(self) -> list[tuple[str, str, str]]:
+        """(shard, key, reason) of every image whose label could not be read; its tokens are in the store."""
+        return [
+            (name, key, reason) for name, entry in self.entries.items() for key, reason in entry.get("unlabelled", ())
+        ]
+
     def read_rows(self, name: str, every_byte: bool = False) -> ShardRows:
         """All rows of one shard, checked against the manifest (`shard_files.read_shard`).
 
@@ -348,7 +354,10 @@ class TokenStore:
         return to_torch(self.to_numpy(keys))
 
     def to_pandas(self, keys: Iterable[str] | None = None) -> "pandas.DataFrame":
-        """One row per patch: key, label (-1 for none), view, flip, row, column, token. UsageError without pandas."""
+        """One row per patch: key, label, view, flip, row, column, token. UsageError without pandas.
+
+        Labels are int64, -1 for none; if any is a class name, they are objects, None for none.
+        """
         return to_pandas(list(self.tokens(keys)))
 
     def _repr_html_(self) -> str:

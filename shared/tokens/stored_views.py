@@ -15,7 +15,7 @@ from ..randomness import generator
 from ..sources.records import ImageRecord, read_encoded
 from ..sources.sources import SourceShard, open_source
 from ..storage.remote import is_remote
-from .rows import NO_LABEL, ShardRows
+from .rows import ShardRows
 from .store import TokenStore
 
 
@@ -46,9 +46,8 @@ class StoredViews:
         """Where the image of one row is."""
         root = Path(str(self._sources[shard].root if self._sources else self._store.tar_of(shard)))
         path = root / rows.paths[row] if self._sources and rows.paths[row] else root
-        label = int(rows.labels[row])
         offset, length = int(rows.offsets[row]), int(rows.lengths[row])
-        return ImageRecord(rows.keys[row], path, offset, length, None if label == NO_LABEL else label)
+        return ImageRecord(rows.keys[row], path, offset, length, rows.label(row))
 
     def view(
         self, shard: str, rows: ShardRows, row: int, view: int, side: int, interpolation: str = "bicubic"

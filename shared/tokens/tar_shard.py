@@ -1,7 +1,7 @@
 """The token store's other shard format: WebDataset tars with each image beside its tokens, usable on their own.
 
 KEY.jpg          the image's bytes, under its extension in the source
-KEY.cls          its label, if it has one
+KEY.cls          its label, a class number or name, if it has one
 KEY.tokens.npy   (V, H, W) uint16
 KEY.views.json   crops [[top, left, height, width], ...] in upright source pixels and flips, one of each per view; the
                  image's size [height, width]; the CRC32 of its bytes; the fingerprint of the tokenizer
@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 
 from ..artifacts.fields import Finite, Pixels
 from ..errors import DataError
+from ..labels.columns import to_column
+from ..labels.parsing import stored_label
 from ..sources.keys import EXTENSIONS, extension_of, key_of
 from ..sources.records import ImageRecord, crc32, read_bytes
 from ..storage.files import canonical_json
-from .rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
+from .rows import ShardRows, concatenate_rows, empty_rows
 
 _TOKENS, _VIEWS = "tokens.npy", "views.json"
 _MOST_EXTRA_BYTES = 4096
@@ -75,8 +77,9 @@ def _members_beside_image(rows: ShardRows, row: int, codebook_fingerprint: str) 
         "flips": rows.flips[row].tolist(),
         "size": rows.sizes[row].tolist(),
     }
-    label = {} if rows.labels[row] == NO_LABEL else {"cls": str(rows.labels[row]).encode()}
-    return {_TOKENS: tokens.getvalue(), _VIEWS: canonical_json(views).encode(), **label}
+    label = rows.label(row)
+    members = {_TOKENS: tokens.getvalue(), _VIEWS: canonical_json(views).encode()}
+    return members if label is None else {**members, "cls": str(label).encode()}
 
 
 def bytes_of_tar(rows: ShardRows) -> int:
@@ -130,17 +133,20 @@ def _row(
     views_json = msgspec.json.decode(_content(tar, sample[_VIEWS], 256 * views + _MOST_EXTRA_BYTES), type=_ViewsJson)
     if not len(views_json.crops) == len(views_json.flips) == views:
         raise ValueError(f"{key}.{_VIEWS} has {len(views_json.crops)} crops for {views} views")
+    label = stored_label(_content(tar, sample["cls"], _MOST_EXTRA_BYTES)) if "cls" in sample else None
+    labels, classes = to_column([label])
     return ShardRows(
         keys=np.array([key], dtype=object),
         tokens=tokens[None],
         crops=np.array([views_json.crops], dtype=np.float64).reshape(1, views, 4),
         flips=np.array([views_json.flips], dtype=bool).reshape(1, views),
         sizes=np.array([views_json.size], dtype=np.int32).reshape(1, 2),
-        labels=np.array([_label(_content(tar, sample["cls"], 32)) if "cls" in sample else NO_LABEL], dtype=np.int64),
+        labels=labels,
         paths=np.array([""], dtype=object),
         offsets=np.array([image.offset_data], dtype=np.int64),
         lengths=np.array([image.size], dtype=np.int64),
         crc32=np.array([views_json.crc32], dtype=np.uint32),
+        classes=classes,
     )
 
 
@@ -155,13 +161,6 @@ def _tokens(npy: bytes, views: int, grid: tuple[int, int]) -> NDArray[np.uint16]
     if dtype != np.uint16 or shape != (views, *grid) or fortran or len(content) != 2 * prod(shape):
         raise ValueError(f"{_TOKENS} is {dtype} {shape}, not uint16 {(views, *grid)}")
     return np.frombuffer(content, dtype=dtype).astype(np.uint16).reshape(shape)
-
-
-def _label(text: bytes) -> int:
-    label = int(text)
-    if not -(2**63) <= label < 2**63:
-        raise ValueError(f"label {label}")
-    return label
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes:

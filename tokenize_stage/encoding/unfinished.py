@@ -97,6 +97,14 @@ def _whole_views(
     views: int = stored["views"]
     if views > view["views"]:
         raise UsageError(f"{path} holds {views} views already; give --views {views} or more.")
+    labels = shard.labelling and shard.labelling.to_json()
+    if entry.get("labels") != labels:
+        then = "with" if entry.get("labels") else "without"
+        now = "others are given" if labels and entry.get("labels") else "they are given" if labels else "none are given"
+        raise UsageError(
+            f"{path} was encoded {then} --labels or --label-field and now {now}; give the same ones or choose another "
+            "--out."
+        )
     size = shard.size()
     if size is not None and entry["source"]["size"] != size:
         raise DataError(

@@ -51,6 +51,10 @@ def write_shards(
                 "source": shard.source,
                 "skipped": [list(pair) for pair in shard.skipped],
             }
+            if shard.unlabelled:
+                attributes["unlabelled"] = [list(pair) for pair in shard.unlabelled]
+            if shard.labels:
+                attributes["labels"] = shard.labels
             write_shard(out, shard.name, shard.rows, attributes, shard.images if format == WEBDATASET else None)
 
 

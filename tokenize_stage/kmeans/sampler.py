@@ -50,7 +50,7 @@ def read_keys(shards: Sequence[SourceShard], world: World, skip: bool) -> Source
         for shard in world.shard(shards):
             skipped: Skipped = []
             with shard.staged() as here:
-                share[shard.name] = ([record.key for record in here.index(skipped if skip else None)], skipped)
+                share[shard.name] = ([record.key for record in here.index(skipped if skip else None, [])], skipped)
             advance(world.size)
     entries = {name: entry for part in world.all_gather(share) for name, entry in part.items()}
     keys = {shard.name: entries[shard.name][0] for shard in shards}
@@ -87,7 +87,7 @@ class Sampler:
             for shard in share:
                 skipped: Skipped = []
                 with shard.staged() as here:
-                    records = here.index([] if self.skip else None)
+                    records = here.index([] if self.skip else None, [])
                     cache.write_part(shard.name, self._rows(records, skipped, advance), skipped)
         world.wait()
         world.on_rank_zero(lambda: cache.assemble(names))

@@ -11,11 +11,15 @@ from mapet.shared.sources.folders import FOLDER_SHARD_IMAGES
 from mapet.shared.sources.sources import open_source, read_records
 
 
-def test_labels_come_from_class_folders_in_sorted_order(tmp_path: Path, write_folder, png):
+def test_labels_are_the_names_of_class_folders(tmp_path: Path, write_folder, png):
     data = png()
     root = write_folder(tmp_path / "f", {"dog/1.png": data, "cat/1.png": data, "ant/x/2.png": data})
     (shard,) = open_source(root)
-    assert {record.key: record.label for record in shard.index()} == {"ant/x/2": 0, "cat/1": 1, "dog/1": 2}
+    assert {record.key: record.label for record in shard.index()} == {
+        "ant/x/2": "ant",
+        "cat/1": "cat",
+        "dog/1": "dog",
+    }
 
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path, write_folder, png):
@@ -127,14 +131,14 @@ def test_a_linked_folder_is_followed(tmp_path: Path, write_folder, png, index_an
     root = write_folder(tmp_path / "f", {"cat/a.png": png()})
     (root / "dog").symlink_to(write_folder(tmp_path / "elsewhere", {"b.png": png()}))
     assert index_and_skipped(root) == (["cat/a", "dog/b"], [])
-    assert [record.label for record in read_records(root)] == [0, 1]
+    assert [record.label for record in read_records(root)] == ["cat", "dog"]
 
 
 def test_an_unreadable_folder_is_an_error_or_listed(tmp_path: Path, write_folder, png, run_as_owner, list_source):
     root = write_folder(tmp_path / "f", {f"{name}/1.png": png() for name in ("ant", "cat", "dog")})
     os.chmod(root / "cat", 0)
     images, skipped, _, message = json.loads(run_as_owner(list_source, root).stdout)
-    assert images == [["ant/1", 0], ["dog/1", 2]]  # labels do not change
+    assert images == [["ant/1", "ant"], ["dog/1", "dog"]]
     assert skipped == [["cat/", "holds 'cat/', a folder that cannot be listed (Permission denied)"]]
     assert message == f"{root} {skipped[0][1]}."
 

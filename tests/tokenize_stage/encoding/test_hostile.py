@@ -206,11 +206,11 @@ SOURCES = {
     "duplicate key in a tar": HostileSource(
         lambda f: pack(f / "x.tar", ("a.png", GOOD[2])), "x.tar holds key 'a' twice", "az", ("a",)
     ),
-    "class that is no number": HostileSource(
-        lambda f: pack(f / "x.tar", ("b.jpg", GOOD[2]), ("b.cls", b"cat")),
-        "x.tar holds b'cat' in 'b.cls'",
-        "az",
-        ("b",),
+    "label that is not text": HostileSource(
+        lambda f: pack(f / "x.tar", ("b.jpg", GOOD[2]), ("b.cls", b"\xff\xfe")),
+        "x.tar has an unreadable label b'\\xff\\xfe' in 'b.cls' (not UTF-8)",
+        "abz",
+        (),
     ),
     "duplicate key in a folder": HostileSource(
         lambda f: folder(f / "x", lambda x: written(x / "a.png", GOOD[2])),
