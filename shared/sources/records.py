@@ -19,7 +19,8 @@ crc32: Callable[[bytes], int] = zlib_ng.crc32
 class ImageRecord:
     """Where the encoded bytes of one image are: `length` bytes from `offset` in the file at `path`.
 
-    `label` is None for an image without one; `extension` is its file name's, in lower case.
+    `label` is None for an image without one; `extension` is its file name's, in lower case; `max_pixels` is the most
+    pixels that it may have, Pillow's limit if None.
     """
 
     key: str
@@ -28,6 +29,7 @@ class ImageRecord:
     length: int
     label: int | None
     extension: str = "jpg"
+    max_pixels: int | None = None
 
 
 def keys_sha256(keys: Iterable[str]) -> str:

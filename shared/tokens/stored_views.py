@@ -48,7 +48,14 @@ class StoredViews:
         path = root / rows.paths[row] if self._sources and rows.paths[row] else root
         label = int(rows.labels[row])
         offset, length = int(rows.offsets[row]), int(rows.lengths[row])
-        return ImageRecord(rows.keys[row], path, offset, length, None if label == NO_LABEL else label)
+        return ImageRecord(
+            rows.keys[row],
+            path,
+            offset,
+            length,
+            None if label == NO_LABEL else label,
+            max_pixels=self._store.source_options.max_pixels,
+        )
 
     def view(
         self, shard: str, rows: ShardRows, row: int, view: int, side: int, interpolation: str = "bicubic"
@@ -59,15 +66,15 @@ class StoredViews:
         """
         record = self.record(shard, rows, row)
         content = read_encoded(record, rows.crc32[row])
-        image = decode(content, f"{record.path}: image {record.key!r}")
+        image = decode(content, f"{record.path}: image {record.key!r}", record.max_pixels)
         return replay(image, CropBox(*rows.crops[row, view]), bool(rows.flips[row, view]), side, interpolation)
 
 
 def _open_sources(store: TokenStore, images: str) -> dict[str, SourceShard]:
-    sources = {shard.name: shard for shard in open_source(images) if shard.name in store.entries}
+    sources = {shard.name: shard for shard in open_source(images, store.source_options) if shard.name in store.entries}
     if not sources:
         raise DataError(f"--images {images} has none of the shards of {store.path}; give the images of its tokens.")
-    remote = next((shard.root for shard in sources.values() if shard.is_remote), None)
+    remote = next((shard.title for shard in sources.values() if shard.is_remote), None)
     if remote:
         raise DataError(f"{remote} is remote; a page needs its images here, download some of the tars first.")
     return sources

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...shared.errors import DataError
 from ...shared.randomness import generator
+from ...shared.sources.options import DEFAULT, SourceOptions
 from ...shared.sources.records import ImageRecord
 from ...shared.sources.sources import read_records
 
@@ -33,13 +34,13 @@ class LabelledImages:
         return LabelledImages([self.records[index] for index in sorted(drawn)])
 
 
-def labelled_images(source: str | Path | Sequence[str | Path]) -> LabelledImages:
-    """The images of a tar, a folder of class folders, a brace pattern of tars, or a list of tars.
+def labelled_images(source: str | Path | Sequence[str | Path], options: SourceOptions = DEFAULT) -> LabelledImages:
+    """The images of a source that `sources.open_source` opens with these options.
 
     Raises:
         DataError if the source cannot be read or any of its images has no label.
     """
-    records = read_records(source)
+    records = read_records(source, options=options)
     unlabelled = sum(record.label is None for record in records)
     if unlabelled:
         raise DataError(

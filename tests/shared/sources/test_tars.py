@@ -114,9 +114,8 @@ def tar_with(path: Path, png, **fields) -> Path:
         ({"name": "../b.png"}, "../b", "holds '../b.png', a name that leaves its folder"),
         ({"name": "x/../../b.png"}, "x/../../b", "holds 'x/../../b.png', a name that leaves its folder"),
         ({"name": "b\udcff.png"}, "b\\udcff", r"holds 'b\udcff.png', and that name is not UTF-8"),
-        ({"name": "a.jpg"}, "a", "holds key 'a' twice"),
-        ({"name": "b.gif"}, "b", "holds 'b.gif', which is not one of jpg, jpeg, png, webp"),
-        ({"name": "b.TIFF"}, "b", "holds 'b.TIFF', which is not one of jpg, jpeg, png, webp"),
+        ({"name": "b.heic"}, "b", "holds 'b.heic', which is not one of jpg, jpeg, png, webp"),
+        ({"name": "b.JXL"}, "b", "holds 'b.JXL', which is not one of jpg, jpeg, png, webp"),
         ({"type": tarfile.SYMTYPE, "linkname": "a.png"}, "b", "holds 'b.png', a link to 'a.png'"),
         ({"type": tarfile.LNKTYPE, "linkname": "a.png"}, "b", "holds 'b.png', a link to 'a.png'"),
         ({"type": tarfile.FIFOTYPE}, "b", "holds 'b.png', which is not a regular file"),
@@ -127,6 +126,18 @@ def test_an_unusable_member_is_an_error_or_listed(
     tmp_path: Path, png, fields: dict, key: str, words: str, expect_unusable
 ):
     expect_unusable(tar_with(tmp_path / "x.tar", png, **fields), ["a", "z"], key, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.png", "holds key 'a' twice"),
+        ("a.jpg", "holds 'a.png' and 'a.jpg', which have the same key 'a'; choose one with --image-field png"),
+        ("a.small.png", "keys end at the first dot: give --key-until last-dot, or choose one with --image-field png"),
+    ],
+)
+def test_a_key_with_two_pictures_is_an_error_or_left_out(tmp_path: Path, png, name: str, words: str, expect_unusable):
+    expect_unusable(tar_with(tmp_path / "x.tar", png, name=name), ["z"], "a", words)
 
 
 def test_a_folder_in_a_tar_is_ignored_whatever_its_name(tmp_path: Path, png, index_and_skipped):
