@@ -1,7 +1,7 @@
 """verify: checks that a codebook or a token store is whole and unchanged, and fits its codebook and its images."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def verify(
     tokens: str | Path,
     *,
     codebook: str | Path | None = None,
-    images: str | None = None,
+    images: str | Path | Sequence[str | Path] | None = None,
     reencode: int = 0,
     seed: int = 0,
     tower: str | None = None,

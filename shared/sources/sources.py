@@ -211,7 +211,7 @@ def open_source(images: Images, options: SourceOptions = DEFAULT, *, skip: bool 
         )
     shards = _folder_shards(folders, options, passed) if folders else _tar_shards(tars, options)
     taken = _what_was_taken(shards, folders)
-    say(f"{_shown_images(images)}: {taken}{f'; passed over {passed}' if passed else ''}.")
+    say(f"{shown_images(images)}: {taken}{f'; passed over {passed}' if passed else ''}.")
     return shards
 
 
@@ -303,7 +303,8 @@ def _shown(place: Place) -> str:
     return without_query(str(place))
 
 
-def _shown_images(images: Images) -> str:
+def shown_images(images: Images) -> str:
+    """IMAGES in a message: the first of them without its query, and how many there are."""
     given = [images] if isinstance(images, str | Path) else list(images)
     more = f" and {len(given) - 1} more" if len(given) > 1 else ""
     return f"{_shown(str(given[0]))}{more}"

@@ -13,7 +13,7 @@ from ..images.decode import decode
 from ..images.views import CropBox, replay
 from ..randomness import generator
 from ..sources.records import ImageRecord, read_encoded
-from ..sources.sources import SourceShard, open_source
+from ..sources.sources import Images, SourceShard, open_source, shown_images
 from ..storage.remote import is_remote
 from .rows import NO_LABEL, ShardRows
 from .store import TokenStore
@@ -31,7 +31,7 @@ class Place:
 class StoredViews:
     """The pixels of a store's views, from the source of its images or from the store if it contains them."""
 
-    def __init__(self, store: TokenStore, images: str | None):
+    def __init__(self, store: TokenStore, images: Images | None):
         """Opens the source `images`, as `sources.sources.open_source` does.
 
         Raises DataError or UsageError if it cannot be opened, has no shard of the store or is remote.
@@ -70,10 +70,12 @@ class StoredViews:
         return replay(image, CropBox(*rows.crops[row, view]), bool(rows.flips[row, view]), side, interpolation)
 
 
-def _open_sources(store: TokenStore, images: str) -> dict[str, SourceShard]:
+def _open_sources(store: TokenStore, images: Images) -> dict[str, SourceShard]:
     sources = {shard.name: shard for shard in open_source(images, store.source_options) if shard.name in store.entries}
     if not sources:
-        raise DataError(f"--images {images} has none of the shards of {store.path}; give the images of its tokens.")
+        raise DataError(
+            f"--images {shown_images(images)} has none of the shards of {store.path}; give the images of its tokens."
+        )
     remote = next((shard.title for shard in sources.values() if shard.is_remote), None)
     if remote:
         raise DataError(f"{remote} is remote; a page needs its images here, download some of the tars first.")

@@ -190,6 +190,7 @@ class Lab:
         "train.batch_size=16",
         "train.epochs=2",
         "train.log_every=1",
+        "optimizer.warmup_epochs=0",
     )
 
     @property
