@@ -79,7 +79,7 @@ def tar_bytes(files: dict[str, bytes]) -> bytes:
 # What a folder means
 
 
-@pytest.mark.parametrize("names", [("train", "val"), ("training", "test"), ("Train", "Validation")])
+@pytest.mark.parametrize("names", [("train", "val"), ("test", "training"), ("Train", "Validation")])
 def test_splits(tmp_path: Path, write_folder, picture, refuse, names):
     """A folder with train/ and val/ inside is given as if they were classes."""
     root = write_folder(tmp_path / "data", {f"{name}/cat/{name}.jpg": picture() for name in names})
