@@ -85,7 +85,7 @@ def verify(
     return images_checked
 
 
-def _refuse_options(codebook: str | Path | None, images: str | None, reencode: int) -> None:
+def _refuse_options(codebook: str | Path | None, images: object, reencode: int) -> None:
     if reencode < 0:
         raise UsageError(f"--reencode {reencode} must be a number of images.")
     if reencode and images is None:

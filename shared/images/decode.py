@@ -67,7 +67,7 @@ def open_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
     most = MOST_PIXELS if max_pixels is None else max_pixels
     if most <= MOST_PIXELS:
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError:
             image = _open_any_size(data)
     else:

@@ -46,14 +46,15 @@ def tars_in(root: Path, passed: PassedOver) -> list[Path]:
     Raises UsageError if it holds tars of two kinds, or tars and images, DataError if it cannot be read.
     """
     try:
-        names = sorted(entry.name for entry in os.scandir(root))
+        with os.scandir(root) as entries:
+            is_folder = {entry.name: _is_folder(entry) for entry in entries}
     except OSError as error:
         raise DataError(f"{root} cannot be read ({error.strerror}).") from None
-    visible = [name for name in names if not is_hidden(name)]
-    here = [root / name for name in visible if is_tar_name(name) and not (root / name).is_dir()]
-    folders = [root / name for name in visible if (root / name).is_dir()]
+    visible = [name for name in sorted(is_folder) if not is_hidden(name)]
+    here = [root / name for name in visible if is_tar_name(name) and not is_folder[name]]
+    folders = [root / name for name in visible if is_folder[name]]
     below = next((path for path in _files_below(folders, root) if _is_picture_or_tar(path)), None)
-    beside = next((root / name for name in visible if _is_picture(name) and not (root / name).is_dir()), None)
+    beside = next((root / name for name in visible if _is_picture(name) and not is_folder[name]), None)
     if not here:
         if below is None or not is_tar_name(below.name):
             return []
@@ -61,10 +62,16 @@ def tars_in(root: Path, passed: PassedOver) -> list[Path]:
     other = next((tar for tar in here if is_compressed(tar) != is_compressed(here[0])), None) or beside or below
     if other is not None:
         raise _two_kinds(root, here[0], other)
-    for name in names:
-        if root / name not in here:
-            passed.add(name)
+    for name in sorted(is_folder.keys() - {tar.name for tar in here}):
+        passed.add(name)
     return here
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
 
 
 def _nested_tars(root: Path, folders: Sequence[Path], beside: Path | None, passed: PassedOver) -> list[Path]:
@@ -215,15 +222,15 @@ def _entries_of(
     """The image of a key, or why it has none; in a store of an earlier version, the first of several is the image."""
     if options.is_old:
         first, *others = names
-        reason = "holds {!r} and {!r}, which have the same key {!r}; rename one"
+        template = "holds {!r} and {!r}, which have the same key {!r}; rename one"
         return [
             _entry_of(root, first, key, options, prefix),
-            *((plain(key), reason.format(first, other, key)) for other in others),
+            *((plain(key), template.format(first, other, key)) for other in others),
         ]
     if not options.image_fields and len(names) > 1:
         field = names[0][len(key) + 1 :].lower()
-        reason = f"holds {names[0]!r} and {names[1]!r}, which have the same key {key!r}; rename one, or choose one with"
-        return [(plain(prefix + key), f"{reason} --image-field {field}")]
+        both = f"holds {names[0]!r} and {names[1]!r}, which have the same key {key!r}"
+        return [(plain(prefix + key), f"{both}; rename one, or choose one with --image-field {field}")]
     chosen, reason = choose_picture(key, names, options, options.until("folder"))
     if reason is not None:
         return [(plain(prefix + key), reason)]

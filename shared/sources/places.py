@@ -122,10 +122,12 @@ def _account_for(missing: Sequence[Path], paths: Sequence[Path], pattern: str, s
         names = first_to_last(str(path) for path in missing)
         say(f"{pattern}: {count_of(len(missing), 'tar')} of {len(paths):,} do not exist and are left out: {names}.")
         return
-    more = f" and {len(missing) - 1} more of the {len(paths)} of {pattern}" if len(missing) > 1 else ""
-    verb = "do" if more else "does"
     advice = "check the pattern" if len(missing) == len(paths) else "restore them, or leave them out by --on-error skip"
-    raise DataError(f"{missing[0]}{more} {verb} not exist; {advice}.")
+    if len(missing) == 1:
+        raise DataError(f"{missing[0]} does not exist; {advice}.")
+    raise DataError(
+        f"{missing[0]} and {len(missing) - 1} more of the {len(paths)} of {pattern} do not exist; {advice}."
+    )
 
 
 def _exists(path: Path) -> bool:

@@ -64,6 +64,11 @@ class SourceShard:
         return isinstance(self.root, str)
 
     @property
+    def kind(self) -> str:
+        """What a store calls the source: "folder", "tar", or "tar in tar", whose offsets are those in the outer tar."""
+        return "folder" if not self.is_tar else "tar" if self.region is None else "tar in tar"
+
+    @property
     def title(self) -> str:
         """What messages call the shard's tar or folder; a URL is without its query, which may hold a signature."""
         return without_query(str(self.root)) + (f" ({self.region.name})" if self.region else "")
@@ -147,9 +152,8 @@ class SourceShard:
     def describe(self, skip: bool = False) -> dict[str, Any]:
         """The `source` of a token shard's entry: kind, size and digest, and the options that are not the default ones;
         `skip` as in `sha256`."""
-        kind = "folder" if not self.is_tar else "tar" if self.region is None else "tar in tar"
         options = self.options.to_json("tar" if self.is_tar else "folder")
-        described = {"kind": kind, "size": self.size(), "sha256": self.sha256(skip)}
+        described = {"kind": self.kind, "size": self.size(), "sha256": self.sha256(skip)}
         return described | ({"options": options} if options else {})
 
     @property

@@ -86,10 +86,9 @@ def index_tar(
         if key not in members.pictures:
             reason = f"holds {name!r}, which is not one of {', '.join(EXTENSIONS)}; convert it"
             problems.append((plain(key), reason))
-    if members.tars and not images:
-        problems.append(
-            ("", f"holds tars such as {members.tars[0]!r}, not images; give it alone, so that they are read in place")
-        )
+    if members.tars:
+        beside = "beside images; pack them into tars of their own" if images else "not images; give it alone"
+        problems.append(("", f"holds tars such as {members.tars[0]!r}, {beside}"))
     elif not images and not problems:
         problems.append(("", f"holds no images ({', '.join(EXTENSIONS)}); give tars in WebDataset layout"))
     classes = members.classes
@@ -115,11 +114,9 @@ def nested_tars(path: Path) -> list[Region]:
     regions: list[Region] = []
     problems: Skipped = []
     for member in _members(path, problems):
-        if is_hidden(member.name):
-            continue
-        if not (member.isfile() and member.name.lower().endswith(".tar")):
-            if not regions:
-                return []  # a tar of images: the first header is enough
+        if not is_hidden(member.name) and extension_of(member.name) in EXTENSIONS:
+            return []  # a tar of images: its first headers are enough
+        if is_hidden(member.name) or not member.isfile() or extension_of(member.name) != "tar":
             continue
         regions.append(Region(member.name, member.offset_data, member.size))
     return [] if problems else regions

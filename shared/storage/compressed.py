@@ -7,7 +7,7 @@ import lzma
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO, cast
 
 from filelock import FileLock
 
@@ -91,7 +91,7 @@ def unpack(path: Path, tar: Path) -> None:
             partial.unlink()
 
 
-def _read(packed: IO[bytes], path: Path) -> bytes:
+def _read(packed: BinaryIO, path: Path) -> bytes:
     try:
         return packed.read(1 << 22)
     except Exception as error:  # each decompressor has errors of its own
@@ -99,7 +99,7 @@ def _read(packed: IO[bytes], path: Path) -> bytes:
         raise DataError(f"{path} cannot be unpacked ({reason}); make or download it again.") from None
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> BinaryIO:
     kind = next(kind for suffix, kind in _SUFFIXES.items() if path.name.lower().endswith(suffix))
     if kind == "zstandard":
         try:
@@ -108,8 +108,7 @@ def _opened(path: Path) -> IO[bytes]:
             raise UsageError(
                 f"{path} needs a library that is not installed: pip install zstandard, or unpack it with zstd -d."
             ) from None
-        stream: IO[bytes] = zstandard.open(path, "rb")
-        return stream
-    openers = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
-    opened: IO[bytes] = openers[kind](path, "rb")  # type: ignore[assignment]  # in binary mode
-    return opened
+        return cast(BinaryIO, zstandard.open(path, "rb"))
+    if kind == "gzip":
+        return cast(BinaryIO, gzip.GzipFile(path))
+    return cast(BinaryIO, bz2.BZ2File(path) if kind == "bzip2" else lzma.LZMAFile(path))

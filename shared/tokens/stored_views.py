@@ -71,7 +71,7 @@ class StoredViews:
 
 
 def _open_sources(store: TokenStore, images: Images) -> dict[str, SourceShard]:
-    sources = {shard.name: shard for shard in open_source(images, store.source_options) if shard.name in store.entries}
+    sources = {shard.name: shard for shard in open_source(images, store.source_options) if _is_of(store, shard)}
     if not sources:
         raise DataError(
             f"--images {shown_images(images)} has none of the shards of {store.path}; give the images of its tokens."
@@ -80,6 +80,11 @@ def _open_sources(store: TokenStore, images: Images) -> dict[str, SourceShard]:
     if remote:
         raise DataError(f"{remote} is remote; a page needs its images here, download some of the tars first.")
     return sources
+
+
+def _is_of(store: TokenStore, shard: SourceShard) -> bool:
+    """Whether the store's offsets may be those of a shard; a tar inside another one has offsets of its own."""
+    return shard.name in store.entries and store.entries[shard.name]["source"]["kind"] == shard.kind
 
 
 def choose_images(store: TokenStore, shards: Sequence[str], count: int, seed: int) -> list[Place]:

@@ -17,6 +17,7 @@ from ...shared.runtime.distributed import World
 from ...shared.sources.keys import KeyLedger
 from ...shared.sources.records import ImageRecord
 from ...shared.sources.sources import SourceShard, open_source
+from ...shared.storage.compressed import is_compressed
 from ...shared.storage.remote import is_url, without_query
 from ...shared.tokens.rows import NO_LABEL, ShardRows
 from ...shared.tokens.store import TokenStore
@@ -120,7 +121,11 @@ class _Join:
     def _is_known(self, shard: SourceShard) -> bool:
         """Whether the offsets of the store's shard of this name belong to this tar."""
         if not shard.is_remote:
-            return shard.is_tar and shard.size() == self.store.tar_size(shard.name)
+            return shard.kind == "tar" and shard.size() == self.store.tar_size(shard.name)
+        if is_compressed(without_query(str(shard.root))):
+            raise DataError(
+                f"{shard.title} is compressed, and its images are read in any order; unpack it there or here."
+            )
         if not self.store.holds_images and self.store.tar_size(shard.name):  # its size is compared when it is fetched
             return True
         raise DataError(
