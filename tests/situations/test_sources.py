@@ -107,6 +107,19 @@ def test_equal_names_in_both_splits(tmp_path: Path, write_folder, picture, encod
     assert encode(tmp_path / "train", tmp_path / "val", "--key-prefix", "tar") == ["train/cat/a", "val/cat/a"]
 
 
+def test_several_images_of_an_option(mapet, lab, tmp_path: Path):
+    """--images is given twice, to verify and to probe."""
+    tars = [word for tar in sorted(lab.images.glob("*.tar")) for word in ("--images", tar)]
+    mapet("tokenize", "verify", lab.tokens, *tars).ok()
+    mapet("train", "probe", lab.run, *tars, "--val", lab.images).ok()
+
+
+def test_no_images_for_tokens_alone(mapet, lab, tmp_path: Path):
+    """pretrain without --images, on tokens without images."""
+    words = ["--tokens", lab.tokens, "--out", tmp_path / "run"]
+    mapet("train", "pretrain", *words, *lab.settings).refused(2, "holds no images", "--images")
+
+
 def test_a_class_called_test(tmp_path: Path, write_folder, picture, encode):
     """One class among others is called "train"."""
     root = write_folder(tmp_path / "coco", {f"{name}/{name}.jpg": picture() for name in ("car", "bus", "train")})
@@ -552,6 +565,17 @@ def test_a_presigned_url(mapet, lab, tmp_path: Path, tars: Path, served: str):
     assert keys_of(out) == ["0"]
     assert SECRET not in outcome.text
     assert [path for path in out.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()] == []
+
+
+def test_pretraining_from_a_presigned_url(mapet, lab, tmp_path: Path, served: str):
+    """Pre-training reads a presigned URL; its signature does not enter the run."""
+    shutil.copy(lab.images / "drawings-000000.tar", tmp_path)
+    out = tmp_path / "run"
+    words = ["--images", f"{served}/drawings-000000.tar?{SECRET}", "--tokens", lab.tokens, "--out", out]
+    outcome = mapet("train", "pretrain", *words, *lab.settings, "--set", "data.shuffle=shards").ok()
+    assert SECRET not in outcome.text
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
 def test_a_presigned_url_that_fails(mapet, lab, tmp_path: Path, served: str):
