@@ -42,7 +42,12 @@ def expand(images: str | Path | Sequence[str | Path], skip: bool = False) -> lis
 def _parts(text: str) -> list[str]:
     """Both sides of `a::b`, which joins sources in WebDataset; in fsspec it chains protocols (`simplecache::s3://..`)."""
     parts = text.split("::")
-    if len(parts) == 1 or _exists(Path(text)) or any(part in fsspec.available_protocols() for part in parts):
+    if (
+        len(parts) == 1
+        or "://[" in text
+        or _exists(Path(text))
+        or any(part in fsspec.available_protocols() for part in parts)
+    ):
         return [text]
     if not all(parts):
         raise UsageError(f"IMAGES {without_query(text)} has nothing on one side of '::'; give a source on each.")
@@ -68,7 +73,7 @@ def _places(text: str, skip: bool) -> list[Place]:
 def _urls(pattern: str) -> Iterator[str]:
     address, mark, query = pattern.partition("?")
     for url in _braces(address, address):
-        if glob.has_magic(url):
+        if glob.has_magic(url.partition("://")[2].partition("/")[2]):  # not in a host such as [::1]
             yield from glob_urls(url)
         else:
             yield f"{url}{mark}{query}"
