@@ -74,13 +74,13 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "build-codebook": Command(
             "Train a k-means codebook over the patch features of a frozen CLIP tower.",
             "tokenize_stage.build_codebook:build_codebook",
-            arguments=("images",),
+            arguments=("images...",),
             at_least={"image_size": 8},
         ),
         "encode-shards": Command(
             "Write the visual tokens of every image to shards. Run it again to add images or views.",
             "tokenize_stage.encode_shards:encode_shards",
-            arguments=("images",),
+            arguments=("images...",),
             dry_run=(
                 "tokenize_stage.encode_shards:encode_shards_dry_run",
                 "tokenize_stage.encode_shards:show_estimate",
@@ -127,7 +127,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "features": Command(
             "Write frozen features to a Zarr group: keys, one vector per image, one per patch, labels.",
             "train_stage.features:features",
-            arguments=("images",),
+            arguments=("images...",),
         ),
         "export": Command(
             'Write a folder that timm.create_model("local-dir:OUT", pretrained=True) opens.',
@@ -152,7 +152,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         ),
     },
 }
-_AT_LEAST = {"batch_size": 1, "image_size": 1, "max_images": 1, "patches": 1, "workers": 0}
+_AT_LEAST = {"batch_size": 1, "image_size": 1, "max_images": 1, "max_pixels": 1, "patches": 1, "workers": 0}
 
 
 class _Group(TyperGroup):
@@ -249,7 +249,8 @@ def _options_of(command: Command, parameters: Mapping[str, Parameter]) -> dict[s
     options = {}
     for name in [*by_position, *(name for name in parameters if name not in by_position)]:
         parameter = parameters[name]
-        kind = _kind(parameter, several=by_position.get(name, False))
+        several = by_position.get(name, name not in by_position and "Sequence[str | Path]" in parameter.types)
+        kind = _kind(parameter, several=several)
         text = _help(parameter.help, {name: option for name, option in spelled.items() if name not in by_position})
         if name in by_position:
             annotation: Any = Annotated[kind, typer.Argument(help=text)]
@@ -283,7 +284,7 @@ def _kind(parameter: Parameter, *, several: bool) -> Any:
     if kind is None:
         raise TypeError(f"parameter {parameter.name}: no option for type {' | '.join(parameter.types)}")
     if several:
-        return list[str]
+        kind = list[str]
     return kind | None if "None" in parameter.types else kind
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..shared.errors import UsageError
 from ..shared.runtime.devices import refuse_many_processes
+from ..shared.sources.options import SourceOptions
 from ..shared.storage.lock import writes_to_out
 from ..shared.tokens.codebook import Codebook
 from ..shared.tokens.store import TokenStore
@@ -61,6 +62,11 @@ def import_tokens(
     csv: str | Path,
     images: str | Path | Sequence[str | Path],
     codebook: str | Path,
+    key_until: str | None = None,
+    key_prefix: str | None = None,
+    image_field: str | None = None,
+    label_from: str | None = None,
+    max_pixels: int | None = None,
 ) -> TokenStore:
     """Takes tokens that were computed elsewhere into a token store.
 
@@ -73,6 +79,12 @@ def import_tokens(
             image or key, or else in the first one.
         images: The images of the tokens, a local tar, a folder, or a pattern of tars; crops are their centre crops.
         codebook: The codebook of the tokens.
+        key_until: Where an image's key ends in its file name, first-dot or last-dot (default: first-dot in tars, as in
+            WebDataset, and last-dot in folders).
+        key_prefix: none, or tar: keys begin with the name of their tar (of their folder, if several are given).
+        image_field: Which picture of a key is its image, by what follows the key in its name, such as jpg or jpg,png.
+        label_from: auto, or tar: the class of a tar's images is the name of the tar.
+        max_pixels: Most pixels of an image (default: 178,956,970).
 
     Returns:
         The token store in `out`.
@@ -82,7 +94,8 @@ def import_tokens(
         UsageError: `out` holds something else.
     """
     refuse_many_processes()
-    return import_store(Path(tokens), Path(csv), images, codebook, Path(out))
+    options = SourceOptions(key_until, key_prefix, image_field, max_pixels, label_from)
+    return import_store(Path(tokens), Path(csv), images, codebook, Path(out), options)
 
 
 def which_import(*, centroids: object, tokens: object, csv: object, images: object, codebook: object) -> str:

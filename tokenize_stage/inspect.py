@@ -1,5 +1,6 @@
 """inspect: what made a codebook or a token store, how its codes are used, and what is wrong with it."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ def inspect(
     key: str | None = None,
     against: str | Path | None = None,
     html: str | Path | None = None,
-    images: str | None = None,
+    images: str | Path | Sequence[str | Path] | None = None,
     codebook: str | Path | None = None,
     tower: str | None = None,
     seed: int = 0,

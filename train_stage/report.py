@@ -57,7 +57,7 @@ def report(
     runs: str | Path | Sequence[str | Path],
     *,
     html: str | Path | None = None,
-    images: str | None = None,
+    images: str | Path | Sequence[str | Path] | None = None,
     tokens: str | None = None,
     seed: int = 0,
     device: str = "auto",

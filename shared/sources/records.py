@@ -21,7 +21,7 @@ class ImageRecord:
     """Where the encoded bytes of one image are: `length` bytes from `offset` in the file at `path`.
 
     `label` is a class number or a class name, None for an image without one; `extension` is its file name's, in lower
-    case.
+    case; `max_pixels` is the most pixels that it may have, Pillow's limit if None.
     """
 
     key: str
@@ -30,6 +30,7 @@ class ImageRecord:
     length: int
     label: Label | None
     extension: str = "jpg"
+    max_pixels: int | None = None
 
 
 def keys_sha256(keys: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """Files at URLs (http, https, s3, gs and all that fsspec opens), whose failures become errors of one sentence."""
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,6 +39,15 @@ class _Missing(DataError):
 def is_url(name: str | Path | UPath) -> bool:
     """Whether `name` is a URL of a remote file or folder: neither a local path nor a file:// URL."""
     return "://" in str(name) and not str(name).startswith("file://")
+
+
+_QUERY = re.compile(r"(\w+://[^\s?'\"<>]+)\?[^\s'\"<>)]*")
+_PASSWORD = re.compile(r"(\w+://)[^\s/@'\"]+@")
+
+
+def without_query(text: str) -> str:
+    """A URL, or a text with URLs in it, without their queries and passwords, which may give access to a bucket."""
+    return _PASSWORD.sub(r"\1", _QUERY.sub(r"\1", text))
 
 
 def as_path(place: str | Path | UPath) -> Path | UPath:
@@ -124,7 +134,8 @@ def download(url: str, path: Path) -> None:
         fs.get_file(name, str(path))
         stated = fs.info(name).get("size")
     if stated is not None and stated != path.stat().st_size:
-        raise DataError(f"{url} arrived with {path.stat().st_size} of {stated} bytes; give the same command again.")
+        shown = without_query(url)
+        raise DataError(f"{shown} arrived with {path.stat().st_size} of {stated} bytes; give the same command again.")
 
 
 def remote_size(url: str) -> int | None:
@@ -138,16 +149,31 @@ def remote_size(url: str) -> int | None:
 def list_tars(url: str) -> list[str]:
     """URLs of the tars of a remote folder, sorted; DataError if there are none."""
     with _explained(url):
-        fs, name = fsspec.core.url_to_fs(url)
-        tars = sorted(fs.unstrip_protocol(path) for path in fs.glob(f"{name.rstrip('/')}/*.tar"))
+        tars = _glob(f"{url.rstrip('/')}/*.tar")
     if not tars:
-        raise DataError(f"{url} holds no tars; give the URL of a tar, a brace pattern or a folder of tars.")
+        raise DataError(
+            f"{without_query(url)} holds no tars; give the URL of a tar, a brace pattern or a folder of tars."
+        )
     return tars
+
+
+def glob_urls(pattern: str) -> list[str]:
+    """URLs that a pattern with `*`, `?` or `[...]` matches, sorted; DataError if there are none."""
+    with _explained(pattern):
+        urls = _glob(pattern)
+    if not urls:
+        raise DataError(f"{pattern} matches nothing; check the pattern.")
+    return urls
+
+
+def _glob(pattern: str) -> list[str]:
+    fs, name = fsspec.core.url_to_fs(pattern)
+    return sorted(fs.unstrip_protocol(path) for path in fs.glob(name))
 
 
 @contextmanager
 def _explained(url: str, done: str = "read") -> Iterator[None]:
-    protocol = url.partition(":")[0]
+    protocol, shown = url.partition(":")[0], without_query(url)
     try:
         yield
     except (DataError, UsageError):
@@ -155,14 +181,14 @@ def _explained(url: str, done: str = "read") -> Iterator[None]:
     except ImportError as error:
         library = _LIBRARIES.get(protocol)
         remedy = f"pip install {library}" if library else f"{error}; see fsspec on {protocol}"
-        raise UsageError(f"{url} needs a library that is not installed: {remedy}.") from None
+        raise UsageError(f"{shown} needs a library that is not installed: {remedy}.") from None
     except Exception as error:  # each file system has errors of its own
         cause: BaseException = error
         while isinstance(cause, FileNotFoundError) and cause.__cause__:  # fsspec's, for every failure of HTTP
             cause = cause.__cause__
         if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
-            raise _Missing(f"{url} does not exist.") from None
+            raise _Missing(f"{shown} does not exist.") from None
         if protocol not in fsspec.available_protocols():
-            raise UsageError(f"{url} begins with {protocol}://, which fsspec does not know; check the URL.") from None
-        reason = (str(cause) or type(cause).__name__).splitlines()[0].rstrip(".")
-        raise DataError(f"{url} cannot be {done} ({reason}); check the address and the connection.") from None
+            raise UsageError(f"{shown} begins with {protocol}://, which fsspec does not know; check the URL.") from None
+        reason = without_query((str(cause) or type(cause).__name__).splitlines()[0]).rstrip(".")
+        raise DataError(f"{shown} cannot be {done} ({reason}); check the address and the connection.") from None

@@ -22,6 +22,7 @@ from ..artifacts.fields import checked
 from ..artifacts.schemas import Manifest
 from ..errors import DataError, FingerprintMismatch, UsageError
 from ..sources.keys import KeyIndex
+from ..sources.options import SourceOptions
 from ..storage.files import read_sealed_json, sha256_file, write_sealed_json
 from ..storage.remote import as_path, exists, is_remote
 from .codebook import read_description
@@ -225,6 +226,11 @@ class TokenStore:
     @property
     def _any_entry(self) -> dict[str, Any]:
         return next(iter(self.entries.values()))
+
+    @property
+    def source_options(self) -> SourceOptions:
+        """How the images of its shards were read: where keys end, and which picture of a key is its image."""
+        return SourceOptions.of_store(entry["source"] for entry in self.entries.values())
 
     def skipped(self) -> list[tuple[str, str, str]]:
         """(shard, key, reason) of everything that was left out with --on-error skip."""

@@ -4,7 +4,10 @@ KEY.jpg          the image's bytes, under its extension in the source
 KEY.cls          its label, a class number or name, if it has one
 KEY.tokens.npy   (V, H, W) uint16
 KEY.views.json   crops [[top, left, height, width], ...] in upright source pixels and flips, one of each per view; the
-                 image's size [height, width]; the CRC32 of its bytes; the fingerprint of the tokenizer
+                 image's size [height, width]; the CRC32 of its bytes; the fingerprint of the tokenizer; the key, if
+                 KEY is not the key itself
+
+WebDataset ends a key at the first dot of a base name. A dot in the base name of a key is written as %2E.
 """
 
 import io
@@ -63,7 +66,15 @@ def write_tar(path: Path, rows: ShardRows, records: Sequence[ImageRecord], codeb
                     "leave the source alone and give the same command again."
                 )
             members = _members_beside_image(rows, row, codebook_fingerprint)
-            tar.write({"__key__": record.key, record.extension: content, **members})
+            tar.write({"__key__": _written_key(record.key), record.extension: content, **members})
+
+
+def _written_key(key: str) -> str:
+    """The key as it begins the names of members, without dots in its base name."""
+    directory, slash, base = key.rpartition("/")
+    if "." not in base and "%2E" not in base:
+        return key
+    return f"{directory}{slash}{base.replace('%', '%25').replace('.', '%2E')}"
 
 
 def _members_beside_image(rows: ShardRows, row: int, codebook_fingerprint: str) -> dict[str, bytes]:
@@ -77,6 +88,8 @@ def _members_beside_image(rows: ShardRows, row: int, codebook_fingerprint: str) 
         "flips": rows.flips[row].tolist(),
         "size": rows.sizes[row].tolist(),
     }
+    if _written_key(rows.keys[row]) != rows.keys[row]:
+        views["key"] = rows.keys[row]
     label = rows.label(row)
     members = {_TOKENS: tokens.getvalue(), _VIEWS: canonical_json(views).encode()}
     return members if label is None else {**members, "cls": str(label).encode()}
@@ -136,7 +149,7 @@ def _row(
     label = stored_label(_content(tar, sample["cls"], _MOST_EXTRA_BYTES)) if "cls" in sample else None
     labels, classes = to_column([label])
     return ShardRows(
-        keys=np.array([key], dtype=object),
+        keys=np.array([str(views_json.get("key", key))], dtype=object),
         tokens=tokens[None],
         crops=np.array([views_json.crops], dtype=np.float64).reshape(1, views, 4),
         flips=np.array([views_json.flips], dtype=bool).reshape(1, views),

@@ -190,7 +190,7 @@ def _add_views(shard: SourceShard, before: ShardRows, new: ShardRows) -> ShardRo
     """Appends the new views to the stored ones. Raises DataError if the images changed in between."""
     if not (np.array_equal(before.keys, new.keys) and np.array_equal(before.crc32, new.crc32)):
         raise DataError(
-            f"{shard.root} has other images than when its first views were encoded; restore it, or encode all views "
+            f"{shard.title} has other images than when its first views were encoded; restore it, or encode all views "
             "into another --out."
         )
     joined = {

@@ -31,7 +31,7 @@ class StorePage:
         store: TokenStore,
         html: str | Path,
         *,
-        images: str | None = None,
+        images: str | Path | Sequence[str | Path] | None = None,
         codebook: str | Path | None = None,
         tower: str | None = None,
         seed: int = 0,

@@ -127,7 +127,7 @@ class LoadBatch:
         for place, (record, index) in enumerate(zip(records, indices.tolist(), strict=True)):
             content = self._read(record, index)
             name = f"{self.images.source(index)}: image {record.key!r}"
-            source = decode_pixels(content, name, self.images.is_plain(index, content, name))
+            source = decode_pixels(content, name, self.images.is_plain(index, content, name), self.images.max_pixels)
             pixels[place] = replay_pixels(source, CropBox(*boxes[place]), flips[place], size, interpolation)
         return pixels
 

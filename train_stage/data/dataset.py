@@ -65,6 +65,8 @@ class TokenisedImages:
     """Digest of the set of keys, independent of their order (`records.keys_sha256`)."""
     plain: NDArray[np.uint8]
     """(n,) uint8, by image: `PLAIN` or `NOT_PLAIN`; the loader's processes fill it in."""
+    max_pixels: int | None = None
+    """The most pixels of an image; None is Pillow's limit."""
     folder: Path | None = None
     """Folder of remote tars while they are needed; None if all images are local."""
 
@@ -116,7 +118,7 @@ class TokenisedImages:
     def is_plain(self, index: int, content: bytes, name: str) -> bool:
         """`fast_pixels.is_plain_jpeg`, computed once per image, as `read` checks that its bytes never change."""
         if not self.plain[index]:
-            self.plain[index] = PLAIN if is_plain_jpeg(content, name) else NOT_PLAIN
+            self.plain[index] = PLAIN if is_plain_jpeg(content, name, self.max_pixels) else NOT_PLAIN
         return bool(self.plain[index] == PLAIN)
 
     def read(self, record: ImageRecord, index: int) -> bytes:

@@ -17,9 +17,11 @@ from ...shared.labels.columns import NO_LABEL
 from ...shared.labels.parsing import Label
 from ...shared.runtime.console import progress, say
 from ...shared.runtime.distributed import World
+from ...shared.sources.keys import KeyLedger
 from ...shared.sources.records import ImageRecord
-from ...shared.sources.sources import KeyLedger, SourceShard, open_source
-from ...shared.storage.remote import is_url
+from ...shared.sources.sources import SourceShard, open_source
+from ...shared.storage.compressed import is_compressed
+from ...shared.storage.remote import is_url, without_query
 from ...shared.tokens.rows import ShardRows
 from ...shared.tokens.store import TokenStore
 from .dataset import TokenisedImages
@@ -65,7 +67,9 @@ def join(
     columns, (digest, folder) = shared_columns(build, world or World())
     # An anonymous mapping is shared with the loader's workers.
     plain = np.frombuffer(mmap.mmap(-1, max(len(columns["rows"]), 1)), dtype=np.uint8)
-    return TokenisedImages(**columns, keys_sha256=digest, plain=plain, folder=folder)
+    return TokenisedImages(
+        **columns, keys_sha256=digest, plain=plain, max_pixels=store.source_options.max_pixels, folder=folder
+    )
 
 
 class _Join:
@@ -105,7 +109,7 @@ class _Join:
             tars = {name: str(self.store.tar_of(name)) for name in self.store.entries}
             self._refuse_full_shuffle(tars.values())
             return tars, []
-        shards = open_source(images)
+        shards = open_source(images, self.store.source_options)
         self._refuse_full_shuffle(str(shard.root) for shard in shards)
         known = {shard.name: str(shard.root) for shard in shards if self._is_known(shard)}
         return known, [shard for shard in shards if shard.name not in known]
@@ -114,19 +118,23 @@ class _Join:
         remote = next(filter(is_url, sources), None)
         if remote and self.shuffle != "shards":
             raise UsageError(
-                f"{remote} is remote, and data.shuffle={self.shuffle} reads images in any order; --set "
+                f"{without_query(remote)} is remote, and data.shuffle={self.shuffle} reads images in any order; --set "
                 "data.shuffle=shards, or copy the images here."
             )
 
     def _is_known(self, shard: SourceShard) -> bool:
         """Whether the offsets of the store's shard of this name belong to this tar."""
         if not shard.is_remote:
-            return shard.is_tar and shard.size() == self.store.tar_size(shard.name)
+            return shard.kind == "tar" and shard.size() == self.store.tar_size(shard.name)
+        if is_compressed(without_query(str(shard.root))):
+            raise DataError(
+                f"{shard.title} is compressed, and its images are read in any order; unpack it there or here."
+            )
         if not self.store.holds_images and self.store.tar_size(shard.name):  # its size is compared when it is fetched
             return True
         raise DataError(
-            f"{shard.root} has no tokens under its name in {self.store.path}; give remote tars that were encoded under "
-            "that name, or copy them here."
+            f"{shard.title} has no tokens under its name in {self.store.path}; give remote tars that were encoded "
+            "under that name, or copy them here."
         )
 
     def _records(self, shards: list[SourceShard]) -> dict[str, ImageRecord]:

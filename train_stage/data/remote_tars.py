@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 
 from ...shared.errors import DataError, MapetError
 from ...shared.runtime.distributed import local_rank
-from ...shared.storage.remote import download
+from ...shared.storage.remote import download, without_query
 from ..settings import RunSettings
 from .batch_order import shard_groups
 from .image_set import ImageSet, RemoteTar
@@ -185,7 +185,8 @@ class _Fetcher:
             size = partial.stat().st_size
             if size != tar.size:
                 raise DataError(
-                    f"{tar.url} has {size} bytes and had {tar.size} when it was encoded; restore it or encode it again."
+                    f"{without_query(tar.url)} has {size} bytes and had {tar.size} when it was encoded; restore it or "
+                    "encode it again."
                 )
             os.replace(partial, tar.path)
         finally:
@@ -211,5 +212,6 @@ class _Fetcher:
 def _not_stored(tar: RemoteTar, error: Exception) -> DataError:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return DataError(
-        f"{tar.url} could not be stored in {tar.path.parent} ({reason}); make room there, or lower data.shuffle_shards."
+        f"{without_query(tar.url)} could not be stored in {tar.path.parent} ({reason}); make room there, or lower "
+        "data.shuffle_shards."
     )

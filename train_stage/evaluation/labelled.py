@@ -10,6 +10,7 @@ from torch import Tensor
 from ...shared.errors import DataError
 from ...shared.labels.parsing import Label, sorted_labels
 from ...shared.randomness import generator
+from ...shared.sources.options import DEFAULT, SourceOptions
 from ...shared.sources.records import ImageRecord
 from ...shared.sources.sources import read_records
 from .classes import named_labels, refuse_other_classes
@@ -48,15 +49,17 @@ class LabelledImages:
 
 def labelled_images(
     source: Source,
+    options: SourceOptions = DEFAULT,
     *,
     labels: str | Path | None = None,
     label_field: str | None = None,
     classes: str | Path | None = None,
 ) -> LabelledImages:
-    """The images of a tar, a folder of class folders, a brace pattern of tars, or a list of tars.
+    """The images of a source that `sources.open_source` opens with these options.
 
     Args:
         source: The images.
+        options: Where keys end, and what is an image.
         labels: A list of their labels (`shared.labels.label_list`).
         label_field: The field of JSON members, or the column of the list, that holds the label.
         classes: A list of class names: line i, counted from 0, is the name of class number i.
@@ -64,7 +67,7 @@ def labelled_images(
     Raises:
         DataError if the source or a list cannot be read, or if any image has no label or a negative one.
     """
-    records = read_records(source, labels=labels, label_field=label_field)
+    records = read_records(source, options=options, labels=labels, label_field=label_field)
     found = [record.label for record in records if record.label is not None]
     if len(found) < len(records):
         raise DataError(
@@ -86,6 +89,7 @@ def labelled_images(
 def labelled_pair(
     images: Source,
     val: Source,
+    options: SourceOptions = DEFAULT,
     *,
     labels: str | Path | None = None,
     val_labels: str | Path | None = None,
@@ -98,8 +102,8 @@ def labelled_pair(
         DataError as `labelled_images` does, and if their classes do not fit (`classes.refuse_other_classes`).
     """
     # A list of labels takes the place of JSON members; the field is then its column.
-    train = labelled_images(images, labels=labels, label_field=label_field, classes=classes)
-    test = labelled_images(val, labels=val_labels, label_field=label_field, classes=classes)
+    train = labelled_images(images, options, labels=labels, label_field=label_field, classes=classes)
+    test = labelled_images(val, options, labels=val_labels, label_field=label_field, classes=classes)
     return same_classes(train, test, numbers_are_given=classes is not None)
 
 

@@ -17,6 +17,7 @@ from ...shared.randomness import generator
 from ...shared.report.pictures import data_uri
 from ...shared.runtime.console import progress
 from ...shared.runtime.devices import choose_device
+from ...shared.sources.sources import Images
 from ...shared.tokens.rows import ShardRows
 from ...shared.tokens.store import TokenStore
 from ...shared.tokens.stored_views import StoredViews, by_shard, choose_images
@@ -83,7 +84,7 @@ class _Collected:
     """The images that come with a picture, by their number."""
 
 
-def predict(folders: Sequence[Path], tokens: str, images: str | None, seed: int, device: str) -> dict[str, Any]:
+def predict(folders: Sequence[Path], tokens: str, images: Images | None, seed: int, device: str) -> dict[str, Any]:
     """Predicts the tokens of at most 256 images of a store with the newest checkpoint of each run.
 
     Each image is predicted once, with a permutation drawn by (seed, key), all hidden patches at once.

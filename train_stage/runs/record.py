@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ...shared.storage.files import written_whole
+from ...shared.storage.remote import without_query
 
 _PACKAGE = Path(__file__).parents[2]
 _LIBRARIES = ("mapet", "torch", "torchvision", "timm", "numpy", "pillow")
@@ -30,7 +31,7 @@ def write_record(out: Path, step: int, metadata: dict[str, Any]) -> None:
     start = {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [without_query(word) for word in sys.argv],
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
