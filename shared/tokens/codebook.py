@@ -209,7 +209,7 @@ def _read_centroids(folder: Path | UPath, described: CodebookDescription) -> tup
         arrays = load(content)
     shapes = {"centroids": (described.k, described.dim), "counts": (described.k,)}
     found = {name: array.shape for name, array in arrays.items()}
-    if found != shapes or (arrays["centroids"].dtype, arrays["counts"].dtype) != (np.float32, np.int64):
+    if found != shapes or [arrays[name].dtype for name in shapes] != [np.dtype(np.float32), np.dtype(np.int64)]:
         shown = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in sorted(arrays.items()))
         raise DataError(
             f"{path} holds {shown[:200]}, and codebook.json describes K = {described.k} centroids of {described.dim} "

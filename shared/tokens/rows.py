@@ -80,7 +80,7 @@ def concatenate_rows(parts: Sequence[ShardRows]) -> ShardRows:
         name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS
     }
     if all(part.classes is None for part in parts):
-        return ShardRows(**columns)
+        return ShardRows(**columns, classes=None)
     labels, classes = to_column([part.label(row) for part in parts for row in range(len(part))])
     return ShardRows(**{**columns, "labels": labels}, classes=classes)
 

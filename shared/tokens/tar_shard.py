@@ -19,7 +19,7 @@ from typing import Annotated
 
 import msgspec
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 from numpy.typing import NDArray
 
 from ..artifacts.fields import Finite, Pixels
@@ -45,6 +45,8 @@ class _ViewsJson(Struct):
     flips: list[bool]
     size: tuple[Pixels, Pixels]
     crc32: Annotated[int, Meta(ge=0, lt=2**32)]
+    key: str | UnsetType = UNSET
+    """The image's key, if the names of the members do not give it."""
 
 
 def write_tar(path: Path, rows: ShardRows, records: Sequence[ImageRecord], codebook_fingerprint: str) -> None:
@@ -149,7 +151,7 @@ def _row(
     label = stored_label(_content(tar, sample["cls"], _MOST_EXTRA_BYTES)) if "cls" in sample else None
     labels, classes = to_column([label])
     return ShardRows(
-        keys=np.array([str(views_json.get("key", key))], dtype=object),
+        keys=np.array([key if views_json.key is UNSET else views_json.key], dtype=object),
         tokens=tokens[None],
         crops=np.array([views_json.crops], dtype=np.float64).reshape(1, views, 4),
         flips=np.array([views_json.flips], dtype=bool).reshape(1, views),

@@ -44,7 +44,7 @@ def read_zarr(data: bytes, images: int, views: int, grid: tuple[int, int]) -> Sh
     `write_zarr` writes them.
     """
     group = ZippedZarr(data, _columns(images, views, grid))
-    return ShardRows(**{name: group.read(name) for name in COLUMNS})
+    return ShardRows(**{name: group.read(name) for name in COLUMNS}, classes=None)
 
 
 def read_zarr_keys(data: bytes, images: int, views: int, grid: tuple[int, int]) -> Strings:

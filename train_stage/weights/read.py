@@ -67,7 +67,8 @@ def _read_checkpoint(folder: Path) -> Weights:
     if state.model is UNSET:
         raise DataError(f"{folder / 'state.json'} is of a run of another task, which has no pre-trained model.")
     name = EMA if EMA in state.files else TENSORS
-    tensors = _read_tensors(folder / name, state.files[name].sha256)
+    digests = {str(file): stored.sha256 for file, stored in state.files.items()}
+    tensors = _read_tensors(folder / name, digests[name])
     return Weights(folder / name, state.model.to_shape(), tensors, Input.from_json(content["input"]), state.seed)
 
 
