@@ -4,6 +4,7 @@ Defaults and help texts are read from the function's source (`shared.runtime.sta
 when the command runs. To add an option, add a parameter; to add a command, add a line to `COMMANDS`.
 """
 
+import errno
 import inspect
 import logging
 import re
@@ -24,6 +25,7 @@ from .shared.errors import MapetError
 from .shared.printable import printable
 from .shared.runtime.console import log, running_command
 from .shared.runtime.distributed import is_first_process
+from .shared.runtime.memory import allow_enough_files, too_few_files
 from .shared.runtime.static_signature import REQUIRED, Parameter, StaticSignature, read_signature
 
 _PACKAGE = Path(__file__).parent
@@ -137,7 +139,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         ),
     },
 }
-_AT_LEAST = {"batch_size": 1, "image_size": 1, "max_images": 1, "patches": 1}
+_AT_LEAST = {"batch_size": 1, "heads": 1, "image_size": 1, "max_images": 1, "patches": 1}
 
 
 class _Group(TyperGroup):
@@ -290,6 +292,7 @@ def _help(text: str, options: Mapping[str, str]) -> str:
 
 
 def _run(command: Command, values: dict[str, Any]) -> None:
+    allow_enough_files()
     as_json = values.pop("json", False) if command.shown_by else False
     if command.dry_run and values.get("dry_run") and "dry_run" not in _parameters(command):
         estimate, show = command.dry_run
@@ -322,6 +325,8 @@ def main() -> None:
         except MapetError as error:
             _fail(str(error), error.exit_code)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                _fail(str(too_few_files()), too_few_files().exit_code)
             _fail(f"{error.filename or 'a file'}: {error.strerror or error}.", 1)
         except SystemExit as end:
             if end.code == 130 and is_first_process():

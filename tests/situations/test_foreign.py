@@ -1,5 +1,6 @@
 """Situations of text, files and services that somebody else made: names, servers, limits of the machine."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ HOSTILE_NAMES = {
     "newline": "a\nmapet: all is well",
     "bidi": "\u202egnp.\u2066",
     "emoji": ":cat: :warning:",
+    "undecodable": os.fsdecode(b"caf\xe9"),
 }
 
 
@@ -27,10 +29,12 @@ def place(request, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pictures(place, picture) -> Path:
     """Two class folders of 20 pictures whose names are as hostile as the folder's."""
+    # A key must be UTF-8; a folder above the images need not.
+    name = "" if "\udce9" in place.name else place.name
     for number in range(20):
-        folder = place / "images" / f"{'ab'[number % 2]}{place.name}"
+        folder = place / "images" / f"{'ab'[number % 2]}{name}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number}-{place.name.replace('.', '')}.jpg").write_bytes(picture(number))
+        (folder / f"{number}-{name.replace('.', '')}.jpg").write_bytes(picture(number))
     return place / "images"
 
 

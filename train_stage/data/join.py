@@ -231,7 +231,7 @@ class _Join:
         writer.add("images", images)
         writer.add("shard_ends", np.array(self.shard_ends, dtype=np.int64))
         writer.add_strings("keys", self.keys, lengths)
-        paths = [path.encode() for path in self.paths]
+        paths = [path.encode("utf-8", "surrogateescape") for path in self.paths]
         writer.add("sizes", np.array(self.sizes, dtype=np.int64))
         writer.add_strings("paths", [b"".join(paths)], np.array([len(path) for path in paths], dtype=np.int64))
         return writer.finish(self.count, *fixed), _digest(keys, rows)

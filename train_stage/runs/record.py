@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...shared.errors import DataError
 from ...shared.storage.files import written_whole
 
 _PACKAGE = Path(__file__).parents[2]
@@ -39,6 +40,15 @@ def write_record(out: Path, step: int, metadata: dict[str, Any]) -> None:
     }
     with written_whole(path) as partial:
         partial.write_text(json.dumps({**metadata, "starts": [*starts, start]}, indent=1) + "\n")
+
+
+def refuse_deleted(out: Path) -> None:
+    """DataError if the run's folder was deleted or moved: what is written from now on would lack all that was before."""
+    if not (out / "run.json").exists():
+        raise DataError(
+            f"{out} was deleted or moved while the run was writing to it, so it stopped; give the same command again "
+            "to begin a new run there, or move the folder back to resume it."
+        )
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
