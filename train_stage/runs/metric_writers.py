@@ -49,6 +49,10 @@ class TensorBoardWriter:
     def _explained(self) -> Iterator[None]:
         try:
             yield
+        except UnicodeError:
+            raise DataError(
+                f"{self._folder} is not a UTF-8 name, which TensorBoard needs; choose another --out."
+            ) from None
         except OSError as error:  # a thread of TensorBoard writes; its error is raised by a later call
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise DataError(
@@ -86,8 +90,8 @@ class WandbWriter:
         except Exception as error:  # of many classes: no login, no permission, no network, an unfit name
             reason = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
             raise UsageError(
-                f"train.wandb={project} cannot start Weights & Biases ({reason}); run wandb login, set WANDB_MODE=offline, "
-                "or leave the setting out."
+                f"train.wandb={project} cannot start Weights & Biases ({reason}); run wandb login, set "
+                "WANDB_MODE=offline, or leave the setting out."
             ) from error
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -43,7 +43,7 @@ def write_record(out: Path, step: int, metadata: dict[str, Any]) -> None:
 
 
 def refuse_deleted(out: Path) -> None:
-    """DataError if the run's folder was deleted or moved: what is written from now on would lack all that was before."""
+    """DataError if the run's folder was deleted or moved: what is written later would lack what was written before."""
     if not (out / "run.json").exists():
         raise DataError(
             f"{out} was deleted or moved while the run was writing to it, so it stopped; give the same command again "
