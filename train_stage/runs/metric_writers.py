@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ...shared.errors import DataError, UsageError
 from ...shared.storage.files import written_whole
+from .record import refuse_deleted
 
 
 class MetricWriter(Protocol):
@@ -54,6 +55,7 @@ class TensorBoardWriter:
                 f"{self._folder} is not a UTF-8 name, which TensorBoard needs; choose another --out."
             ) from None
         except OSError as error:  # a thread of TensorBoard writes; its error is raised by a later call
+            refuse_deleted(self._folder.parent)
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise DataError(
                 f"{self._folder} could not be written ({reason}); make room or make it writable, and give the same "
