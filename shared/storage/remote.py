@@ -57,7 +57,7 @@ def as_path(place: str | Path | UPath) -> Path | UPath:
     if not is_url(place):
         return Path(str(place).removeprefix("file://"))
     with _explained(str(place)):
-        path = UPath(place, **_options(str(place)))
+        path: UPath = UPath(place, **_options(str(place)))
         # Other processes may have written since fsspec listed a folder.
         path.fs.invalidate_cache()
     return path

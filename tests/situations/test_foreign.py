@@ -279,7 +279,7 @@ def breaking_server(request, lab):
 
 def test_connection_that_breaks_off(mapet, lab, tmp_path, breaking_server, monkeypatch):
     """A server that breaks off twice in the middle of a tar."""
-    monkeypatch.setattr("mapet.shared.storage.remote._PAUSES", (0.0,), raising=False)
+    monkeypatch.setattr("mapet.shared.storage.remote._PAUSES", (0.0,) * 4, raising=False)
     url, handler = breaking_server
     mapet("tokenize", "encode-shards", url, "--codebook", lab.codebook, "--out", tmp_path / "out").ok()
     mapet("tokenize", "verify", tmp_path / "out").ok()
