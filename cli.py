@@ -20,6 +20,7 @@ def _interrupts_end_the_process() -> None:
 
 _interrupts_end_the_process()
 
+import errno
 import inspect
 import logging
 import re
@@ -39,6 +40,7 @@ from .shared.errors import MapetError, UsageError
 from .shared.printable import printable
 from .shared.runtime.console import log, running_command, stop_signals
 from .shared.runtime.distributed import is_first_process
+from .shared.runtime.memory import allow_enough_files, too_few_files
 from .shared.runtime.static_signature import REQUIRED, Parameter, StaticSignature, read_signature
 
 _PACKAGE = Path(__file__).parent
@@ -152,7 +154,15 @@ COMMANDS: dict[str, dict[str, Command]] = {
         ),
     },
 }
-_AT_LEAST = {"batch_size": 1, "image_size": 1, "max_images": 1, "max_pixels": 1, "patches": 1, "workers": 0}
+_AT_LEAST = {
+    "batch_size": 1,
+    "heads": 1,
+    "image_size": 1,
+    "max_images": 1,
+    "max_pixels": 1,
+    "patches": 1,
+    "workers": 0,
+}
 
 
 class _Group(TyperGroup):
@@ -317,6 +327,7 @@ def _refuse_empty_paths(command: Command, values: Mapping[str, Any]) -> None:
 
 def _run(command: Command, values: dict[str, Any]) -> None:
     _refuse_empty_paths(command, values)
+    allow_enough_files()
     as_json = values.pop("json", False) if command.shown_by else False
     if command.dry_run and values.get("dry_run") and "dry_run" not in _parameters(command):
         estimate, show = command.dry_run
@@ -351,6 +362,8 @@ def main() -> None:
         except MapetError as error:
             _fail(str(error), error.exit_code)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                _fail(str(too_few_files()), too_few_files().exit_code)
             _fail(f"{error.filename or 'a file'}: {error.strerror or error}.", 1)
         except SystemExit as end:
             if end.code == 130 and is_first_process():

@@ -48,7 +48,7 @@ def decode_pixels(data: bytes, name: str, plain: bool | None = None, max_pixels:
     if is_plain_jpeg(data, name, max_pixels) if plain is None else plain:
         try:
             return torch.from_numpy(decode_jpeg(data, "RGB")).permute(2, 0, 1)
-        except Exception:  # decoders raise anything on damaged data; Pillow may read it, or says what is wrong
+        except Exception:  # decoders raise anything on damaged data; Pillow may read it, or says what is wrong  # noqa: S110
             pass
     return torch.from_numpy(np.array(decode(data, name, max_pixels))).permute(2, 0, 1)
 

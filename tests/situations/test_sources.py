@@ -554,36 +554,36 @@ def served(tmp_path: Path):
     server.server_close()
 
 
-SECRET = "X-Amz-Signature=0123456789abcdef"
+SIGNATURE = "X-Amz-Signature=0123456789abcdef"
 
 
 def test_a_presigned_url(mapet, lab, tmp_path: Path, tars: Path, served: str):
     """A presigned URL is read; its signature enters no file and no message."""
     out = tmp_path / "tokens"
-    words = [f"{served}/data/t-0.tar?{SECRET}", "--codebook", lab.codebook, "--out", out]
+    words = [f"{served}/data/t-0.tar?{SIGNATURE}", "--codebook", lab.codebook, "--out", out]
     outcome = mapet("tokenize", "encode-shards", *words).ok()
     assert keys_of(out) == ["0"]
-    assert SECRET not in outcome.text
-    assert [path for path in out.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()] == []
+    assert SIGNATURE not in outcome.text
+    assert [path for path in out.rglob("*") if path.is_file() and SIGNATURE.encode() in path.read_bytes()] == []
 
 
 def test_pretraining_from_a_presigned_url(mapet, lab, tmp_path: Path, served: str):
     """Pre-training reads a presigned URL; its signature does not enter the run."""
     shutil.copy(lab.images / "drawings-000000.tar", tmp_path)
     out = tmp_path / "run"
-    words = ["--images", f"{served}/drawings-000000.tar?{SECRET}", "--tokens", lab.tokens, "--out", out]
+    words = ["--images", f"{served}/drawings-000000.tar?{SIGNATURE}", "--tokens", lab.tokens, "--out", out]
     outcome = mapet("train", "pretrain", *words, *lab.settings, "--set", "data.shuffle=shards").ok()
-    assert SECRET not in outcome.text
+    assert SIGNATURE not in outcome.text
     files = [path for path in out.rglob("*") if path.is_file()]
-    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+    assert [path for path in files if SIGNATURE.encode() in path.read_bytes()] == []
 
 
 def test_a_presigned_url_that_fails(mapet, lab, tmp_path: Path, served: str):
     """A presigned URL has expired: the message does not show the signature."""
-    words = [f"{served}/gone.tar?{SECRET}", "--codebook", lab.codebook, "--out", tmp_path / "t"]
+    words = [f"{served}/gone.tar?{SIGNATURE}", "--codebook", lab.codebook, "--out", tmp_path / "t"]
     outcome = mapet("tokenize", "encode-shards", *words)
     outcome.refused(1, "gone.tar does not exist")
-    assert SECRET not in outcome.text
+    assert SIGNATURE not in outcome.text
 
 
 def test_a_remote_compressed_tar(tmp_path: Path, picture, served: str, encode):

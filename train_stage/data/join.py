@@ -249,7 +249,7 @@ class _Join:
         writer.add("images", images)
         writer.add("shard_ends", np.array(self.shard_ends, dtype=np.int64))
         writer.add_strings("keys", self.keys, lengths)
-        paths = [path.encode() for path in self.paths]
+        paths = [path.encode("utf-8", "surrogateescape") for path in self.paths]
         classes = [json.dumps(label, ensure_ascii=False).encode() for label in self.classes]
         writer.add_strings("classes", [b"".join(classes)], np.array([len(label) for label in classes], dtype=np.int64))
         writer.add("sizes", np.array(self.sizes, dtype=np.int64))

@@ -34,12 +34,20 @@ def _failure_note(path: Path) -> Path:
     return path.with_name(f"{path.name}.failed")
 
 
+def _write_failure_note(path: Path, message: str) -> None:
+    """Writes the note under its name only when it is whole: loaders read it as soon as it exists."""
+    note = _failure_note(path)
+    partial = note.with_name(f".{note.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    partial.write_text(message, encoding="utf-8")
+    os.replace(partial, note)
+
+
 def wait_for(path: Path) -> None:
     """Returns once the tar at `path` exists. Raises DataError if it could not be fetched."""
     parent, pause = os.getppid(), 0.01
     while not path.exists():
         with suppress(FileNotFoundError):
-            raise DataError(_failure_note(path).read_text())
+            raise DataError(_failure_note(path).read_text(encoding="utf-8"))
         if get_worker_info() and os.getppid() != parent:
             raise DataError(f"{path} will not arrive: the process that fetches it has ended.")
         time.sleep(pause)
@@ -172,7 +180,7 @@ class _Fetcher:
             except Exception as error:
                 self.failure = error if isinstance(error, MapetError) else _not_stored(tar, error)
                 with suppress(OSError):
-                    _failure_note(tar.path).write_text(str(self.failure))
+                    _write_failure_note(tar.path, str(self.failure))
 
     def _fetch(self, tar: RemoteTar) -> None:
         if tar.path.exists() and tar.path.stat().st_size == tar.size:

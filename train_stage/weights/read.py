@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...shared.artifacts.fields import checked, read_json
 from ...shared.artifacts.tensors import read_shapes
-from ...shared.errors import DataError
+from ...shared.errors import DataError, UsageError
 from ...shared.runtime.console import say
 from ...shared.storage.files import read_sealed_json, sha256_file
 from .checkpoint import EMA, newest_checkpoint, read_state
@@ -21,25 +21,29 @@ from .write import FORMAT, TENSORS, VERSION
 _RESTORE = "restore it or make it again"
 
 
-def load_weights(path: str | Path) -> Weights:
+def load_weights(path: str | Path, heads: int | None = None) -> Weights:
     """Reads weights; no code in the file is executed.
 
     A run gives its newest checkpoint. A run that keeps a moving average of its weights gives the average.
 
     Args:
         path: A run, a checkpoint folder, a folder that `import_weights` or `export` wrote, or a published `.pth.tar`.
+        heads: Attention heads of a published `.pth.tar` of an unpublished size, as `load_published` takes them.
 
     Returns:
         The weights, float32 on the CPU.
 
     Raises:
-        DataError if `path` is none of these, was changed, or its tensors are not those of its shape.
+        DataError if `path` is none of these, was changed, or its tensors are not those of its shape; UsageError if
+        `heads` does not fit.
     """
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path} does not exist; give a run, a checkpoint, an import or export, or a .pth.tar.")
     if path.is_file():
-        return read_published(path)
+        return read_published(path, heads)
+    if heads is not None:
+        raise UsageError(f"--heads is for published .pth.tar files; {path} is a folder that states its heads itself.")
     folder = newest_checkpoint(path) or path
     descriptions = [name for name in _READERS if (folder / name).is_file() and (folder / TENSORS).is_file()]
     if not descriptions:
