@@ -14,8 +14,9 @@ def export(weights: str | Path, out: str | Path, *, image_size: int | None = Non
     """Writes a folder that `timm.create_model("local-dir:OUT", pretrained=True)` opens.
 
     The folder holds `model.safetensors` and `config.json`, which has the digest of the former: the encoder, and the
-    head of a fine-tuned model. Decoder and mask embedding are left out (`import_weights` keeps them). In timm, `forward_features` gives the final norm's output
-    of all rows, and the pooled output equals `MaPeT.features`; a fine-tuned model gives its logits.
+    head of a fine-tuned model. Decoder and mask embedding are left out (`import_weights` keeps them). In timm,
+    `forward_features` gives the final norm's output of all rows, and the pooled output equals `MaPeT.features`; a
+    fine-tuned model gives its logits.
 
     Args:
         weights: A run, a checkpoint, an imported or exported folder, or a published .pth.tar.

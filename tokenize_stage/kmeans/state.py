@@ -64,15 +64,21 @@ class SavedState:
         if self.path is None or not self.path.exists():
             return KMeansRun()
         try:
-            with safe_open(self.path, "numpy") as file:
-                progress = json.loads((file.metadata() or {}).get("run", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError):
-            progress, tensors = {}, {}
-        if progress.pop("identity", None) != self.identity:
-            say(f"{self.path} belongs to another k-means; starting over.")
+            refuse_irregular(self.path)
+            with tensor_errors(self.path, "delete it"), safe_open(self.path, "numpy") as file:
+                content = msgspec.json.decode((file.metadata() or {}).get("run", "{}"))
+                if not isinstance(content, dict) or content.get("identity") != self.identity:
+                    say(f"{self.path} belongs to another k-means; starting over.")
+                    return KMeansRun()
+                progress = checked(content, _Progress, self.path)
+                tensors = {name: file.get_tensor(name) for name in ("centroids", "current") if name in file.keys()}  # noqa: SIM118
+            _refuse_other_tensors(self.path, tensors, self.identity)
+        except DataError as error:
+            say(f"{error} k-means starts over.")
             return KMeansRun()
-        run = KMeansRun(**progress, centroids=tensors.get("centroids"), current=tensors.get("current"))
+        history = [[_as_dict(step) for step in restart] for restart in progress.history]
+        centroids, current = tensors.get("centroids"), tensors.get("current")
+        run = KMeansRun(history, centroids, progress.best, progress.best_objective, current)
         say(f"k-means resumes after {sum(len(past) for past in run.history)} iterations.")
         return run
 
