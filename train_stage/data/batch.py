@@ -131,7 +131,9 @@ class LoadBatch:
             try:
                 pixels[place] = replay_pixels(source, CropBox(*boxes[place]), flips[place], size, interpolation)
             except ValueError as error:
-                raise DataError(f"{name}: its stored view lies outside of it ({error}); encode its shard again.") from None
+                raise DataError(
+                    f"{name}: its stored view lies outside of it ({error}); encode its shard again."
+                ) from None
         return pixels
 
     def _read(self, record: ImageRecord, index: int) -> bytes:
