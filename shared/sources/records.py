@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,7 +60,10 @@ def read_bytes(record: ImageRecord) -> bytes:
     try:
         # The inode is part of the cache's key because a tar may be replaced by another one of its name, the process
         # because a forked worker must not close its parent's descriptor.
-        descriptor = _descriptor(record.path, os.stat(record.path).st_ino, os.getpid())
+        status = os.stat(record.path)
+        if record.offset + record.length > status.st_size or not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{record.path} ends inside the image of key {record.key!r}; it changed or was cut.")
+        descriptor = _descriptor(record.path, status.st_ino, os.getpid())
         data = os.pread(descriptor.number, record.length, record.offset)
     except OSError as error:
         raise DataError(f"{record.path} cannot be read ({error.strerror}) for key {record.key!r}.") from None

@@ -60,7 +60,13 @@ class StoredViews:
         record = self.record(shard, rows, row)
         content = read_encoded(record, rows.crc32[row])
         image = decode(content, f"{record.path}: image {record.key!r}", record.max_pixels)
-        return replay(image, CropBox(*rows.crops[row, view]), bool(rows.flips[row, view]), side, interpolation)
+        try:
+            return replay(image, CropBox(*rows.crops[row, view]), bool(rows.flips[row, view]), side, interpolation)
+        except ValueError as error:
+            raise DataError(
+                f"{self._store.path}: view {view} of image {record.key!r} lies outside of the image ({error}); encode "
+                "its shard again."
+            ) from None
 
 
 def _open_sources(store: TokenStore, images: Images) -> dict[str, SourceShard]:

@@ -128,7 +128,12 @@ class LoadBatch:
             content = self._read(record, index)
             name = f"{self.images.source(index)}: image {record.key!r}"
             source = decode_pixels(content, name, self.images.is_plain(index, content, name), self.images.max_pixels)
-            pixels[place] = replay_pixels(source, CropBox(*boxes[place]), flips[place], size, interpolation)
+            try:
+                pixels[place] = replay_pixels(source, CropBox(*boxes[place]), flips[place], size, interpolation)
+            except ValueError as error:
+                raise DataError(
+                    f"{name}: its stored view lies outside of it ({error}); encode its shard again."
+                ) from None
         return pixels
 
     def _read(self, record: ImageRecord, index: int) -> bytes:

@@ -11,6 +11,7 @@ from ...shared.artifacts.fields import checked, read_json
 from ...shared.artifacts.tensors import read_shapes
 from ...shared.errors import DataError, UsageError
 from ...shared.runtime.console import say
+from ...shared.storage.bounded import refuse_irregular
 from ...shared.storage.files import read_sealed_json, sha256_file
 from .checkpoint import EMA, newest_checkpoint, read_state
 from .published import damage_explained, read_published
@@ -56,11 +57,12 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
 
 def _read_tensors(path: Path, digest: str | UnsetType) -> dict[str, Tensor]:
     """The tensors of a file of weights, float32, whose SHA-256 must be `digest`."""
-    read_shapes(path, _RESTORE)  # before anything is loaded
+    refuse_irregular(path)
     if digest is UNSET:
         say(f"{path} carries no digest: it was written before exports had one, so damage would not be noticed.")
     elif sha256_file(path) != digest:
         raise DataError(f"{path} was changed since it was written (its digest does not match); {_RESTORE}.")
+    read_shapes(path, _RESTORE)  # before anything is loaded
     with damage_explained(path, "damaged"):
         return {key: tensor.float() for key, tensor in load_file(path).items()}
 
@@ -68,8 +70,8 @@ def _read_tensors(path: Path, digest: str | UnsetType) -> dict[str, Tensor]:
 def _read_checkpoint(folder: Path) -> Weights:
     content = read_state(folder)
     state = checked(content, CheckpointState, folder / "state.json", "use another checkpoint")
-    if state.model is UNSET:
-        raise DataError(f"{folder / 'state.json'} is of a run of another task, which has no pre-trained model.")
+    if state.model is UNSET or state.input is UNSET or state.seed is UNSET:
+        raise DataError(f"{folder / 'state.json'} lacks the model, its input or its seed; use another checkpoint.")
     name = EMA if EMA in state.files else TENSORS
     digests = {str(file): stored.sha256 for file, stored in state.files.items()}
     tensors = _read_tensors(folder / name, digests[name])
