@@ -234,18 +234,19 @@ def peers_explained(world: World) -> Iterator[None]:
 def _explanation(world: World, error: RuntimeError) -> str | None:
     from torch.distributed import DistError
 
-    who, text = f"Process {world.rank} of {world.size}", str(error)
+    text = str(error)
     signs = ("gloo", "Connection closed by peer", "NCCL", "Timed out waiting")
     if not isinstance(error, DistError) and not any(sign in text for sign in signs):
         return None
     if "imed out" in text or "timeout" in text.lower():
         minutes = collective_timeout() / timedelta(minutes=1)
         return (
-            f"{who} waited {minutes:g} minutes for another one, which lives and does not answer; see what that one "
-            f"does (py-spy dump), then give the same command again. {_TIMEOUT} sets how long to wait."
+            f"Process {world.rank} of {world.size} waited {minutes:g} minutes for another one, which lives and does "
+            f"not answer; see what that one does (py-spy dump), then give the same command again. {_TIMEOUT} sets how "
+            "long to wait."
         )
     return (
-        f"{who} cannot go on, since another one ended; its message says why. Give the "
+        f"Process {world.rank} of {world.size} cannot go on, since another one ended; its message says why. Give the "
         "same command to resume from the last checkpoint (torchrun --max-restarts does so by itself)."
     )
 

@@ -194,8 +194,8 @@ class _HttpTransfer:
                     raise
                 if _is_of_this_disk(error):
                     raise DataError(
-                        f"{without_query(self.url)} could not be stored in {Path(self.file.name).parent} ({error}); make "
-                        "room there."
+                        f"{without_query(self.url)} could not be stored in {Path(self.file.name).parent} ({error}); "
+                        "make room there."
                     ) from None
                 failures = 1 if self.file.tell() > arrived else failures + 1
                 if failures > len(_PAUSES):

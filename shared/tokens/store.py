@@ -160,9 +160,10 @@ class TokenStore:
             raise DataError(f"{self.path} does not exist or is not a folder; give what encode-shards wrote with --out.")
         if not exists(self.path / "manifest.json"):
             if exists(self.path / "codebook.json") and not exists(self.path / "centroids.safetensors"):
+                whole = len(stored_entries(self.path))
                 raise DataError(
-                    f"{self.path} is unfinished: {len(stored_entries(self.path))} of its shards are whole and its "
-                    "manifest.json is not written yet; give the same encode-shards command again."
+                    f"{self.path} has {whole} whole shard(s) and no manifest.json: its encoding did not finish; give "
+                    "the same encode-shards command again."
                 )
             raise DataError(
                 f"{self.path} has no manifest.json: it is not a token store, or its encoding did not finish; "

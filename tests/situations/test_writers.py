@@ -310,7 +310,7 @@ def test_unfinished_store(mapet, lab, tmp_path, command, shards):
     else:
         shutil.rmtree(store / "shards")
     outcome = mapet("tokenize", command, store)
-    outcome.refused(1, f"{store} is unfinished: {shards} of its shards are whole", "encode-shards command again")
+    outcome.refused(1, f"{store} has {shards} whole shard(s)", "did not finish; give the same")
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
