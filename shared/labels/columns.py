@@ -26,7 +26,6 @@ def to_column(labels: Sequence[Label | None]) -> tuple[NDArray[np.int64], tuple[
 
 def from_column(number: Any, classes: Sequence[str] | None) -> Label | None:
     """The label behind one number of a column; None for -1."""
-    number = int(number)
     if number == NO_LABEL:
         return None
-    return number if classes is None else classes[number]
+    return int(number) if classes is None else classes[int(number)]

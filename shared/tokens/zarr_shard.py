@@ -43,7 +43,8 @@ def write_zarr(path: Path, rows: ShardRows, attributes: dict[str, Any]) -> None:
 def read_zarr(data: bytes) -> ShardRows:
     """The rows of a zipped Zarr group, from the bytes of the whole file; class names are in the shard's entry."""
     group = _open_group(data)
-    return ShardRows(**{name: _column(group, name) for name in COLUMNS})
+    columns: dict[str, Any] = {name: _column(group, name) for name in COLUMNS}
+    return ShardRows(**columns)
 
 
 def read_zarr_keys(data: bytes) -> Strings:

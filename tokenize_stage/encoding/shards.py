@@ -159,7 +159,7 @@ class _OpenShard:
                 skipped=self._skipped,
                 unlabelled=self._unlabelled,
                 source=shard.describe(self._skip),
-                labels=shard.labelling and shard.labelling.to_json(),
+                labels=shard.labelling.to_json() if shard.labelling else None,
             )
 
     def abandon(self) -> None:
@@ -193,7 +193,7 @@ def _add_views(shard: SourceShard, before: ShardRows, new: ShardRows) -> ShardRo
             f"{shard.root} has other images than when its first views were encoded; restore it, or encode all views "
             "into another --out."
         )
-    joined = {
+    joined: dict[str, Any] = {
         name: np.concatenate([getattr(before, name), getattr(new, name)], axis=1)
         for name in ("tokens", "crops", "flips")
     }
