@@ -76,9 +76,7 @@ def empty_rows(views: int, grid: tuple[int, int]) -> ShardRows:
 
 def concatenate_rows(parts: Sequence[ShardRows]) -> ShardRows:
     """The rows of all parts, in their order."""
-    columns: dict[str, NDArray[Any]] = {
-        name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS
-    }
+    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
     if all(part.classes is None for part in parts):
         return ShardRows(**columns, classes=None)
     labels, classes = to_column([part.label(row) for part in parts for row in range(len(part))])
@@ -87,7 +85,8 @@ def concatenate_rows(parts: Sequence[ShardRows]) -> ShardRows:
 
 def take_rows(rows: ShardRows, places: Sequence[int]) -> ShardRows:
     """The rows at `places`, in the order of `places`."""
-    return ShardRows(**{name: getattr(rows, name)[list(places)] for name in COLUMNS}, classes=rows.classes)
+    columns: dict[str, Any] = {name: getattr(rows, name)[list(places)] for name in COLUMNS}
+    return ShardRows(**columns, classes=rows.classes)
 
 
 def check_rows(rows: ShardRows, images: int, source_bytes: int | None) -> None:

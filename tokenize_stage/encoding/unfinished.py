@@ -99,7 +99,7 @@ def _whole_views(
     views: int = stored["views"]
     if views > view["views"]:
         raise UsageError(f"{path} holds {views} views already; give --views {views} or more.")
-    labels = shard.labelling and shard.labelling.to_json()
+    labels = shard.labelling.to_json() if shard.labelling else None
     if entry.get("labels") != labels:
         then = "with" if entry.get("labels") else "without"
         now = "others are given" if labels and entry.get("labels") else "they are given" if labels else "none are given"
