@@ -148,14 +148,14 @@ def choose_picture(key: str, names: list[str], options: SourceOptions, until: st
 def _sort_members(
     path: Path, options: SourceOptions, region: Region | None, problems: Skipped, passed: PassedOver
 ) -> _Members:
-    members, until = _Members(), options.until("tar")
+    members, until, extensions = _Members(), options.until("tar"), frozenset(options.extensions)
     for member in _members(path, problems, region, until):
         name = member.name
         if is_hidden(name):
             passed.add(name)  # such as macOS's `._a.jpg` beside `a.jpg`; WebDataset ignores them
             continue
         key, extension = key_of(name, until), extension_of(name)
-        if extension in options.extensions:
+        if extension in extensions:
             members.pictures.setdefault(key, []).append(member)
         elif extension == "cls" and member.isfile():
             members.classes[key] = member
@@ -164,7 +164,7 @@ def _sort_members(
         else:
             if extension == "tar":
                 members.tars.append(name)
-            passed.add(name)
+            passed.add(name, extension)
     return members
 
 
