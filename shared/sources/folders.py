@@ -182,6 +182,7 @@ def _walk(root: Path, options: SourceOptions, passed: PassedOver) -> tuple[list[
     """Names of all pictures under a folder, and (name with a slash, reason) of folders that cannot be listed."""
     names: list[str] = []
     unreadable_folders: Skipped = []
+    pictures = frozenset(options.extensions + OTHER_PICTURES)
 
     def on_error(error: OSError) -> None:
         if Path(error.filename) == root:
@@ -191,6 +192,7 @@ def _walk(root: Path, options: SourceOptions, passed: PassedOver) -> tuple[list[
 
     for directory, folders, files in os.walk(root, followlinks=True, onerror=on_error):
         parent = Path(directory)
+        below = "" if parent == root else f"{parent.relative_to(root).as_posix()}/"
         for folder in sorted(folders):
             name = f"{(parent / folder).relative_to(root).as_posix()}/"
             if is_hidden(folder):
@@ -201,8 +203,8 @@ def _walk(root: Path, options: SourceOptions, passed: PassedOver) -> tuple[list[
                 continue
             folders.remove(folder)
         for file in files:
-            name = (parent / file).relative_to(root).as_posix()
-            if not is_hidden(file) and extension_of(file) in options.extensions + OTHER_PICTURES:
+            name = below + file
+            if not is_hidden(file) and extension_of(file) in pictures:
                 names.append(name)
             else:
                 passed.add(name)

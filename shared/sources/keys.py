@@ -24,13 +24,17 @@ Skipped = list[tuple[str, str]]
 
 FIRST_DOT, LAST_DOT = "first-dot", "last-dot"
 
-_SYSTEM_NAMES = {
-    *("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "lost+found", "thumbs.db"),
-    *("desktop.ini", "$recycle.bin", "system volume information", "ehthumbs.db"),
-}
-"""Names that operating systems and network disks add to folders, in lower case."""
-_PAX_HEADER = re.compile(r"PaxHeaders?(\.\w+)?")
-"""Folders in which a tar program that does not know PAX unpacks the extended headers of files."""
+_SYSTEM_NAMES = (
+    *("__MACOSX", "@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "lost+found", "Thumbs.db"),
+    *("ehthumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information"),
+)
+"""Names that operating systems and network disks add to folders, in any case."""
+_HIDDEN = re.compile(
+    r"(?:^|/)(?:\.(?!\.?(?:/|$))[^/]*"
+    r"|PaxHeaders?(?:\.\w+)?"  # in which a tar program that does not know PAX unpacks extended headers
+    rf"|{'|'.join(map(re.escape, _SYSTEM_NAMES))})(?:/|$)",
+    re.IGNORECASE,
+)
 
 
 def key_of(name: str, until: str = FIRST_DOT) -> str:
@@ -48,12 +52,7 @@ def extension_of(name: str) -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether a relative path, or a folder in it, is hidden or was made by a system: never an image, class or tar."""
-    return any(
-        (part.startswith(".") and part not in (".", ".."))
-        or part.lower() in _SYSTEM_NAMES
-        or _PAX_HEADER.fullmatch(part) is not None
-        for part in name.split("/")
-    )
+    return _HIDDEN.search(name) is not None
 
 
 def plain(text: str) -> str:

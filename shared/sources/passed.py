@@ -15,11 +15,12 @@ class PassedOver:
         self._counts: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
 
-    def add(self, name: str, kind: str | None = None) -> None:
-        """Adds a name; its kind is its extension unless it is given."""
-        kind = kind or _kind_of(name)
+    def add(self, name: str, extension: str | None = None) -> None:
+        """Adds a name; its kind is its extension, which may be given, or that it is hidden."""
+        kind = _kind_of(name) if extension is None else _kind_of_extension(extension)
         self._counts[kind] += 1
-        self._examples.setdefault(kind, name)
+        if kind not in self._examples:
+            self._examples[kind] = name
 
     def merge(self, other: "PassedOver") -> None:
         """Adds what another one counted."""
@@ -40,7 +41,10 @@ class PassedOver:
 def _kind_of(name: str) -> str:
     if is_hidden(name):
         return "hidden or of the system"
-    extension = extension_of(name)
+    return _kind_of_extension(extension_of(name))
+
+
+def _kind_of_extension(extension: str) -> str:
     return f".{extension}" if 0 < len(extension) <= _LONGEST_EXTENSION else "without extension"
 
 

@@ -338,8 +338,7 @@ def _with_class_labels(shards: list[SourceShard], options: SourceOptions) -> lis
 def _unpacked(tar: Path) -> Path:
     if not is_compressed(tar):
         return tar
-    if not unpacked_path(tar).exists():
-        say(f"{tar} is compressed; it is unpacked once, to {unpacked_path(tar).parent}.")
+    say(f"{tar} is compressed; it is unpacked once, to {unpacked_path(tar)}.")
     return unpacked(tar)
 
 

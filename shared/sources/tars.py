@@ -152,14 +152,14 @@ def _sort_members(
     problems: Skipped,
     passed: PassedOver,
 ) -> _Members:
-    members, until = _Members(), options.until("tar")
+    members, until, extensions = _Members(), options.until("tar"), frozenset(options.extensions)
     for member in _members(path, problems, region, until):
         name = member.name
         if is_hidden(name):
             passed.add(name)  # such as macOS's `._a.jpg` beside `a.jpg`; WebDataset ignores them
             continue
         key, extension = key_of(name, until), extension_of(name)
-        if extension in options.extensions:
+        if extension in extensions:
             members.pictures.setdefault(key, []).append(member)
         elif tar_labels.is_label(member, key):
             members.classes[key] = member
@@ -168,7 +168,7 @@ def _sort_members(
         else:
             if extension == "tar":
                 members.tars.append(name)
-            passed.add(name)
+            passed.add(name, extension)
     return members
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tarfile
 import threading
 from collections.abc import Callable
@@ -469,6 +470,14 @@ def test_compressed_tars(mapet, tmp_path: Path, picture, encode, monkeypatch, su
     assert encode(path) == ["0", "1"]
     mapet("tokenize", "verify", tmp_path / "tokens", "--images", path).ok()
     assert [tar.read_bytes() for tar in (tmp_path / "cache").rglob("*.tar")] == [content]
+
+
+def test_zstandard_is_not_installed(tmp_path: Path, refuse, monkeypatch):
+    """A .tar.zst, and the package zstandard is not installed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "x.tar.zst").write_bytes(b"-")
+    refuse(2, ["x.tar.zst needs a library", "pip install zstandard"], tmp_path / "x.tar.zst")
 
 
 def compress(content: bytes, suffix: str) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mapet.shared.errors import DataError
 from mapet.shared.sources.folders import FOLDER_SHARD_IMAGES
+from mapet.shared.sources.options import SourceOptions
 from mapet.shared.sources.sources import open_source, read_records
 
 
@@ -58,6 +59,18 @@ def test_a_folders_digest_depends_on_names_and_bytes(tmp_path: Path, write_folde
     digests = [open_source(root)[0].sha256() for root in roots]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
+
+
+def test_a_folder_of_an_old_store_is_read_as_it_was(tmp_path: Path, write_folder, png):
+    names = ["train/a.small.png", "train/a.large.png", "val/b.jfif", "val/c.gif", "val/d.png"]
+    root = write_folder(tmp_path / "f", {name: png() for name in names})
+    skipped: list[tuple[str, str]] = []
+    (shard,) = open_source(root, SourceOptions(key_until="first-dot", is_old=True))
+    assert [(record.key, record.label) for record in shard.index(skipped)] == [("train/a", 0), ("val/d", 1)]
+    both = "holds 'train/a.large.png' and 'train/a.small.png', which have the same key 'train/a'; rename one"
+    gif = "holds 'val/c.gif', which is not one of jpg, jpeg, png, webp; convert it"
+    assert skipped == [("train/a", both), ("val/c", gif)]
+    assert "options" not in shard.describe()
 
 
 def test_an_empty_folder_is_an_error_that_names_it(tmp_path: Path):
