@@ -30,7 +30,7 @@ def import_codebook(
     Args:
         out: Folder to write the codebook to.
         centroids: .npy of floats (K, dim).
-        tower: open_clip name, local-dir:PATH, hf-hub:ID or timm:NAME of the tower whose features were clustered.
+        tower: open_clip name, local-dir:PATH, hf-hub:ID, timm:NAME or pixels, whose features were clustered.
         pretrained: Tag or local file; 'none' for random weights (default: openai, or timm's own).
         layer: Index into forward_intermediates, negative from the end.
         final_norm: Take ViT features after the final norm.

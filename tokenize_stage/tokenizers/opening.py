@@ -8,7 +8,7 @@ from ...shared.runtime.devices import choose_device
 from ...shared.storage.remote import as_path
 from ...shared.tokens.codebook import Codebook, read_description
 from .base import Tokenizer
-from .kclip import KClip, open_same_tower
+from .nearest_code import NearestCode, open_same_tower
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,37 @@ class SavedTokenizer:
             DataError: the tower's weights are missing.
             UsageError: the tower's name or the device is unknown.
         """
-        return KClip(open_same_tower(self.codebook, tower, choose_device(device)), self.codebook, self.description)
+        return NearestCode(
+            open_same_tower(self.codebook, tower, choose_device(device)), self.codebook, self.description
+        )
 
 
 def read_tokenizer(path: str | Path) -> SavedTokenizer:
     """Reads a codebook folder or its URL. Raises DataError if it is missing, damaged or was changed."""
     codebook = Codebook.load(path)
     return SavedTokenizer(codebook, read_description(as_path(path) / "codebook.json"))
+
+
+def load_tokenizer(path: str | Path, *, tower: str | None = None, device: str = "auto") -> Tokenizer:
+    """Opens a visual tokenizer, to call its `encode`.
+
+    `encode` takes pixels (B, 3, S, S) with S = `preprocess.image_size`, float32 in [0, 1] or uint8, before any
+    normalisation, and returns tokens (B, H, W), int64.
+
+    Args:
+        path: A codebook folder or its URL.
+        tower: Where the codebook's tower is now, if it moved.
+        device: auto, cpu or cuda.
+
+    Returns:
+        The tokenizer; `grid`, `k` and `fingerprint` describe its tokens.
+
+    Raises:
+        DataError: The codebook or the weights of its tower are missing, damaged or were changed.
+        FingerprintMismatch: `tower` is another tower than the codebook's.
+        UsageError: The device is unknown.
+    """
+    return open_tokenizer(path, tower=tower, device=device)
 
 
 def open_tokenizer(path: str | Path, *, tower: str | None = None, device: str = "auto") -> Tokenizer:

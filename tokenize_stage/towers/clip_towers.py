@@ -23,7 +23,9 @@ def open_clip_tower(settings: TowerSettings) -> OpenedModel:
     elif schema is None:
         _check_builtin(name, tag)
     elif schema != "hf-hub":
-        raise UsageError(f"--tower {name} is unknown; use an open_clip name, local-dir:PATH, hf-hub:ID or timm:NAME.")
+        raise UsageError(
+            f"--tower {name} is unknown; use an open_clip name, local-dir:PATH, hf-hub:ID, timm:NAME or pixels."
+        )
     with library_errors_explained(settings), seeded_if(random):
         model = open_clip.create_model(
             name,

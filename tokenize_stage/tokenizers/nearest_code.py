@@ -18,7 +18,7 @@ from .base import Tokenizer, pixels_in_255
 _ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-class KClip(Tokenizer):
+class NearestCode(Tokenizer):
     """The nearest centroid of each patch feature, by Euclidean distance or cosine (arXiv 2306.07346, section 3)."""
 
     def __init__(self, tower: Tower, codebook: Codebook, description: dict[str, Any]):
