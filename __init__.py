@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .shared.tokens.store import TokenStore
     from .tokenize_stage.build_codebook import build_codebook
     from .tokenize_stage.encode_shards import encode_shards, encode_shards_dry_run
-    from .tokenize_stage.import_tokens import import_codebook, import_tokens
+    from .tokenize_stage.import_tokens import import_codebook, import_tokenizer, import_tokens
     from .tokenize_stage.inspect import inspect
     from .tokenize_stage.tokenizers.base import Tokenizer
     from .tokenize_stage.tokenizers.opening import load_tokenizer
@@ -44,6 +44,7 @@ _HOME = {
     "export": ".train_stage.export",
     "features": ".train_stage.features",
     "import_codebook": ".tokenize_stage.import_tokens",
+    "import_tokenizer": ".tokenize_stage.import_tokens",
     "import_tokens": ".tokenize_stage.import_tokens",
     "import_weights": ".train_stage.import_weights",
     "inspect": ".tokenize_stage.inspect",
@@ -70,6 +71,7 @@ __all__ = [
     "export",
     "features",
     "import_codebook",
+    "import_tokenizer",
     "import_tokens",
     "import_weights",
     "inspect",

@@ -22,6 +22,8 @@ from .notebook import facts_html
 
 FORMAT, VERSION = "mapet-codebook", 1
 MAX_K = 65_536
+INNER_PRODUCT = "inner_product"
+"""The metric of a codebook whose token is the largest of `centroids @ features + bias`; others are l2 and cosine."""
 
 TOKEN_FIELDS = (
     "library",
@@ -52,6 +54,8 @@ class Codebook:
     """(K,) int64: how many sampled patches each code won."""
     description: dict[str, Any] = field(repr=False)
     """The JSON of the artifact: tower, layer, preprocessing, grid, k-means, sample, quality."""
+    bias: NDArray[np.float32] | None = field(default=None, repr=False)
+    """(K,) float32, with metric "inner_product" only."""
 
     @property
     def k(self) -> int:
@@ -70,6 +74,8 @@ class Codebook:
         relevant = {name: self.description[name] for name in TOKEN_FIELDS}
         digest = hashlib.sha256(np.ascontiguousarray(self.centroids, dtype="<f4").tobytes())
         digest.update(canonical_json(relevant).encode())
+        if self.bias is not None:
+            digest.update(np.ascontiguousarray(self.bias, dtype="<f4").tobytes())
         return digest.hexdigest()
 
     def __repr__(self) -> str:
@@ -95,6 +101,19 @@ class Codebook:
         faiss = import_faiss()
         index = faiss.IndexFlatL2(self.centroids.shape[1])
         index.add(self.centroids)
+        return self._on_gpus(index)
+
+    @cached_property
+    def _index_with_bias(self) -> Any:
+        """The bias as one more dimension, in which every feature is 1."""
+        bias = np.zeros(self.k, np.float32) if self.bias is None else self.bias
+        index = import_faiss().IndexFlatIP(self.centroids.shape[1] + 1)
+        index.add(np.concatenate([self.centroids, bias[:, None]], axis=1))
+        return self._on_gpus(index)
+
+    @staticmethod
+    def _on_gpus(index: Any) -> Any:
+        faiss = import_faiss()
         if not faiss_gpus():
             return index
         if "LOCAL_RANK" in os.environ:  # under torchrun every process has its own GPU
@@ -106,8 +125,13 @@ class Codebook:
         """The nearest centroid of each feature, by FAISS's exact search.
 
         `features` is (n, dim) float32, already normalised if the metric is cosine (for unit vectors the nearest
-        centroid by L2 has the largest cosine). Returns tokens (n,) uint16 and squared distances (n,) float32.
+        centroid by L2 has the largest cosine). Returns tokens (n,) uint16 and squared distances (n,) float32; with
+        metric "inner_product" the token of the largest inner product plus bias, and the negative of that sum.
         """
+        if self.description.get("metric") == INNER_PRODUCT:
+            points = np.pad(np.asarray(features, dtype=np.float32), ((0, 0), (0, 1)), constant_values=1)
+            scores, codes = self._index_with_bias.search(points, 1)
+            return codes[:, 0].astype(np.uint16), -scores[:, 0]
         tokens, distances = self.nearest(features, 1)
         return tokens[:, 0].astype(np.uint16), distances[:, 0]
 
@@ -130,6 +154,8 @@ class Codebook:
                 "centroids": np.ascontiguousarray(self.centroids),
                 "counts": self.counts,
             }
+            if self.bias is not None:
+                tensors["bias"] = self.bias
             save_file(tensors, partial / "centroids.safetensors")
             write_sealed_json(partial / "codebook.json", self.as_json(sha256_file(partial / "centroids.safetensors")))
 
@@ -163,7 +189,7 @@ class Codebook:
         if not intact:
             raise DataError(f"{weights} was changed since it was written (its digest does not match); build it again.")
         described = {name: value for name, value in description.items() if name not in _ARTIFACT_FIELDS}
-        codebook = cls(arrays["centroids"], arrays["counts"], described)
+        codebook = cls(arrays["centroids"], arrays["counts"], described, arrays.get("bias"))
         if codebook.fingerprint != description["fingerprint"]:
             raise DataError(f"{folder} does not have the fingerprint that it states; build it again.")
         return codebook

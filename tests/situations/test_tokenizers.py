@@ -42,3 +42,46 @@ def test_pixel_tower_with_an_option_that_it_does_not_have(mapet, chain, tmp_path
     words = [*CONTROL, *options]
     mapet("tokenize", "build-codebook", chain.images, *words, "--out", tmp_path / "out").refused(2, *parts)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["vqkd", "dvae"])
+def test_published_tokenizer_from_import_to_verified_store(mapet, chain, vqkd_file, dvae_files, tmp_path, kind):
+    """A published tokenizer is imported, encodes, is verified and inspected like any other."""
+    book, tokens = tmp_path / "codebook", tmp_path / "tokens"
+    file = ("--vqkd", vqkd_file) if kind == "vqkd" else ("--dvae", dvae_files["zip"], "--image-size", 32)
+    mapet("tokenize", "import", *file, "--out", book).ok()
+    assert "nothing to do" in mapet("tokenize", "import", *file, "--out", book).ok().text
+    mapet("tokenize", "verify", book).ok()
+    mapet("tokenize", "inspect", book).ok()
+    views = ("--crop", "random-resized", "--views", 2)
+    mapet("tokenize", "encode-shards", chain.images, "--codebook", book, "--out", tokens, *views).ok()
+    options = ("--codebook", book, "--images", chain.images, "--reencode", 5)
+    assert "0 differ" in mapet("tokenize", "verify", tokens, *options).ok().text
+    page = tmp_path / "page.html"
+    mapet("tokenize", "inspect", tokens, "--html", page, "--images", chain.images, "--codebook", book).ok()
+    assert json.loads((tokens / "codebook.json").read_text())["tower"] == kind
+    (book / "encoder.safetensors").write_bytes(b"damaged")
+    mapet("tokenize", "verify", book).refused(1, "encoder.safetensors", "changed")
+    more = ("--crop", "random-resized", "--views", 3)
+    mapet("tokenize", "encode-shards", chain.images, "--codebook", book, "--out", tokens, *more).refused(1, "encoder")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "parts"),
+    [
+        (("--vqkd", "{dvae}"), 1, ("a dvae tokenizer", "--dvae")),
+        (("--dvae", "{vqkd}"), 1, ("a vqkd tokenizer", "--vqkd")),
+        (("--vqkd", "{missing}"), 1, ("does not exist",)),
+        (("--vqkd", "{vqkd}", "--dvae", "{dvae}"), 2, ("--vqkd and --dvae", "one thing at a time")),
+        (("--vqkd", "{vqkd}", "--centroids", "x.npy"), 2, ("--centroids and --vqkd",)),
+        (("--vqkd", "{vqkd}", "--image-size", "224"), 1, ("images of 224 pixels", "its own size is 64")),
+        (("--dvae", "{dvae}", "--image-size", "33"), 1, ("33 pixels", "multiple of 2")),
+    ],
+    ids=["dvae as vqkd", "vqkd as dvae", "missing", "two", "centroids", "size of vqkd", "size of dvae"],
+)
+def test_wrong_published_file(mapet, vqkd_file, dvae_files, tmp_path, options, code, parts):
+    """The file of a published tokenizer is another one, or is given with options that do not fit."""
+    places = {"vqkd": vqkd_file, "dvae": dvae_files["legacy"], "missing": tmp_path / "missing"}
+    words = [word.format(**places) for word in options]
+    mapet("tokenize", "import", *words, "--out", tmp_path / "out").refused(code, *parts)
+    assert not (tmp_path / "out").exists()
