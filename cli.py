@@ -100,9 +100,10 @@ COMMANDS: dict[str, dict[str, Command]] = {
             arguments=("tokens",),
         ),
         "import": Command(
-            "Import centroids (--centroids) or tokens (--tokens --csv --images --codebook) computed elsewhere.",
+            "Import centroids (--centroids), a published tokenizer (--vqkd, --dvae) or tokens (--tokens --csv ...).",
             {
                 "codebook": "tokenize_stage.import_tokens:import_codebook",
+                "tokenizer": "tokenize_stage.import_tokens:import_tokenizer",
                 "tokens": "tokenize_stage.import_tokens:import_tokens",
             },
             chosen_by="tokenize_stage.import_tokens:which_import",

@@ -74,7 +74,8 @@ def build_codebook(
         images: Tars, folders of tars, or folders of class folders; patterns like train-{000..015}.tar, globs and URLs
             included.
         out: Folder to write the codebook to.
-        tower: open_clip name, local-dir:PATH, hf-hub:ID or timm:NAME.
+        tower: open_clip name, local-dir:PATH, hf-hub:ID, timm:NAME, or pixels (a patch's own pixels, the control
+            without a teacher; pixels:P for patches of P pixels).
         pretrained: Tag or local file; 'none' for random weights (default: openai, or timm's own).
         layer: Index into forward_intermediates, negative from the end.
         final_norm: Take ViT features after the final norm.

@@ -22,6 +22,7 @@ from ..shared.tokens.rows import ShardRows
 from ..shared.tokens.store import TokenStore, read_entry, shard_files
 from .encoding.reencode import Reencoding, encode_again
 from .tokenizers.opening import SavedTokenizer, read_tokenizer
+from .tokenizers.published import ENCODER
 
 Sources = Mapping[str, SourceShard]
 
@@ -106,13 +107,19 @@ def _verify_codebook(path: Path | UPath, other_option: object) -> int:
         raise DataError(f"{path} holds centroids of shape {book.centroids.shape}, which is not what it describes.")
     if book.centroids.dtype != np.float32:
         raise DataError(f"{path} holds centroids of type {book.centroids.dtype} instead of float32; build it again.")
+    encoder = [ENCODER] if "encoder_sha256" in book.description else []
+    if encoder and (not exists(path / ENCODER) or sha256_file(path / ENCODER) != book.description["encoder_sha256"]):
+        raise DataError(f"{path / ENCODER} is missing or was changed since it was written; import the tokenizer again.")
     table(
         "Verified",
         [
             ("codebook", str(path)),
             ("centroids", f"{k:,} of {dim:,} dimensions"),
             ("fingerprint", book.fingerprint),
-            ("bytes", f"{sum(file_size(path / name) for name in ('codebook.json', 'centroids.safetensors')):,}"),
+            (
+                "bytes",
+                f"{sum(file_size(path / name) for name in ('codebook.json', 'centroids.safetensors', *encoder)):,}",
+            ),
         ],
     )
     return k

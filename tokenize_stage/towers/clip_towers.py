@@ -25,7 +25,9 @@ def open_clip_tower(settings: TowerSettings) -> OpenedModel:
     elif schema is None:
         _check_builtin(name, tag)
     elif schema != "hf-hub":
-        raise UsageError(f"--tower {name} is unknown; use an open_clip name, local-dir:PATH, hf-hub:ID or timm:NAME.")
+        raise UsageError(
+            f"--tower {name} is unknown; use an open_clip name, local-dir:PATH, hf-hub:ID, timm:NAME or pixels."
+        )
     if tag and Path(tag).is_file() and (warning := quick_gelu_warning(name, Path(tag))):
         say(warning)
     with library_errors_explained(settings), seeded_if(random):
