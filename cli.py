@@ -20,6 +20,7 @@ def _interrupts_end_the_process() -> None:
 
 _interrupts_end_the_process()
 
+import errno
 import inspect
 import logging
 import re
@@ -39,6 +40,7 @@ from .shared.errors import MapetError, UsageError
 from .shared.printable import printable
 from .shared.runtime.console import log, running_command, stop_signals
 from .shared.runtime.distributed import is_first_process
+from .shared.runtime.memory import allow_enough_files, too_few_files
 from .shared.runtime.static_signature import REQUIRED, Parameter, StaticSignature, read_signature
 
 _PACKAGE = Path(__file__).parent
@@ -74,13 +76,13 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "build-codebook": Command(
             "Train a k-means codebook over the patch features of a frozen CLIP tower.",
             "tokenize_stage.build_codebook:build_codebook",
-            arguments=("images",),
+            arguments=("images...",),
             at_least={"image_size": 8},
         ),
         "encode-shards": Command(
             "Write the visual tokens of every image to shards. Run it again to add images or views.",
             "tokenize_stage.encode_shards:encode_shards",
-            arguments=("images",),
+            arguments=("images...",),
             dry_run=(
                 "tokenize_stage.encode_shards:encode_shards_dry_run",
                 "tokenize_stage.encode_shards:show_estimate",
@@ -98,9 +100,10 @@ COMMANDS: dict[str, dict[str, Command]] = {
             arguments=("tokens",),
         ),
         "import": Command(
-            "Import centroids (--centroids) or tokens (--tokens --csv --images --codebook) computed elsewhere.",
+            "Import centroids (--centroids), a published tokenizer (--vqkd, --dvae) or tokens (--tokens --csv ...).",
             {
                 "codebook": "tokenize_stage.import_tokens:import_codebook",
+                "tokenizer": "tokenize_stage.import_tokens:import_tokenizer",
                 "tokens": "tokenize_stage.import_tokens:import_tokens",
             },
             chosen_by="tokenize_stage.import_tokens:which_import",
@@ -127,7 +130,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "features": Command(
             "Write frozen features to a Zarr group: keys, one vector per image, one per patch, labels.",
             "train_stage.features:features",
-            arguments=("images",),
+            arguments=("images...",),
         ),
         "export": Command(
             'Write a folder that timm.create_model("local-dir:OUT", pretrained=True) opens.',
@@ -152,7 +155,15 @@ COMMANDS: dict[str, dict[str, Command]] = {
         ),
     },
 }
-_AT_LEAST = {"batch_size": 1, "image_size": 1, "max_images": 1, "patches": 1, "workers": 0}
+_AT_LEAST = {
+    "batch_size": 1,
+    "heads": 1,
+    "image_size": 1,
+    "max_images": 1,
+    "max_pixels": 1,
+    "patches": 1,
+    "workers": 0,
+}
 
 
 class _Group(TyperGroup):
@@ -249,7 +260,8 @@ def _options_of(command: Command, parameters: Mapping[str, Parameter]) -> dict[s
     options = {}
     for name in [*by_position, *(name for name in parameters if name not in by_position)]:
         parameter = parameters[name]
-        kind = _kind(parameter, several=by_position.get(name, False))
+        several = by_position.get(name, name not in by_position and "Sequence[str | Path]" in parameter.types)
+        kind = _kind(parameter, several=several)
         text = _help(parameter.help, {name: option for name, option in spelled.items() if name not in by_position})
         if name in by_position:
             annotation: Any = Annotated[kind, typer.Argument(help=text)]
@@ -283,7 +295,7 @@ def _kind(parameter: Parameter, *, several: bool) -> Any:
     if kind is None:
         raise TypeError(f"parameter {parameter.name}: no option for type {' | '.join(parameter.types)}")
     if several:
-        return list[str]
+        kind = list[str]
     return kind | None if "None" in parameter.types else kind
 
 
@@ -316,6 +328,7 @@ def _refuse_empty_paths(command: Command, values: Mapping[str, Any]) -> None:
 
 def _run(command: Command, values: dict[str, Any]) -> None:
     _refuse_empty_paths(command, values)
+    allow_enough_files()
     as_json = values.pop("json", False) if command.shown_by else False
     if command.dry_run and values.get("dry_run") and "dry_run" not in _parameters(command):
         estimate, show = command.dry_run
@@ -350,6 +363,8 @@ def main() -> None:
         except MapetError as error:
             _fail(str(error), error.exit_code)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                _fail(str(too_few_files()), too_few_files().exit_code)
             _fail(f"{error.filename or 'a file'}: {error.strerror or error}.", 1)
         except SystemExit as end:
             if end.code == 130 and is_first_process():

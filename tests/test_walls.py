@@ -15,6 +15,7 @@ LAYERS = {
         ["tokens"],
         ["images", "report", "artifacts"],
         ["sources"],
+        ["labels"],
         ["storage", "runtime"],
         ["errors", "randomness"],
         ["printable"],

@@ -1,5 +1,6 @@
 """inspect: what made a codebook or a token store, how its codes are used, and what is wrong with it."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,6 @@ from ..shared.errors import DataError, UsageError
 from ..shared.storage.lock import sole_writer
 from ..shared.storage.remote import as_path, exists
 from ..shared.tokens.codebook import Codebook
-from ..shared.tokens.rows import NO_LABEL
 from ..shared.tokens.store import TokenStore
 from .inspection.centroids import codebook_statistics
 from .inspection.compare import KeptTokens, compare_codebooks, compare_stores
@@ -33,7 +33,7 @@ def inspect(
     key: str | None = None,
     against: str | Path | None = None,
     html: str | Path | None = None,
-    images: str | None = None,
+    images: str | Path | Sequence[str | Path] | None = None,
     codebook: str | Path | None = None,
     tower: str | None = None,
     seed: int = 0,
@@ -157,10 +157,9 @@ def _inspect_store(store: TokenStore, key: str | None, other: TokenStore | None)
 
 def _image(store: TokenStore, key: str) -> dict[str, Any]:
     rows, at = store.find(key)
-    label = int(rows.labels[at])
     return {
         "key": key,
-        "label": None if label == NO_LABEL else label,
+        "label": rows.label(at),
         "height": int(rows.sizes[at, 0]),
         "width": int(rows.sizes[at, 1]),
         "views": [

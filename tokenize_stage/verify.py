@@ -1,7 +1,7 @@
 """verify: checks that a codebook or a token store is whole and unchanged, and fits its codebook and its images."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..shared.tokens.rows import ShardRows
 from ..shared.tokens.store import TokenStore, read_entry, shard_files
 from .encoding.reencode import Reencoding, encode_again
 from .tokenizers.opening import SavedTokenizer, read_tokenizer
+from .tokenizers.published import ENCODER
 
 Sources = Mapping[str, SourceShard]
 
@@ -30,7 +31,7 @@ def verify(
     tokens: str | Path,
     *,
     codebook: str | Path | None = None,
-    images: str | None = None,
+    images: str | Path | Sequence[str | Path] | None = None,
     reencode: int = 0,
     seed: int = 0,
     tower: str | None = None,
@@ -70,7 +71,7 @@ def verify(
         return _verify_codebook(path, codebook or images)
     store = TokenStore(path)
     saved = None if codebook is None else _same_codebook(store, codebook)
-    sources = {shard.name: shard for shard in open_source(images)} if images is not None else None
+    sources = {shard.name: shard for shard in open_source(images, store.source_options)} if images is not None else None
     images_checked, problems = _check_store(store, sources)
     seconds = time.monotonic() - began
     again = None
@@ -86,7 +87,7 @@ def verify(
     return images_checked
 
 
-def _refuse_options(codebook: str | Path | None, images: str | None, reencode: int) -> None:
+def _refuse_options(codebook: str | Path | None, images: object, reencode: int) -> None:
     if reencode < 0:
         raise UsageError(f"--reencode {reencode} must be a number of images.")
     if reencode and images is None:
@@ -106,13 +107,19 @@ def _verify_codebook(path: Path | UPath, other_option: object) -> int:
         raise DataError(f"{path} holds centroids of shape {book.centroids.shape}, which is not what it describes.")
     if book.centroids.dtype != np.float32:
         raise DataError(f"{path} holds centroids of type {book.centroids.dtype} instead of float32; build it again.")
+    encoder = [ENCODER] if "encoder_sha256" in book.description else []
+    if encoder and (not exists(path / ENCODER) or sha256_file(path / ENCODER) != book.description["encoder_sha256"]):
+        raise DataError(f"{path / ENCODER} is missing or was changed since it was written; import the tokenizer again.")
     table(
         "Verified",
         [
             ("codebook", str(path)),
             ("centroids", f"{k:,} of {dim:,} dimensions"),
             ("fingerprint", book.fingerprint),
-            ("bytes", f"{sum(file_size(path / name) for name in ('codebook.json', 'centroids.safetensors')):,}"),
+            (
+                "bytes",
+                f"{sum(file_size(path / name) for name in ('codebook.json', 'centroids.safetensors', *encoder)):,}",
+            ),
         ],
     )
     return k
@@ -263,18 +270,31 @@ def _check_source(store: TokenStore, name: str, rows: ShardRows, source: SourceS
     listed = {tuple(pair) for pair in entry.get("skipped", ())}
     with source.staged() as here:
         if here.sha256(skip=bool(listed)) != entry["source"]["sha256"]:
-            problems.append(f"{source.root} ({name}) is not the one that was encoded (its digest differs)")
+            problems.append(f"{source.title} ({name}) is not the one that was encoded (its digest differs)")
         records = {record.key: record for record in here.index(unusable)}
-        images = (_check_image(records.get(key), key, int(crc)) for key, crc in zip(rows.keys, rows.crc32, strict=True))
+        ambiguous = {key for key, _ in [*listed, *unusable]}
+        images = (
+            _check_image(records.get(key), key, int(crc), key in ambiguous)
+            for key, crc in zip(rows.keys, rows.crc32, strict=True)
+        )
         problems += [f"{name}: {problem}" for problem in islice(filter(None, images), 1)]
         known = {*rows.keys, *(key for key, _ in listed)}
         foreign = [key for key in records if key not in known]
         problems += [f"{name}: image {key!r} is neither in the store nor listed as skipped" for key in foreign]
-        problems += [f"{source.root} {reason}" for key, reason in unusable if (key, reason) not in listed]
+        problems += [
+            f"{source.title} {reason}"
+            for key, reason in unusable
+            if (key, reason) not in listed and (not key or key not in known)
+        ]
     return problems
 
 
-def _check_image(record: ImageRecord | None, key: str, expected: int) -> str | None:
+def _check_image(record: ImageRecord | None, key: str, expected: int, ambiguous: bool) -> str | None:
+    if record is None and ambiguous:
+        return (
+            f"image {key!r} has several pictures in the source and an earlier version took the first; encode it again "
+            "with --image-field or --key-until"
+        )
     if record is None:
         return f"image {key!r} is not in the source"
     if crc32(read_bytes(record)) != expected:

@@ -17,8 +17,8 @@ from .weights.write import TENSORS, describe_weights, weights_folder
 def export(weights: str | Path, out: str | Path, *, image_size: int | None = None, onnx: bool = False) -> Path:
     """Writes a folder that `timm.create_model("local-dir:OUT", pretrained=True)` opens.
 
-    The folder holds `model.safetensors` and `config.json`, which has the former's SHA-256: the encoder, and the head
-    of a fine-tuned model. Decoder and mask embedding are left out (`import_weights` keeps them). In timm,
+    The folder holds `model.safetensors` and `config.json`, which has the former's SHA-256: the encoder, and the head of
+    a fine-tuned model. Decoder and mask embedding are left out (`import_weights` keeps them). In timm,
     `forward_features` gives the final norm's output of all rows, and the pooled output equals `MaPeT.features`; a
     fine-tuned model gives its logits.
 

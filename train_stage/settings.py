@@ -14,7 +14,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ..shared.errors import UsageError
+from ..shared.artifacts.yaml_file import read_yaml
+from ..shared.errors import DataError, UsageError
 from .model.shape import SIZES, Shape
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -242,7 +243,16 @@ class ProbeSettings:
     images: str | None = None
     """Labelled training images: a tar, a folder of class folders, or a pattern of tars."""
     val: str | None = None
-    """Labelled validation images."""
+    """Labelled validation images. Their classes are joined with those of `images` by name."""
+    labels: str | None = None
+    """File of the labels of `images`: a number or name a line in the sorted order of the images, or a CSV or JSON lines
+    with a key column."""
+    val_labels: str | None = None
+    """The same for `val`."""
+    label_field: str | None = None
+    """Field of the tars' JSON members that holds the label; of a file of labels, its label column."""
+    classes: str | None = None
+    """File of class names, for class numbers beside names: line i, counted from 0, is the name of class i."""
     every: int = 1000
     """Steps between probes; one more is made at the end."""
     linear: bool = False
@@ -324,7 +334,7 @@ def resolve(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> 
         _require("=" in override, f"--set {override}: write it as key=value, such as optimizer.lr=1e-3.")
     source = f"--recipe {recipe}"
     try:
-        layers = [OmegaConf.load(_recipe_path(recipe))] if recipe else []
+        layers = [_load_recipe(_recipe_path(recipe), recipe)] if recipe else []
         merged = OmegaConf.merge(schema, *map(_without_nulls_of_derived, layers))
         source = f"--set {' '.join(overrides)}"
         overriding = _without_nulls_of_derived(OmegaConf.from_dotlist(list(overrides)))
@@ -335,7 +345,7 @@ def resolve(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> 
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
         raise UsageError(f"{source}: {f'{key}: ' if key else ''}{reason}. {_known_keys(key)}") from None
-    except (OSError, ValueError, YAMLError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, YAMLError) as error:
         raise UsageError(f"{source} cannot be read: {str(error).splitlines()[0]}.") from None
     _check_model(settings.model)
     _check_visible(settings.objective, settings.model.shape(k=2).patches)
@@ -391,6 +401,16 @@ def _check_visible(objective: ObjectiveSettings, patches: int) -> None:
             value is None or 0 <= value < patches,
             f"objective.{name} {value} must be at least 0 and less than the {patches} patches.",
         )
+
+
+def _load_recipe(path: Path, recipe: object) -> Any:
+    """The settings in a recipe. Raises UsageError for anything but nested names and values."""
+    try:
+        content = read_yaml(path)
+    except DataError as error:
+        raise UsageError(f"--recipe {recipe}: {error}") from None
+    _require(content is None or isinstance(content, dict), f"--recipe {recipe}: {path} holds no settings by name.")
+    return OmegaConf.create(content or {})
 
 
 def _recipe_path(recipe: str | Path) -> Path:

@@ -91,7 +91,9 @@ class CodebookDescription(TokenizerDescription, kw_only=True):
     layer: Annotated[int, Meta(ge=-(1 << 20), le=1 << 20)]
     final_norm: bool
     precision: Literal["float32", "bfloat16"]
-    metric: Literal["l2", "cosine"]
+    metric: Literal["l2", "cosine", "inner_product"]
+    encoder_sha256: Sha256 | UnsetType = UNSET
+    """Of `encoder.safetensors`, in the folder of an imported tokenizer."""
 
 
 class View(Struct):

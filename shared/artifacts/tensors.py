@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from upath import UPath
 
 from ..errors import DataError
 from ..storage.bounded import refuse_irregular
@@ -17,7 +18,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @contextmanager
-def tensor_errors(path: Path | str, remedy: str) -> Iterator[None]:
+def tensor_errors(path: Path | UPath | str, remedy: str) -> Iterator[None]:
     """Turns what safetensors raises for damaged or impossible content into a DataError about `path`."""
     try:
         yield

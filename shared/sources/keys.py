@@ -1,29 +1,58 @@
 """Keys of images: from file names, and an index of many of them."""
 
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+from ..errors import DataError
+
+FIRST_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""Extensions of the images that every version reads. Of several pictures under one key, the only one of these is the
+image."""
+EXTENSIONS = (
+    *FIRST_EXTENSIONS,
+    *("jpe", "jfif", "pjpeg", "image", "img", "bmp", "gif", "tif", "tiff", "avif", "jp2"),
+)
 """Extensions of the images that are read."""
-OTHER_PICTURES = ("avif", "bmp", "gif", "heic", "jp2", "jpe", "jxl", "tif", "tiff")
-"""Extensions of pictures that are not read, but reported where there is no readable one of the same key."""
+OTHER_PICTURES = ("avif", "bmp", "gif", "heic", "heif", "jp2", "jpe", "jxl", "tif", "tiff")
+"""Extensions of pictures that are reported where they are not read and there is no readable one of the same key."""
 Skipped = list[tuple[str, str]]
 """(key, reason) of what was left out; the key is "" for a part of a tar that has none."""
 
+FIRST_DOT, LAST_DOT = "first-dot", "last-dot"
 
-def key_of(name: str) -> str:
-    """WebDataset's `__key__`: the path, with the base name up to its first dot."""
+_SYSTEM_NAMES = (
+    *("__MACOSX", "@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "lost+found", "Thumbs.db"),
+    *("ehthumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information"),
+)
+"""Names that operating systems and network disks add to folders, in any case."""
+_HIDDEN = re.compile(
+    r"(?:^|/)(?:\.(?!\.?(?:/|$))[^/]*"
+    r"|PaxHeaders?(?:\.\w+)?"  # in which a tar program that does not know PAX unpacks extended headers
+    rf"|{'|'.join(map(re.escape, _SYSTEM_NAMES))})(?:/|$)",
+    re.IGNORECASE,
+)
+
+
+def key_of(name: str, until: str = FIRST_DOT) -> str:
+    """The path, with the base name up to its first dot (WebDataset's `__key__`) or to its last dot."""
     directory, _, base = name.rpartition("/")
-    stem = base.partition(".")[0]
+    stem = base.partition(".")[0] if until == FIRST_DOT or "." not in base else base.rpartition(".")[0]
     return f"{directory}/{stem}" if directory else stem
 
 
 def extension_of(name: str) -> str:
-    """What follows the last dot of a file's name, in lower case."""
-    return name.rpartition(".")[2].lower()
+    """What follows the last dot of a file's base name, in lower case; "" if it has no dot."""
+    _, dot, extension = name.rpartition("/")[2].rpartition(".")
+    return extension.lower() if dot else ""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a relative path, or a folder in it, is hidden or was made by a system: never an image, class or tar."""
+    return _HIDDEN.search(name) is not None
 
 
 def plain(text: str) -> str:
@@ -73,3 +102,43 @@ class KeyIndex:
 
 def _row_numbers(size: int) -> NDArray[np.uint32]:
     return np.arange(size, dtype=np.uint32)
+
+
+class KeyLedger:
+    """Detects a key that is in two shards, in 8 bytes per key."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, NDArray[np.uint64]] = {}
+
+    def add(self, shard: str, keys: Iterable[str]) -> None:
+        """Adds the keys of one shard."""
+        self._digests[shard] = key_digests(keys)
+
+    def merge(self, other: "KeyLedger") -> None:
+        """Adds the shards of another ledger."""
+        self._digests |= other._digests
+
+    def __contains__(self, shard: str) -> bool:
+        return shard in self._digests
+
+    def count(self, shard: str) -> int:
+        """How many keys a shard has; 0 for a shard that was not added."""
+        return len(self._digests.get(shard, ()))
+
+    def refuse_doubles(self, keys_of: Callable[[str], Iterable[str]]) -> None:
+        """Raises DataError if two shards share a key; `keys_of(shard)` is called to name it."""
+        names = sorted(self._digests)
+        if not names:
+            return
+        digests = np.concatenate([self._digests[name] for name in names])
+        owners = np.repeat(np.arange(len(names)), [len(self._digests[name]) for name in names])
+        order = np.argsort(digests, kind="stable")
+        (equal,) = np.nonzero(digests[order[1:]] == digests[order[:-1]])
+        for position in equal:
+            first, second = (names[owner] for owner in owners[order[position : position + 2]])
+            common = set(keys_of(first)) & set(keys_of(second)) if first != second else None
+            if common:
+                raise DataError(
+                    f"key {min(common)!r} is in both {first} and {second}; keys must be unique: rename the images, or "
+                    "give --key-prefix tar, so that a key begins with the name of its tar or folder."
+                )

@@ -26,6 +26,8 @@ from .notebook import facts_html
 FORMAT, VERSION = "mapet-codebook", 1
 MAX_K = 65_536
 _MOST_HEADER_BYTES = 1 << 20
+INNER_PRODUCT = "inner_product"
+"""The metric of a codebook whose token is the largest of `centroids @ features + bias`; others are l2 and cosine."""
 
 TOKEN_FIELDS = (
     "library",
@@ -56,6 +58,8 @@ class Codebook:
     """(K,) int64: how many sampled patches each code won."""
     description: dict[str, Any] = field(repr=False)
     """The JSON of the artifact: tower, layer, preprocessing, grid, k-means, sample, quality."""
+    bias: NDArray[np.float32] | None = field(default=None, repr=False)
+    """(K,) float32, with metric "inner_product" only."""
 
     @property
     def k(self) -> int:
@@ -74,6 +78,8 @@ class Codebook:
         relevant = {name: self.description[name] for name in TOKEN_FIELDS}
         digest = hashlib.sha256(np.ascontiguousarray(self.centroids, dtype="<f4").tobytes())
         digest.update(canonical_json(relevant).encode())
+        if self.bias is not None:
+            digest.update(np.ascontiguousarray(self.bias, dtype="<f4").tobytes())
         return digest.hexdigest()
 
     def __repr__(self) -> str:
@@ -99,6 +105,19 @@ class Codebook:
         faiss = import_faiss()
         index = faiss.IndexFlatL2(self.centroids.shape[1])
         index.add(self.centroids)
+        return self._on_gpus(index)
+
+    @cached_property
+    def _index_with_bias(self) -> Any:
+        """The bias as one more dimension, in which every feature is 1."""
+        bias = np.zeros(self.k, np.float32) if self.bias is None else self.bias
+        index = import_faiss().IndexFlatIP(self.centroids.shape[1] + 1)
+        index.add(np.concatenate([self.centroids, bias[:, None]], axis=1))
+        return self._on_gpus(index)
+
+    @staticmethod
+    def _on_gpus(index: Any) -> Any:
+        faiss = import_faiss()
         if not faiss_gpus():
             return index
         if "LOCAL_RANK" in os.environ:  # under torchrun every process has its own GPU
@@ -110,10 +129,16 @@ class Codebook:
         """The nearest centroid of each feature, by FAISS's exact search.
 
         `features` is (n, dim) float32, already normalised if the metric is cosine (for unit vectors the nearest
-        centroid by L2 has the largest cosine). Returns tokens (n,) uint16 and squared distances (n,) float32.
+        centroid by L2 has the largest cosine). Returns tokens (n,) uint16 and squared distances (n,) float32; with
+        metric "inner_product" the token of the largest inner product plus bias, and the negative of that sum.
         Raises DataError for features with NaN or infinity.
         """
-        tokens, distances = self.nearest(features, 1)
+        if self.description.get("metric") == INNER_PRODUCT:
+            points = np.pad(np.asarray(features, dtype=np.float32), ((0, 0), (0, 1)), constant_values=1)
+            scores, tokens = self._index_with_bias.search(points, 1)
+            distances = -scores
+        else:
+            tokens, distances = self.nearest(features, 1)
         if len(tokens) and int(tokens.min()) < 0:  # FAISS's answer for NaN, which as uint16 would be token 65535
             raise DataError(
                 f"Features of patch {int(tokens[:, 0].argmin())} hold NaN or infinity, so that no centroid is nearest; "
@@ -143,6 +168,8 @@ class Codebook:
                 "centroids": np.ascontiguousarray(self.centroids),
                 "counts": self.counts,
             }
+            if self.bias is not None:
+                tensors["bias"] = self.bias
             save_file(tensors, partial / "centroids.safetensors")
             write_sealed_json(partial / "codebook.json", self.as_json(sha256_file(partial / "centroids.safetensors")))
 
@@ -168,9 +195,9 @@ class Codebook:
             raise DataError(f"{folder} does not exist or is not a folder; --codebook takes what build-codebook wrote.")
         description = read_description(folder / "codebook.json")
         fields = checked(description, CodebookDescription, folder / "codebook.json", "build it again")
-        centroids, counts = _read_centroids(folder, fields)
+        centroids, counts, bias = _read_centroids(folder, fields)
         described = {name: value for name, value in description.items() if name not in _ARTIFACT_FIELDS}
-        codebook = cls(centroids, counts, described)
+        codebook = cls(centroids, counts, described, bias)
         if codebook.fingerprint != description["fingerprint"]:
             raise DataError(f"{folder} does not have the fingerprint that it states; build it again.")
         refuse_not_finite(codebook.centroids, f"{folder} holds", "build it again")
@@ -198,23 +225,32 @@ def read_description(path: Path | UPath) -> dict[str, Any]:
     return description
 
 
-def _read_centroids(folder: Path | UPath, described: CodebookDescription) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The centroids (K, dim) float32 and counts (K,) int64. Raises DataError unless they are as described."""
+def _read_centroids(
+    folder: Path | UPath, described: CodebookDescription
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+    """The centroids (K, dim) float32, counts (K,) int64 and, for inner products, a bias (K,) float32.
+
+    Raises DataError unless they are as described.
+    """
     path = file_inside(folder, "centroids.safetensors")
     rebuild = "build the codebook again"
     with tensor_errors(path, rebuild):
-        content = read_bounded(path, described.k * (4 * described.dim + 8) + _MOST_HEADER_BYTES)
+        content = read_bounded(path, described.k * (4 * described.dim + 12) + _MOST_HEADER_BYTES)
         if hashlib.sha256(content).hexdigest() != described.centroids_sha256:
             raise DataError(f"{path} was changed since it was written (its digest does not match); build it again.")
         arrays = load(content)
-    shapes = {"centroids": (described.k, described.dim), "counts": (described.k,)}
+    shapes: dict[str, tuple[int, ...]] = {"centroids": (described.k, described.dim), "counts": (described.k,)}
+    types = {"centroids": np.dtype(np.float32), "counts": np.dtype(np.int64)}
+    if described.metric == INNER_PRODUCT and "bias" in arrays:
+        shapes["bias"], types["bias"] = (described.k,), np.dtype(np.float32)
     found = {name: array.shape for name, array in arrays.items()}
-    if found != shapes or (arrays["centroids"].dtype, arrays["counts"].dtype) != (np.float32, np.int64):
+    if found != shapes or {name: array.dtype for name, array in arrays.items()} != types:
         shown = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in sorted(arrays.items()))
         raise DataError(
             f"{path} holds {shown[:200]}, and codebook.json describes K = {described.k} centroids of {described.dim} "
             f"dimensions; {rebuild}."
         )
-    if not np.isfinite(arrays["centroids"]).all() or (arrays["counts"] < 0).any():
+    floats = [array for array in arrays.values() if array.dtype == np.float32]
+    if not all(np.isfinite(array).all() for array in floats) or (arrays["counts"] < 0).any():
         raise DataError(f"{path} holds centroids that are not finite, or counts below 0; {rebuild}.")
-    return arrays["centroids"], arrays["counts"]
+    return arrays["centroids"], arrays["counts"], arrays.get("bias")

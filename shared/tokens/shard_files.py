@@ -6,6 +6,7 @@ Only this module depends on the storage format that an entry names.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..sources.records import ImageRecord
 from ..storage.bounded import file_inside
 from ..storage.files import read_sealed_json, sha256_file, write_sealed_json, written_whole
 from ..storage.remote import exists, explained, file_size, is_remote, on_this_disk, read_whole
-from .rows import ShardRows, Strings, check_rows, rows_sha256
+from .rows import NO_LABEL, ShardRows, Strings, check_rows, rows_sha256
 from .tar_shard import read_tar, write_tar
 from .zarr_shard import read_zarr, read_zarr_keys, write_zarr
 
@@ -39,8 +40,9 @@ def write_shard(
     """Writes the file of one shard and then its entry; the same rows always give the same bytes.
 
     `attributes` go into the entry: `codebook_fingerprint` (of the tokenizer), `view` (`ViewPolicy.to_json`) and
-    `source` (`SourceShard.describe`). With `images`, the records of the rows in the same order, the shard is a tar that
-    contains the images as well; without, a Zarr file. Raises DataError if the store cannot be written.
+    `source` (`SourceShard.describe`); the class names of the rows become its `classes`. With `images`, the records of
+    the rows in the same order, the shard is a tar that contains the images as well; without, a Zarr file. Raises
+    DataError if the store cannot be written.
     """
     storage = ZARR if images is None else WEBDATASET
     views, height, width = rows.tokens.shape[1:]
@@ -57,8 +59,11 @@ def write_shard(
             write_zarr(partial, rows, {"format": SHARD_FORMAT, "version": VERSION, **attributes})
         else:
             write_tar(partial, rows, images, attributes["codebook_fingerprint"])
-            entry["rows_sha256"] = rows_sha256(read_tar(partial, views, (height, width)))
+            rows = read_tar(partial, views, (height, width))
+            entry["rows_sha256"] = rows_sha256(rows)
         entry |= {"bytes": partial.stat().st_size, "sha256": sha256_file(partial)}
+    if rows.classes is not None:
+        entry["classes"] = list(rows.classes)
     content = {"format": SHARD_FORMAT, "version": VERSION, **entry, **attributes}
     write_sealed_json(entry_path(store, name), content)
 
@@ -117,7 +122,7 @@ def read_shard(store: Path | UPath, entry: dict[str, Any], every_byte: bool = Fa
     """
     with _checked_file(store, entry) as path:
         if entry["storage"] == ZARR:
-            rows = read_zarr(_checked_bytes(path, entry), *_sizes(entry))
+            rows = _named_classes(path, read_zarr(_checked_bytes(path, entry), *_sizes(entry)), entry)
         else:
             rows = _read_tar_shard(path, entry, every_byte)
         check_rows(rows, entry["images"], entry["source"]["size"] if entry["storage"] == ZARR else entry["bytes"])
@@ -136,6 +141,16 @@ def _sizes(entry: dict[str, Any]) -> tuple[int, int, tuple[int, int]]:
     """Images, views, and rows and columns of the grid."""
     height, width = entry["grid"]
     return entry["images"], entry["view"]["views"], (height, width)
+
+
+def _named_classes(path: Path | UPath, rows: ShardRows, entry: dict[str, Any]) -> ShardRows:
+    """The rows with the class names of the entry, which every label must have."""
+    classes = entry.get("classes")
+    if classes is None:
+        return rows
+    if len(rows) and not NO_LABEL <= int(rows.labels.min()) <= int(rows.labels.max()) < len(classes):
+        raise DataError(f"{path} has labels that are not among the {len(classes)} classes of its entry")
+    return replace(rows, classes=tuple(classes))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from ..artifacts.fields import checked
 from ..artifacts.schemas import Manifest
 from ..errors import DataError, FingerprintMismatch, UsageError
 from ..sources.keys import KeyIndex
+from ..sources.options import SourceOptions
 from ..storage.files import read_sealed_json, sha256_file, write_sealed_json
 from ..storage.remote import as_path, exists, is_remote
 from .codebook import read_description
@@ -227,9 +228,20 @@ class TokenStore:
     def _any_entry(self) -> dict[str, Any]:
         return next(iter(self.entries.values()))
 
+    @property
+    def source_options(self) -> SourceOptions:
+        """How the images of its shards were read: where keys end, and which picture of a key is its image."""
+        return SourceOptions.of_store(entry["source"] for entry in self.entries.values())
+
     def skipped(self) -> list[tuple[str, str, str]]:
         """(shard, key, reason) of everything that was left out with --on-error skip."""
         return [(name, key, reason) for name, entry in self.entries.items() for key, reason in entry.get("skipped", ())]
+
+    def unlabelled(self) -> list[tuple[str, str, str]]:
+        """(shard, key, reason) of every image whose label could not be read; its tokens are in the store."""
+        return [
+            (name, key, reason) for name, entry in self.entries.items() for key, reason in entry.get("unlabelled", ())
+        ]
 
     def read_rows(self, name: str, every_byte: bool = False) -> ShardRows:
         """All rows of one shard, checked against the manifest (`shard_files.read_shard`).
@@ -349,7 +361,10 @@ class TokenStore:
         return to_torch(self.to_numpy(keys))
 
     def to_pandas(self, keys: Iterable[str] | None = None) -> "pandas.DataFrame":
-        """One row per patch: key, label (-1 for none), view, flip, row, column, token. UsageError without pandas."""
+        """One row per patch: key, label, view, flip, row, column, token. UsageError without pandas.
+
+        Labels are int64, -1 for none; if any is a class name, they are objects, None for none.
+        """
         return to_pandas(list(self.tokens(keys)))
 
     def _repr_html_(self) -> str:

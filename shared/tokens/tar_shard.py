@@ -1,10 +1,13 @@
 """The token store's other shard format: WebDataset tars with each image beside its tokens, usable on their own.
 
 KEY.jpg          the image's bytes, under its extension in the source
-KEY.cls          its label, if it has one
+KEY.cls          its label, a class number or name, if it has one
 KEY.tokens.npy   (V, H, W) uint16
 KEY.views.json   crops [[top, left, height, width], ...] in upright source pixels and flips, one of each per view; the
-                 image's size [height, width]; the CRC32 of its bytes; the fingerprint of the tokenizer
+                 image's size [height, width]; the CRC32 of its bytes; the fingerprint of the tokenizer; the key, if
+                 KEY is not the key itself
+
+WebDataset ends a key at the first dot of a base name. A dot in the base name of a key is written as %2E.
 """
 
 import io
@@ -16,15 +19,17 @@ from typing import Annotated
 
 import msgspec
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 from numpy.typing import NDArray
 
 from ..artifacts.fields import Finite, Pixels
 from ..errors import DataError
+from ..labels.columns import to_column
+from ..labels.parsing import stored_label
 from ..sources.keys import EXTENSIONS, extension_of, key_of
 from ..sources.records import ImageRecord, crc32, read_bytes
 from ..storage.files import canonical_json
-from .rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
+from .rows import ShardRows, concatenate_rows, empty_rows
 
 _TOKENS, _VIEWS = "tokens.npy", "views.json"
 _MOST_EXTRA_BYTES = 4096
@@ -40,6 +45,8 @@ class _ViewsJson(Struct):
     flips: list[bool]
     size: tuple[Pixels, Pixels]
     crc32: Annotated[int, Meta(ge=0, lt=2**32)]
+    key: str | UnsetType = UNSET
+    """The image's key, if the names of the members do not give it."""
 
 
 def write_tar(path: Path, rows: ShardRows, records: Sequence[ImageRecord], codebook_fingerprint: str) -> None:
@@ -61,7 +68,15 @@ def write_tar(path: Path, rows: ShardRows, records: Sequence[ImageRecord], codeb
                     "leave the source alone and give the same command again."
                 )
             members = _members_beside_image(rows, row, codebook_fingerprint)
-            tar.write({"__key__": record.key, record.extension: content, **members})
+            tar.write({"__key__": _written_key(record.key), record.extension: content, **members})
+
+
+def _written_key(key: str) -> str:
+    """The key as it begins the names of members, without dots in its base name."""
+    directory, slash, base = key.rpartition("/")
+    if "." not in base and "%2E" not in base:
+        return key
+    return f"{directory}{slash}{base.replace('%', '%25').replace('.', '%2E')}"
 
 
 def _members_beside_image(rows: ShardRows, row: int, codebook_fingerprint: str) -> dict[str, bytes]:
@@ -75,8 +90,11 @@ def _members_beside_image(rows: ShardRows, row: int, codebook_fingerprint: str) 
         "flips": rows.flips[row].tolist(),
         "size": rows.sizes[row].tolist(),
     }
-    label = {} if rows.labels[row] == NO_LABEL else {"cls": str(rows.labels[row]).encode()}
-    return {_TOKENS: tokens.getvalue(), _VIEWS: canonical_json(views).encode(), **label}
+    if _written_key(rows.keys[row]) != rows.keys[row]:
+        views["key"] = rows.keys[row]
+    label = rows.label(row)
+    members = {_TOKENS: tokens.getvalue(), _VIEWS: canonical_json(views).encode()}
+    return members if label is None else {**members, "cls": str(label).encode()}
 
 
 def bytes_of_tar(rows: ShardRows) -> int:
@@ -130,17 +148,20 @@ def _row(
     views_json = msgspec.json.decode(_content(tar, sample[_VIEWS], 256 * views + _MOST_EXTRA_BYTES), type=_ViewsJson)
     if not len(views_json.crops) == len(views_json.flips) == views:
         raise ValueError(f"{key}.{_VIEWS} has {len(views_json.crops)} crops for {views} views")
+    label = stored_label(_content(tar, sample["cls"], _MOST_EXTRA_BYTES)) if "cls" in sample else None
+    labels, classes = to_column([label])
     return ShardRows(
-        keys=np.array([key], dtype=object),
+        keys=np.array([key if views_json.key is UNSET else views_json.key], dtype=object),
         tokens=tokens[None],
         crops=np.array([views_json.crops], dtype=np.float64).reshape(1, views, 4),
         flips=np.array([views_json.flips], dtype=bool).reshape(1, views),
         sizes=np.array([views_json.size], dtype=np.int32).reshape(1, 2),
-        labels=np.array([_label(_content(tar, sample["cls"], 32)) if "cls" in sample else NO_LABEL], dtype=np.int64),
+        labels=labels,
         paths=np.array([""], dtype=object),
         offsets=np.array([image.offset_data], dtype=np.int64),
         lengths=np.array([image.size], dtype=np.int64),
         crc32=np.array([views_json.crc32], dtype=np.uint32),
+        classes=classes,
     )
 
 
@@ -155,13 +176,6 @@ def _tokens(npy: bytes, views: int, grid: tuple[int, int]) -> NDArray[np.uint16]
     if dtype != np.uint16 or shape != (views, *grid) or fortran or len(content) != 2 * prod(shape):
         raise ValueError(f"{_TOKENS} is {dtype} {shape}, not uint16 {(views, *grid)}")
     return np.frombuffer(content, dtype=dtype).astype(np.uint16).reshape(shape)
-
-
-def _label(text: bytes) -> int:
-    label = int(text)
-    if not -(2**63) <= label < 2**63:
-        raise ValueError(f"label {label}")
-    return label
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes:

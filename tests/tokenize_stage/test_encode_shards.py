@@ -163,6 +163,8 @@ def test_tars_and_class_folders_of_the_same_files_give_the_same_tokens(chain, tm
         assert np.array_equal(rows.tokens[at], before[key.partition("/")[2]]), key
     classes = sorted({key.partition("/")[0] for key in rows.keys})
     assert rows.labels.tolist() == [classes.index(key.partition("/")[0]) for key in rows.keys]
+    assert rows.classes == tuple(classes)
+    assert [rows.label(row) for row in range(len(rows))] == [key.partition("/")[0] for key in rows.keys]
     assert (rows.offsets == 0).all()
 
 

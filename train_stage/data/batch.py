@@ -127,8 +127,13 @@ class LoadBatch:
         for place, (record, index) in enumerate(zip(records, indices.tolist(), strict=True)):
             content = self._read(record, index)
             name = f"{self.images.source(index)}: image {record.key!r}"
-            source = decode_pixels(content, name, self.images.is_plain(index, content, name))
-            pixels[place] = replay_pixels(source, CropBox(*boxes[place]), flips[place], size, interpolation)
+            source = decode_pixels(content, name, self.images.is_plain(index, content, name), self.images.max_pixels)
+            try:
+                pixels[place] = replay_pixels(source, CropBox(*boxes[place]), flips[place], size, interpolation)
+            except ValueError as error:
+                raise DataError(
+                    f"{name}: its stored view lies outside of it ({error}); encode its shard again."
+                ) from None
         return pixels
 
     def _read(self, record: ImageRecord, index: int) -> bytes:

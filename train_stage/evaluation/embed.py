@@ -17,7 +17,7 @@ from ...shared.runtime.loader import OneByOne, batches
 from ...shared.sources.records import ImageRecord
 from ..model.mapet import MaPeT
 from ..weights.weights import Weights
-from .labelled import LabelledImages
+from .labelled import LabelledImages, same_classes
 
 PRETRAINED = "pre-trained"
 """The name of the encoder made of the weights themselves."""
@@ -155,8 +155,10 @@ def extract_features(
     """The features of all images by each of the encoders, in one pass over the images.
 
     Raises:
-        DataError for an image that cannot be read, or whose features hold NaN or infinity.
+        DataError for an image that cannot be read, or whose features hold NaN or infinity; for classes that do not fit
+        (`labelled.same_classes`).
     """
+    train, val = same_classes(train, val)
     passes = [_encode_all(encoders, preprocess, images.records, execution) for images in (train, val)]
     labels = [images.labels.to(execution.device) for images in (train, val)]
     return [

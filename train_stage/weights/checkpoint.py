@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...shared.artifacts.fields import checked
-from ...shared.artifacts.tensors import read_shapes, tensor_errors
+from ...shared.artifacts.tensors import FLOATS, read_shapes, tensor_errors
 from ...shared.errors import DataError
 from ...shared.runtime.console import say
 from ...shared.storage.bounded import file_inside
@@ -124,7 +124,7 @@ def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
         DataError if the file cannot be read.
     """
     remedy = "use another checkpoint"
-    read_shapes(path / name, remedy)
+    read_shapes(path / name, remedy, (*FLOATS, "I64"))
     with tensor_errors(path / name, remedy):
         return load_file(path / name)
 

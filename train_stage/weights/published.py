@@ -18,26 +18,31 @@ from ..model.mapet import MaPeT
 from ..model.shape import SIZES, Shape
 from .weights import Weights
 
-_DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError)
-_DAMAGE += (ValueError, SafetensorError)
+_DAMAGE = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError),
+    *(ValueError, SafetensorError),
+)
 """What PyTorch and safetensors raise for content that is incomplete or impossible."""
 
 
-def load_published(path: str | Path) -> MaPeT:
+def load_published(path: str | Path, *, heads: int | None = None) -> MaPeT:
     """Reads the pre-training model from a published checkpoint.
 
     Only tensors, plain containers and `argparse.Namespace` are read; no code in the file is executed.
 
     Args:
         path: The published `.pth.tar`.
+        heads: Attention heads of a model whose size is not one of vit-tiny, vit-small, vit-base and vit-large; nothing
+            in such a file tells them.
 
     Returns:
         The model, float32 on the CPU.
 
     Raises:
-        DataError if the file is missing, holds anything else, or is not a pre-training checkpoint.
+        DataError if the file is missing, holds anything else, or is not a pre-training checkpoint; UsageError if
+        `heads` does not fit its weights.
     """
-    return read_published(Path(path)).mapet()
+    return read_published(Path(path), heads).mapet()
 
 
 @contextmanager
@@ -52,11 +57,11 @@ def damage_explained(path: Path, verdict: str) -> Iterator[None]:
         raise DataError(f"{path} is {verdict} ({error})") from None
 
 
-def read_published(path: Path) -> Weights:
+def read_published(path: Path, heads: int | None = None) -> Weights:
     """The weights in a published checkpoint, pre-trained or fine-tuned.
 
     Raises:
-        DataError as `load_published` does.
+        DataError and UsageError as `load_published` does.
     """
     checkpoint = _unpickled(path)
     with damage_explained(path, "not a published checkpoint"):
@@ -65,7 +70,10 @@ def read_published(path: Path) -> Weights:
         tensors = {name.removeprefix("module."): tensor.float() for name, tensor in state.items()}
         architecture = str(checkpoint.get("arch", ""))
     with damage_explained(path, "not a checkpoint with the weights of a MaPeT model"):
-        return Weights(path, _published_shape(tensors, architecture, path), tensors)
+        dim, depth = _size(tensors)
+    heads = _heads(path, architecture, dim, depth, heads)
+    with damage_explained(path, "not a checkpoint with the weights of a MaPeT model"):
+        return Weights(path, _published_shape(tensors, heads, path), tensors)
 
 
 def _refuse_expanded(tensors: dict[str, Tensor]) -> None:
@@ -103,20 +111,43 @@ def _refuse_compressed(path: Path) -> None:
         raise DataError(f"{path} is not a published checkpoint: torch.save did not write its {compressed[0][:200]!r}.")
 
 
-def _published_shape(tensors: dict[str, Tensor], architecture: str, path: Path) -> Shape:
-    # Nothing in the weights tells the number of heads; only the architecture's name does.
+def _size(tensors: dict[str, Tensor]) -> tuple[int, int]:
+    """(dim, depth) of a model."""
+    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    return len(tensors["patch_embed.proj.weight"]), depth
+
+
+def _heads(path: Path, architecture: str, dim: int, depth: int, given: int | None) -> int:
+    """The number of attention heads: nothing in the weights tells it, only the name of a published size does."""
     size = re.search("|".join(SIZES), architecture)
-    if not size:
-        raise DataError(f"{path} names architecture {architecture!r}; expected a name with one of {', '.join(SIZES)}.")
-    dim, _, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+    published = SIZES[size[0]] if size else None
+    if published and published[:2] == (dim, depth):
+        if given not in (None, published[2]):
+            raise UsageError(f"--heads {given} is not the {published[2]} heads of {architecture} in {path}.")
+        return published[2]
+    if given is None:
+        raise DataError(
+            f"{path} names architecture {architecture!r} and has dim {dim} and depth {depth}, which is none of "
+            f"{', '.join(SIZES)}; nothing in it tells its attention heads, so give them by --heads."
+        )
+    if given < 1 or dim % given:
+        raise UsageError(
+            f"--heads {given} does not divide dim {dim} of {path}; give the heads that it was trained with."
+        )
+    return given
+
+
+def _published_shape(tensors: dict[str, Tensor], heads: int, path: Path) -> Shape:
+    dim, depth = _size(tensors)
+    patch_size = tensors["patch_embed.proj.weight"].shape[2]
     positions = tensors["pos_embed"].shape[1] - 1
     grid = round(positions**0.5)
     if grid**2 != positions:
         raise DataError(f"{path} has positions of {positions} patches, which do not form a square grid.")
     return Shape(
         dim=dim,
-        depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
-        heads=SIZES[size[0]][2],
+        depth=depth,
+        heads=heads,
         patch_size=patch_size,
         image_size=grid * patch_size,
         k=len(tensors.get("decoder.weight", ())),

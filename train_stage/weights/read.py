@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ...shared.artifacts.fields import checked, read_json
 from ...shared.artifacts.tensors import read_shapes
-from ...shared.errors import DataError
+from ...shared.errors import DataError, UsageError
 from ...shared.runtime.console import say
+from ...shared.storage.bounded import refuse_irregular
 from ...shared.storage.files import read_sealed_json, sha256_file
 from .checkpoint import EMA, newest_checkpoint, read_state
 from .published import damage_explained, read_published
@@ -21,25 +22,29 @@ from .write import FORMAT, TENSORS, VERSION
 _RESTORE = "restore it or make it again"
 
 
-def load_weights(path: str | Path) -> Weights:
+def load_weights(path: str | Path, heads: int | None = None) -> Weights:
     """Reads weights; no code in the file is executed.
 
     A run gives its newest checkpoint. A run that keeps a moving average of its weights gives the average.
 
     Args:
         path: A run, a checkpoint folder, a folder that `import_weights` or `export` wrote, or a published `.pth.tar`.
+        heads: Attention heads of a published `.pth.tar` of an unpublished size, as `load_published` takes them.
 
     Returns:
         The weights, float32 on the CPU.
 
     Raises:
-        DataError if `path` is none of these, was changed, or its tensors are not those of its shape.
+        DataError if `path` is none of these, was changed, or its tensors are not those of its shape; UsageError if
+        `heads` does not fit.
     """
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path} does not exist; give a run, a checkpoint, an import or export, or a .pth.tar.")
     if path.is_file():
-        return read_published(path)
+        return read_published(path, heads)
+    if heads is not None:
+        raise UsageError(f"--heads is for published .pth.tar files; {path} is a folder that states its heads itself.")
     folder = newest_checkpoint(path) or path
     descriptions = [name for name in _READERS if (folder / name).is_file() and (folder / TENSORS).is_file()]
     if not descriptions:
@@ -52,11 +57,12 @@ def load_weights(path: str | Path) -> Weights:
 
 def _read_tensors(path: Path, digest: str | UnsetType) -> dict[str, Tensor]:
     """The tensors of a file of weights, float32, whose SHA-256 must be `digest`."""
-    read_shapes(path, _RESTORE)  # before anything is loaded
+    refuse_irregular(path)
     if digest is UNSET:
         say(f"{path} carries no digest: it was written before exports had one, so damage would not be noticed.")
     elif sha256_file(path) != digest:
         raise DataError(f"{path} was changed since it was written (its digest does not match); {_RESTORE}.")
+    read_shapes(path, _RESTORE)  # before anything is loaded
     with damage_explained(path, "damaged"):
         return {key: tensor.float() for key, tensor in load_file(path).items()}
 
@@ -64,10 +70,11 @@ def _read_tensors(path: Path, digest: str | UnsetType) -> dict[str, Tensor]:
 def _read_checkpoint(folder: Path) -> Weights:
     content = read_state(folder)
     state = checked(content, CheckpointState, folder / "state.json", "use another checkpoint")
-    if state.model is UNSET:
-        raise DataError(f"{folder / 'state.json'} is of a run of another task, which has no pre-trained model.")
+    if state.model is UNSET or state.input is UNSET or state.seed is UNSET:
+        raise DataError(f"{folder / 'state.json'} lacks the model, its input or its seed; use another checkpoint.")
     name = EMA if EMA in state.files else TENSORS
-    tensors = _read_tensors(folder / name, state.files[name].sha256)
+    digests = {str(file): stored.sha256 for file, stored in state.files.items()}
+    tensors = _read_tensors(folder / name, digests[name])
     return Weights(folder / name, state.model.to_shape(), tensors, Input.from_json(content["input"]), state.seed)
 
 

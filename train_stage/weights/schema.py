@@ -74,10 +74,22 @@ class PendingStep(Struct):
 
 
 class CheckpointState(Struct):
-    """state.json of a checkpoint, whatever task its run has."""
+    """state.json of a checkpoint, as far as its weights are concerned, whatever task its run has."""
 
     step: Count
     files: dict[Literal["model.safetensors", "optimizer.safetensors", "ema.safetensors"], StoredFile]
+    seed: int | UnsetType = UNSET
+    input: InputFields | UnsetType = UNSET
+    model: ShapeFields | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if "model.safetensors" not in self.files:
+            raise ValueError("it has no model.safetensors")
+
+
+class RunState(CheckpointState, kw_only=True):
+    """state.json of a checkpoint from which a run resumes."""
+
     settings: dict[str, dict[str, Any]]
     seed: int
     images: Count
@@ -85,17 +97,14 @@ class CheckpointState(Struct):
     init: Start | None
     loss_watch: LossWatch
     pending: list[PendingStep]
-    input: InputFields | UnsetType = UNSET
-    model: ShapeFields | UnsetType = UNSET
-    task: Text | UnsetType = UNSET
+    task: Text = "pretraining"
     codebook_fingerprint: Text | UnsetType = UNSET
     view: dict[str, Any] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
-        if "model.safetensors" not in self.files:
-            raise ValueError("it has no model.safetensors")
+        CheckpointState.__post_init__(self)
         needed = (self.model, self.input, self.codebook_fingerprint, self.view)
-        if self.task in (UNSET, "pretraining") and any(field is UNSET for field in needed):
+        if self.task == "pretraining" and any(field is UNSET for field in needed):
             raise ValueError("a pre-training names its model, input, codebook_fingerprint and view")
 
 

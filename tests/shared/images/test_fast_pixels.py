@@ -101,7 +101,7 @@ def test_a_truncated_or_damaged_jpeg_is_an_error_exactly_when_it_is_for_pillow(k
 
 
 def test_bytes_that_are_not_an_image_are_an_error_that_names_them():
-    with pytest.raises(DataError, match="x: image 'k' is not a JPEG, PNG or WebP image"):
+    with pytest.raises(DataError, match="x: image 'k' is not an image of a format that is read"):
         decode_pixels(b"no image", "x: image 'k'")
     with pytest.raises(DataError, match=r"x: image 'k' cannot be decoded .*truncated"):
         decode_pixels(KINDS["plain"][:900], "x: image 'k'")

@@ -4,7 +4,6 @@ import os
 import re
 import time
 import zipfile
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from mapet.shared.errors import DataError
 from mapet.shared.images.views import Preprocess
 from mapet.shared.storage.files import sha256_file, write_sealed_json
 from mapet.shared.tokens.codebook import Codebook
-from mapet.shared.tokens.rows import ShardRows
+from mapet.shared.tokens.rows import COLUMNS, ShardRows
 from mapet.shared.tokens.store import (
     SHARD_FORMAT,
     VERSION,
@@ -71,10 +70,11 @@ def store(tmp_path: Path) -> Path:
 
 
 def assert_equal_rows(one: ShardRows, other: ShardRows) -> None:
-    for field in fields(ShardRows):
-        column, expected = getattr(one, field.name), getattr(other, field.name)
-        assert np.array_equal(column, expected), field.name
-        assert column.dtype == expected.dtype, field.name
+    for name in COLUMNS:
+        column, expected = getattr(one, name), getattr(other, name)
+        assert np.array_equal(column, expected), name
+        assert column.dtype == expected.dtype, name
+    assert one.classes == other.classes
 
 
 def test_rows_are_read_back_as_written(store: Path):
@@ -170,7 +170,7 @@ def test_plain_zarr_reads_every_array_with_checksums(store: Path):
     with ZipStore(store / "shards/shard-0.zarr.zip", mode="r") as archive:
         group = zarr.open_group(archive, mode="r")
         assert group.metadata.zarr_format == 3
-        assert set(group.array_keys()) == {field.name for field in fields(ShardRows)}
+        assert set(group.array_keys()) == set(COLUMNS)
         for name, array in group.arrays():
             assert np.array_equal(array[:].astype(object), getattr(rows_of(0), name).astype(object)), name
             assert any(isinstance(codec, Crc32cCodec) for codec in array.compressors), name

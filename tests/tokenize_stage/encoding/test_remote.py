@@ -6,7 +6,6 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ from mapet.shared.errors import DataError, UsageError
 from mapet.shared.sources.sources import open_source
 from mapet.shared.storage.files import read_sealed_json, write_sealed_json, written_whole
 from mapet.shared.storage.remote import as_path
-from mapet.shared.tokens.rows import ShardRows
+from mapet.shared.tokens.rows import COLUMNS
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inspect import inspect
@@ -93,8 +92,8 @@ def remote_files_of(url: str) -> dict[str, bytes]:
 def assert_same_rows(one: TokenStore, other: TokenStore) -> None:
     for (name, rows), (expected_name, expected) in zip(one.shards(), other.shards(), strict=True):
         assert name == expected_name
-        for field in fields(ShardRows):
-            assert np.array_equal(getattr(rows, field.name), getattr(expected, field.name)), field.name
+        for name in COLUMNS:
+            assert np.array_equal(getattr(rows, name), getattr(expected, name)), name
 
 
 # Images

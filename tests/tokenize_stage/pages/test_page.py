@@ -23,7 +23,7 @@ from mapet.tokenize_stage.import_tokens import import_codebook
 from mapet.tokenize_stage.inspect import inspect
 from mapet.tokenize_stage.pages.gallery import choose_codes, sample_patches
 from mapet.tokenize_stage.pages.page import StorePage
-from mapet.tokenize_stage.tokenizers.kclip import open_same_tower
+from mapet.tokenize_stage.tokenizers.nearest_code import open_same_tower
 from mapet.tokenize_stage.towers.features import extract
 from PIL import Image
 
