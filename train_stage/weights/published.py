@@ -121,15 +121,15 @@ def _heads(path: Path, architecture: str, dim: int, depth: int, given: int | Non
     """The number of attention heads: nothing in the weights tells it, only the name of a published size does."""
     size = re.search("|".join(SIZES), architecture)
     published = SIZES[size[0]] if size else None
-    if published and published[:2] == (dim, depth):
-        if given not in (None, published[2]):
-            raise UsageError(f"--heads {given} is not the {published[2]} heads of {architecture} in {path}.")
-        return published[2]
     if given is None:
-        raise DataError(
-            f"{path} names architecture {architecture!r} and has dim {dim} and depth {depth}, which is none of "
-            f"{', '.join(SIZES)}; nothing in it tells its attention heads, so give them by --heads."
-        )
+        if published is None:
+            raise DataError(
+                f"{path} names architecture {architecture!r}; expected a name with one of {', '.join(SIZES)}. Nothing "
+                "else in it tells its attention heads, so give them by --heads."
+            )
+        return published[2]
+    if published and published[:2] == (dim, depth) and given != published[2]:
+        raise UsageError(f"--heads {given} is not the {published[2]} heads of {architecture} in {path}.")
     if given < 1 or dim % given:
         raise UsageError(
             f"--heads {given} does not divide dim {dim} of {path}; give the heads that it was trained with."
