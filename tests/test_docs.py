@@ -235,7 +235,9 @@ def test_the_readme_and_the_site_lead_to_every_page():
 def test_every_decision_is_listed_and_numbered_once():
     files = sorted(path.name for path in (DOCS / "decisions").glob("0*.md"))
     assert re.findall(r"\]\((0[\w-]+\.md)\)", read("docs/decisions/index.md")) == files
-    assert [int(name[:4]) for name in files] == list(range(1, len(files) + 1))
+    # Branches reserve numbers, so that there may be gaps.
+    numbers = [int(name[:4]) for name in files]
+    assert numbers == sorted(set(numbers))
     for name in files:
         text = read(f"docs/decisions/{name}")
         assert [part for part in ("Context", "Decision", "Consequence") if f"## {part}\n" not in text] == [], name
