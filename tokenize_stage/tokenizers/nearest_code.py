@@ -28,7 +28,8 @@ class NearestCode(Tokenizer):
         self.preprocess, self.grid, self.dim, self.device = tower.preprocess, tower.grid, tower.dim, tower.device
         self.k, self.fingerprint = codebook.k, codebook.fingerprint
         self.unit_length = codebook.description["metric"] == "cosine"
-        self.stride = tower.identity["architecture"].get("stride")
+        architecture: Any = tower.identity["architecture"]
+        self.stride = architecture.get("stride")
 
     def features(self, pixels: Tensor) -> Tensor:
         return self.tower.features(pixels_in_255(pixels))

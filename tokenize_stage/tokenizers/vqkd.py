@@ -44,8 +44,8 @@ class VqkdEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.vit.fc_norm(self.vit.forward_features(pixels)[:, 1:])
-        features: Tensor = self.head(patches).transpose(1, 2)
-        return features.unflatten(2, (self.side, self.side))
+        maps: Tensor = self.head(patches).transpose(1, 2).reshape(len(pixels), -1, self.side, self.side)
+        return maps
 
 
 def is_vqkd(tensors: dict[str, Tensor]) -> bool:
