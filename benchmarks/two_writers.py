@@ -131,7 +131,9 @@ def compete(root: Path, name: str, kind: str, pairs: int, draw: random.Random) -
         counts["mixed"] += bool(found) and not any(matches)
         if kind == "different" and name not in PAGES:  # a page may be replaced by the next one
             counts["overwritten"] += all(succeeded)
-        shutil.rmtree(room / "pair")
+        if not any(succeeded):
+            print("\n".join(text for text, _ in ended), file=sys.stderr)
+        shutil.rmtree(room / "pair", ignore_errors=True)
     figure = {"figure": "two writers", "command": name, "arguments": kind, "pairs": pairs, **counts}
     return {**figure, "seconds": round(time.monotonic() - began, 1)}
 
