@@ -180,14 +180,14 @@ def _read_centroids(folder: Path | UPath, described: CodebookDescription) -> tup
     """The centroids (K, dim) float32 and counts (K,) int64. Raises DataError unless they are as described."""
     path = file_inside(folder, "centroids.safetensors")
     rebuild = "build the codebook again"
-    with tensor_errors(path, rebuild):
+    with tensor_errors(str(path), rebuild):
         content = read_bounded(path, described.k * (4 * described.dim + 8) + _MOST_HEADER_BYTES)
         if hashlib.sha256(content).hexdigest() != described.centroids_sha256:
             raise DataError(f"{path} was changed since it was written (its digest does not match); build it again.")
         arrays = load(content)
     shapes = {"centroids": (described.k, described.dim), "counts": (described.k,)}
     found = {name: array.shape for name, array in arrays.items()}
-    if found != shapes or (arrays["centroids"].dtype, arrays["counts"].dtype) != (np.float32, np.int64):
+    if found != shapes or [arrays[name].dtype.name for name in shapes] != ["float32", "int64"]:
         shown = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in sorted(arrays.items()))
         raise DataError(
             f"{path} holds {shown[:200]}, and codebook.json describes K = {described.k} centroids of {described.dim} "

@@ -18,7 +18,16 @@ from ..model.mapet import MaPeT
 from ..model.shape import SIZES, Shape
 from .weights import Weights
 
-_DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError)
+_DAMAGE: tuple[type[Exception], ...] = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+)
 _DAMAGE += (ValueError, SafetensorError)
 """What PyTorch and safetensors raise for content that is incomplete or impossible."""
 
