@@ -1,4 +1,4 @@
-"""Artifacts of strangers: sealed, but wrong in one place. Each is refused by one sentence or opened; nothing else happens.
+"""Artifacts of strangers: sealed, but wrong in one place. Each is refused by one sentence, or opened without harm.
 
 Every mutation is drawn by a seed and sealed again (digests and checksums are recomputed), so that it reaches what is
 behind them. All mutations of a kind are opened in one process of limited memory, with an audit hook that notes every
@@ -40,7 +40,11 @@ def artifacts(chain, tower, tmp_path_factory: pytest.TempPathFactory) -> Path:
     encode_shards(chain.images, chain.codebook, root / "tokens")
     encode_shards(chain.images, chain.codebook, root / "tars", format="webdataset", crop="random-resized", views=2)
     sizes = ["dim=32", "depth=1", "heads=2", "image_size=64", "patch_size=8"]
-    settings = [f"model.{size}" for size in sizes] + ["train.epochs=1", "train.batch_size=32", "train.log_every=1"]
+    settings = [f"model.{size}" for size in sizes] + [
+        "train.epochs=1",
+        "train.batch_size=32",
+        "optimizer.warmup_epochs=0",
+    ]
     pretrain(chain.images, root / "tokens", root / "run", overrides=settings)
     import_weights(root / "run", root / "weights")
     export(root / "run", root / "export")

@@ -345,7 +345,7 @@ def resolve(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> 
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
         raise UsageError(f"{source}: {f'{key}: ' if key else ''}{reason}. {_known_keys(key)}") from None
-    except (OSError, ValueError, OverflowError, RecursionError, YAMLError) as error:
+    except (OSError, TypeError, ValueError, OverflowError, RecursionError, YAMLError) as error:
         raise UsageError(f"{source} cannot be read: {str(error).splitlines()[0]}.") from None
     _check_model(settings.model)
     _check_visible(settings.objective, settings.model.shape(k=2).patches)

@@ -94,9 +94,12 @@ class ZippedZarr:
             for key, content in self._files.items()
             if key == "zarr.json" or key.startswith(f"{name}/")
         }
-        array = zarr.open_group(MemoryStore(files), mode="r", zarr_format=3)[name]
-        assert isinstance(array, zarr.Array)
-        values = np.asarray(array[:])
+        try:
+            array = zarr.open_group(MemoryStore(files), mode="r", zarr_format=3)[name]
+            assert isinstance(array, zarr.Array)
+            values = np.asarray(array[:])
+        except Exception as error:  # each codec has errors of its own for options and bytes that it does not know
+            raise ValueError(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}") from None
         if column.dtype == "string":
             values = values.astype(object)
         elif values.dtype != np.dtype(column.dtype):

@@ -190,6 +190,7 @@ class Lab:
         "model.patch_size=8",
         "train.batch_size=16",
         "train.epochs=2",
+        "optimizer.warmup_epochs=0",
         "train.log_every=1",
         "optimizer.warmup_epochs=0",
     )

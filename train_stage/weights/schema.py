@@ -77,7 +77,7 @@ class CheckpointState(Struct):
     """state.json of a checkpoint, as far as its weights are concerned, whatever task its run has."""
 
     step: Count
-    files: dict[Literal["model.safetensors", "optimizer.safetensors", "ema.safetensors"], StoredFile]
+    files: dict[Annotated[str, Meta(pattern=r"\A(model|optimizer|ema)\.safetensors\Z")], StoredFile]
     seed: int | UnsetType = UNSET
     input: InputFields | UnsetType = UNSET
     model: ShapeFields | UnsetType = UNSET
