@@ -108,12 +108,23 @@ class View(Struct):
     seed: int | UnsetType = UNSET
 
 
+class SourceOptions(Struct):
+    """`shared.sources.options.SourceOptions.to_json`."""
+
+    key_until: Literal["first-dot", "last-dot"] | UnsetType = UNSET
+    key_prefix: Literal["none", "tar"] | UnsetType = UNSET
+    image_field: Text | UnsetType = UNSET
+    label_from: Literal["auto", "tar"] | UnsetType = UNSET
+    max_pixels: Annotated[int, Meta(ge=1, le=2**62)] | UnsetType = UNSET
+
+
 class Source(Struct):
     """The tar or folder that a shard was made of; `size` is None if a server did not tell it."""
 
     kind: Text
     size: Count | None
     sha256: Text
+    options: SourceOptions | UnsetType = UNSET
 
 
 class ShardEntry(Struct):
@@ -131,6 +142,9 @@ class ShardEntry(Struct):
     source: Source
     rows_sha256: Sha256 | UnsetType = UNSET
     skipped: Skipped | UnsetType = UNSET
+    unlabelled: Skipped | UnsetType = UNSET
+    labels: dict[str, Text | None] | UnsetType | None = UNSET
+    """Where labels came from, if not from the source: the digest of a list, or the field of JSON members."""
     classes: list[Text] | UnsetType | None = UNSET
 
     def __post_init__(self) -> None:

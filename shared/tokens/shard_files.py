@@ -125,7 +125,7 @@ def read_shard(store: Path | UPath, entry: dict[str, Any], every_byte: bool = Fa
             rows = _named_classes(path, read_zarr(_checked_bytes(path, entry), *_sizes(entry)), entry)
         else:
             rows = _read_tar_shard(path, entry, every_byte)
-        check_rows(rows, entry["images"], entry["source"]["size"] if entry["storage"] == ZARR else entry["bytes"])
+        check_rows(rows, entry["images"], _bytes_of_images(entry))
         return rows
 
 
@@ -135,6 +135,15 @@ def read_shard_keys(store: Path | UPath, entry: dict[str, Any]) -> Strings:
         if entry["storage"] == ZARR:
             return read_zarr_keys(_checked_bytes(path, entry), *_sizes(entry))
         return _read_tar_shard(path, entry, every_byte=False).keys
+
+
+def _bytes_of_images(entry: dict[str, Any]) -> int | None:
+    """Bytes of the file or folder that the rows' offsets are in, or None if the entry does not state them."""
+    if entry["storage"] != ZARR:
+        return int(entry["bytes"])
+    source = entry["source"]
+    # Offsets in a tar inside a tar count from the start of the outer one.
+    return None if source["kind"] == "tar in tar" else source["size"]
 
 
 def _sizes(entry: dict[str, Any]) -> tuple[int, int, tuple[int, int]]:
