@@ -14,6 +14,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from mapet.shared.tokens.store import TokenStore
 from PIL import Image
 
 Encode = Callable[..., list[str]]
@@ -53,14 +54,12 @@ def keys_of(store: Path) -> list[str]:
     return sorted(keys)
 
 
-def labels_of(store: Path) -> dict[str, int]:
-    import zarr
-
-    labels = {}
-    for shard in sorted((store / "shards").glob("*.zarr.zip")):
-        group = zarr.open_group(zarr.storage.ZipStore(shard, mode="r"), mode="r")
-        labels |= dict(zip(map(str, group["keys"][:]), group["labels"][:].tolist(), strict=True))
-    return labels
+def labels_of(store: Path) -> dict[str, object]:
+    """The label of each image: a class number or name, None without one."""
+    opened = TokenStore(store)
+    return {
+        str(key): rows.label(row) for rows in map(opened.read_rows, opened.entries) for row, key in enumerate(rows.keys)
+    }
 
 
 def entries_of(store: Path) -> list[dict]:
@@ -97,7 +96,7 @@ def test_both_splits(tmp_path: Path, write_folder, picture, encode):
     """Both splits are given as two folders."""
     write_folder(tmp_path, {"data/train/cat/a.jpg": picture(), "data/val/dog/b.jpg": picture(1)})
     assert encode(tmp_path / "data/train", tmp_path / "data/val") == ["cat/a", "dog/b"]
-    assert labels_of(tmp_path / "tokens") == {"cat/a": 0, "dog/b": 1}
+    assert labels_of(tmp_path / "tokens") == {"cat/a": "cat", "dog/b": "dog"}
 
 
 def test_equal_names_in_both_splits(tmp_path: Path, write_folder, picture, encode, refuse):
@@ -198,7 +197,7 @@ def test_system_folders(tmp_path: Path, write_folder, picture, encode, name):
         tmp_path / "data", {"ant/a.jpg": picture(), "zebra/z.jpg": picture(1), f"{name}/a.jpg": picture(2)}
     )
     assert encode(root) == ["ant/a", "zebra/z"]
-    assert labels_of(tmp_path / "tokens") == {"ant/a": 0, "zebra/z": 1}
+    assert labels_of(tmp_path / "tokens") == {"ant/a": "ant", "zebra/z": "zebra"}
 
 
 @pytest.mark.parametrize("name", SYSTEM)
@@ -335,7 +334,7 @@ def test_imagenet_as_downloaded(mapet, tmp_path: Path, write_tar, classes, encod
     """ILSVRC2012_img_train.tar is a tar of class tars."""
     tar = write_tar(tmp_path / "train.tar", {f"{name}.tar": tar_bytes(files) for name, files in classes.items()})
     assert encode(tar) == sorted(name.removesuffix(".JPEG") for files in classes.values() for name in files)
-    assert labels_of(tmp_path / "tokens")["n01443537_1"] == 1
+    assert labels_of(tmp_path / "tokens")["n01443537_1"] == "n01443537"
     assert [entry["name"] for entry in entries_of(tmp_path / "tokens")] == ["n01440764", "n01443537"]
     mapet("tokenize", "verify", tmp_path / "tokens", "--images", tar).ok()
 
@@ -355,8 +354,8 @@ def test_a_folder_of_class_tars(tmp_path: Path, write_tar, classes, encode):
     for name, files in classes.items():
         write_tar(tmp_path / f"train/{name}.tar", files)
     encode(tmp_path / "train")
-    assert labels_of(tmp_path / "tokens")["n01440764_0"] == 0
-    assert labels_of(tmp_path / "tokens")["n01443537_0"] == 1
+    assert labels_of(tmp_path / "tokens")["n01440764_0"] == "n01440764"
+    assert labels_of(tmp_path / "tokens")["n01443537_0"] == "n01443537"
 
 
 def test_a_folder_of_own_class_tars(tmp_path: Path, write_tar, picture, encode):
@@ -365,9 +364,9 @@ def test_a_folder_of_own_class_tars(tmp_path: Path, write_tar, picture, encode):
     for number, name in enumerate(["cat", "dog"]):
         write_tar(tmp_path / f"data/{name}.tar", {f"{name}1.jpg": picture(number)})
     encode(tmp_path / "data", out="without")
-    assert labels_of(tmp_path / "without") == {"cat1": -1, "dog1": -1}
+    assert labels_of(tmp_path / "without") == {"cat1": None, "dog1": None}
     encode(tmp_path / "data", "--label-from", "tar")
-    assert labels_of(tmp_path / "tokens") == {"cat1": 0, "dog1": 1}
+    assert labels_of(tmp_path / "tokens") == {"cat1": "cat", "dog1": "dog"}
 
 
 # How IMAGES are named
