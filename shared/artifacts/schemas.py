@@ -21,7 +21,7 @@ class Preprocess(Struct):
     image_size: Size
     resize: Literal["shortest", "squash"]
     resize_size: Size
-    interpolation: Literal["bicubic", "bilinear"]
+    interpolation: Literal["bicubic", "bilinear", "lanczos"]
     mean: Triple
     std: PositiveTriple
 

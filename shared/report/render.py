@@ -68,6 +68,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"count": _count, "share": _share}
+    environment.filters["printable"] = printable  # before urlencode, as `data` is printable, too
     return environment
 
 

@@ -332,7 +332,11 @@ def _with_class_labels(shards: list[SourceShard], options: SourceOptions) -> lis
     inside = all(shard.region is not None for shard in shards)
     if options.label_from != "tar" and not inside and not all(_SYNSET.fullmatch(shard.name) for shard in shards):
         return shards
-    return [replace(shard, class_label=label_of_name(shard.name)) for shard in shards]
+    return [replace(shard, class_label=label_of_name(_class_name(shard))) for shard in shards]
+
+
+def _class_name(shard: SourceShard) -> str:
+    return shard.name if shard.region is None else without_suffix(shard.region.name.rpartition("/")[2])
 
 
 def _unpacked(tar: Path) -> Path:

@@ -200,7 +200,6 @@ class Codebook:
         codebook = cls(centroids, counts, described, bias)
         if codebook.fingerprint != description["fingerprint"]:
             raise DataError(f"{folder} does not have the fingerprint that it states; build it again.")
-        refuse_not_finite(codebook.centroids, f"{folder} holds", "build it again")
         return codebook
 
 
@@ -250,7 +249,7 @@ def _read_centroids(
             f"{path} holds {shown[:200]}, and codebook.json describes K = {described.k} centroids of {described.dim} "
             f"dimensions; {rebuild}."
         )
-    floats = [array for array in arrays.values() if array.dtype == np.float32]
-    if not all(np.isfinite(array).all() for array in floats) or (arrays["counts"] < 0).any():
-        raise DataError(f"{path} holds centroids that are not finite, or counts below 0; {rebuild}.")
+    refuse_not_finite(arrays["centroids"], f"{folder} holds", "build it again")
+    if (arrays["counts"] < 0).any() or not np.isfinite(arrays.get("bias", 0)).all():
+        raise DataError(f"{path} holds counts below 0, or a bias that is not finite; {rebuild}.")
     return arrays["centroids"], arrays["counts"], arrays.get("bias")

@@ -162,7 +162,7 @@ class TokenStore:
             if exists(self.path / "codebook.json") and not exists(self.path / "centroids.safetensors"):
                 whole = len(stored_entries(self.path))
                 raise DataError(
-                    f"{self.path} has {whole} whole shard(s) and no manifest.json: its encoding did not finish; give "
+                    f"{self.path} has no manifest.json (finished shards: {whole}): its encoding did not finish; give "
                     "the same encode-shards command again."
                 )
             raise DataError(

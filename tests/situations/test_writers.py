@@ -314,7 +314,7 @@ def test_unfinished_store(mapet, lab, tmp_path, command, shards):
     else:
         shutil.rmtree(store / "shards")
     outcome = mapet("tokenize", command, store)
-    outcome.refused(1, f"{store} has {shards} whole shard(s)", "did not finish; give the same")
+    outcome.refused(1, f"{store} has no manifest.json (finished shards: {shards})", "did not finish; give the same")
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]

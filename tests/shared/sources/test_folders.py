@@ -66,7 +66,7 @@ def test_a_folder_of_an_old_store_is_read_as_it_was(tmp_path: Path, write_folder
     root = write_folder(tmp_path / "f", {name: png() for name in names})
     skipped: list[tuple[str, str]] = []
     (shard,) = open_source(root, SourceOptions(key_until="first-dot", is_old=True))
-    assert [(record.key, record.label) for record in shard.index(skipped)] == [("train/a", 0), ("val/d", 1)]
+    assert [(record.key, record.label) for record in shard.index(skipped)] == [("train/a", "train"), ("val/d", "val")]
     both = "holds 'train/a.large.png' and 'train/a.small.png', which have the same key 'train/a'; rename one"
     gif = "holds 'val/c.gif', which is not one of jpg, jpeg, png, webp; convert it"
     assert skipped == [("train/a", both), ("val/c", gif)]

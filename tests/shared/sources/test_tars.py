@@ -216,9 +216,9 @@ def test_a_tar_of_tars_is_read_in_place(tmp_path: Path, write_tar, png):
     assert [(shard.name, shard.kind) for shard in shards] == [("ant", "tar in tar"), ("sub__bee", "tar in tar")]
     records = read_records(outer)
     assert [(record.key, record.label, record.path) for record in records] == [
-        ("a", 0, outer),
-        ("b", 0, outer),
-        ("c", 1, outer),
+        ("a", "ant", outer),
+        ("b", "ant", outer),
+        ("c", "bee", outer),
     ]
     assert [read_bytes(record) for record in records] == [png(0), png(1), png(2)]
     (alone,) = open_source(tmp_path / "ant.tar")

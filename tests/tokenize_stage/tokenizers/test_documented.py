@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import torch
-from mapet.shared.images.sources import KeyLedger, open_source
 from mapet.shared.images.views import ViewPolicy
+from mapet.shared.sources.keys import KeyLedger
+from mapet.shared.sources.sources import open_source
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encoding.shards import Encoder
 from mapet.tokenize_stage.encoding.writing import begin_store, finish_store, write_shards
