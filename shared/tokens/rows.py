@@ -75,9 +75,7 @@ def empty_rows(views: int, grid: tuple[int, int]) -> ShardRows:
 
 def concatenate_rows(parts: Sequence[ShardRows]) -> ShardRows:
     """The rows of all parts, in their order."""
-    columns: dict[str, Any] = {
-        name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS
-    }
+    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
     if all(part.classes is None for part in parts):
         return ShardRows(**columns)
     labels, classes = to_column([part.label(row) for part in parts for row in range(len(part))])
