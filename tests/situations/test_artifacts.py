@@ -119,7 +119,8 @@ def test_mixed_store(mapet, store, field):
         name = manifest["shards"][1]["name"]
         manifest["shards"][1] |= {"file": f"shards/{name}.tar", "rows_sha256": "0" * 64}
     write_sealed_json(store / "manifest.json", manifest)
-    mapet("tokenize", "inspect", store).refused(1, "manifest.json", field)
+    words = {"codebook_fingerprint": "codebook", "view": "other views", "grid": "another grid", "storage": "format"}
+    mapet("tokenize", "inspect", store).refused(1, str(store), manifest["shards"][1]["name"], words[field])
 
 
 def test_shard_that_is_a_link_to_elsewhere(mapet, store, tmp_path):
