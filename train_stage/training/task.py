@@ -133,10 +133,9 @@ class Task(TaskModel[BatchT]):
     def start_from(self, model: nn.Module, weights: str | Path) -> dict[str, str]:
         """Copies weights into a fresh model. Returns the "file" that they were read from and its "sha256"."""
 
+    @abstractmethod
     def evaluation_interval(self, steps_per_epoch: int) -> int | None:
         """Steps between evaluations by `evaluator`, which also follows the last step; None for none at all."""
-        probe = self.settings.probe
-        return None if probe.images is None else probe.every
 
     @abstractmethod
     def evaluator(self, device: str) -> "RunEvaluator | None":

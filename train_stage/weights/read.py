@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -57,7 +58,8 @@ def _read_checkpoint(folder: Path) -> Weights:
         shape, model_input = Shape(**state["model"]), Input.from_json(state["input"])
         if sha256_file(folder / name) != state["files"][name]["sha256"]:
             raise ValueError(f"the digest of {name} does not match")
-        return Weights(folder / name, shape, _read_tensors(folder, name), model_input, state["seed"])
+        names = _class_names(state.get("class_names"))
+        return Weights(folder / name, shape, _read_tensors(folder, name), model_input, state["seed"], names)
 
 
 def _read_imported(folder: Path) -> Weights:
@@ -65,7 +67,8 @@ def _read_imported(folder: Path) -> Weights:
     if sha256_file(folder / TENSORS) != metadata["sha256"]:
         raise DataError(f"{folder / TENSORS} was changed since it was written (its digest does not match).")
     shape, model_input = Shape(**metadata["shape"]), Input.from_json(metadata["input"])
-    return Weights(folder / TENSORS, shape, _read_tensors(folder), model_input, metadata["seed"])
+    names = _class_names(metadata.get("class_names"))
+    return Weights(folder / TENSORS, shape, _read_tensors(folder), model_input, metadata["seed"], names)
 
 
 def _read_exported(folder: Path) -> Weights:
@@ -82,7 +85,16 @@ def _read_exported(folder: Path) -> Weights:
             k=0,
             mlp_ratio=arguments["mlp_ratio"],
         )
-        return Weights(folder / TENSORS, shape, tensors, Input.from_json(metadata["pretrained_cfg"]))
+        names, config_input = _class_names(metadata.get("label_names")), metadata["pretrained_cfg"]
+        model_input = Input.from_json({**config_input, "crop_pct": config_input.get("crop_pct") if names else None})
+        return Weights(folder / TENSORS, shape, tensors, model_input, class_names=names)
+
+
+def _class_names(names: Any) -> tuple[str, ...] | None:
+    """Class names as JSON has them: a list, or an object from output to name; None without any."""
+    if isinstance(names, dict):
+        names = [names[str(output)] for output in range(len(names))]
+    return tuple(map(str, names)) if names else None
 
 
 # The description beside the tensors tells what wrote the folder.
