@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mapet.shared.errors import UsageError
 from mapet.train_stage.settings import RECIPES, resolve, resolve_finetuning
-from mapet.train_stage.weights.weights import Input
 from mapet.train_stage.training.plan import make_plan
+from mapet.train_stage.weights.weights import Input
 
 
 @pytest.mark.parametrize(("size", "dim", "heads"), [("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12)])
@@ -39,7 +39,7 @@ def test_every_shipped_recipe_resolves():
 def test_the_published_recipes_of_fine_tuning_have_the_published_settings():
     recipes = {
         name: resolve_finetuning(f"finetune-vit-{name}-16", [], 224, Input().to_json())
-        for name in "tiny small base".split()
+        for name in ["tiny", "small", "base"]
     }
     values = {name: (r.optimizer.lr, r.train.epochs, r.optimizer.layer_decay) for name, r in recipes.items()}
     assert values == {"tiny": (2.5e-4, 300, 1.0), "small": (5e-4, 200, 0.65), "base": (5e-4, 100, 0.65)}
