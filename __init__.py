@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from .shared.tokens.store import TokenStore
     from .tokenize_stage.build_codebook import build_codebook
     from .tokenize_stage.encode_shards import encode_shards, encode_shards_dry_run
-    from .tokenize_stage.import_tokens import import_codebook, import_tokens
+    from .tokenize_stage.import_tokens import import_codebook, import_tokenizer, import_tokens
     from .tokenize_stage.inspect import inspect
+    from .tokenize_stage.tokenizers.base import Tokenizer
+    from .tokenize_stage.tokenizers.opening import load_tokenizer
     from .tokenize_stage.verify import verify
     from .train_stage.export import export
     from .train_stage.features import features
@@ -33,6 +35,7 @@ _HOME = {
     "Codebook": ".shared.tokens.codebook",
     "MaPeT": ".train_stage.model.mapet",
     "TokenStore": ".shared.tokens.store",
+    "Tokenizer": ".tokenize_stage.tokenizers.base",
     "build_codebook": ".tokenize_stage.build_codebook",
     "demo": ".quickstart.demo",
     "doctor": ".shared.doctor",
@@ -41,10 +44,12 @@ _HOME = {
     "export": ".train_stage.export",
     "features": ".train_stage.features",
     "import_codebook": ".tokenize_stage.import_tokens",
+    "import_tokenizer": ".tokenize_stage.import_tokens",
     "import_tokens": ".tokenize_stage.import_tokens",
     "import_weights": ".train_stage.import_weights",
     "inspect": ".tokenize_stage.inspect",
     "load_published": ".train_stage.weights.published",
+    "load_tokenizer": ".tokenize_stage.tokenizers.opening",
     "load_weights": ".train_stage.weights.read",
     "pretrain": ".train_stage.pretrain",
     "pretrain_dry_run": ".train_stage.pretrain",
@@ -57,6 +62,7 @@ __all__ = [
     "Codebook",
     "MaPeT",
     "TokenStore",
+    "Tokenizer",
     "build_codebook",
     "demo",
     "doctor",
@@ -65,10 +71,12 @@ __all__ = [
     "export",
     "features",
     "import_codebook",
+    "import_tokenizer",
     "import_tokens",
     "import_weights",
     "inspect",
     "load_published",
+    "load_tokenizer",
     "load_weights",
     "pretrain",
     "pretrain_dry_run",

@@ -4,10 +4,26 @@ Defaults and help texts are read from the function's source (`shared.runtime.sta
 when the command runs. To add an option, add a parameter; to add a command, add a line to `COMMANDS`.
 """
 
+# ruff: noqa: E402
+
+import signal
+import threading
+
+_BEFORE = signal.getsignal(signal.SIGINT)
+
+
+def _interrupts_end_the_process() -> None:
+    """Until `main` handles it, and while this module is imported, Ctrl-C ends the process without a traceback."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+_interrupts_end_the_process()
+
+import errno
 import inspect
 import logging
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -20,9 +36,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from . import __version__
-from .shared.errors import MapetError
-from .shared.runtime.console import log, running_command
+from .shared.errors import MapetError, UsageError
+from .shared.printable import printable
+from .shared.runtime.console import log, running_command, stop_signals
 from .shared.runtime.distributed import is_first_process
+from .shared.runtime.memory import allow_enough_files, too_few_files
 from .shared.runtime.static_signature import REQUIRED, Parameter, StaticSignature, read_signature
 
 _PACKAGE = Path(__file__).parent
@@ -58,13 +76,13 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "build-codebook": Command(
             "Train a k-means codebook over the patch features of a frozen CLIP tower.",
             "tokenize_stage.build_codebook:build_codebook",
-            arguments=("images",),
+            arguments=("images...",),
             at_least={"image_size": 8},
         ),
         "encode-shards": Command(
             "Write the visual tokens of every image to shards. Run it again to add images or views.",
             "tokenize_stage.encode_shards:encode_shards",
-            arguments=("images",),
+            arguments=("images...",),
             dry_run=(
                 "tokenize_stage.encode_shards:encode_shards_dry_run",
                 "tokenize_stage.encode_shards:show_estimate",
@@ -82,9 +100,10 @@ COMMANDS: dict[str, dict[str, Command]] = {
             arguments=("tokens",),
         ),
         "import": Command(
-            "Import centroids (--centroids) or tokens (--tokens --csv --images --codebook) computed elsewhere.",
+            "Import centroids (--centroids), a published tokenizer (--vqkd, --dvae) or tokens (--tokens --csv ...).",
             {
                 "codebook": "tokenize_stage.import_tokens:import_codebook",
+                "tokenizer": "tokenize_stage.import_tokens:import_tokenizer",
                 "tokens": "tokenize_stage.import_tokens:import_tokens",
             },
             chosen_by="tokenize_stage.import_tokens:which_import",
@@ -119,7 +138,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "features": Command(
             "Write frozen features to a Zarr group: keys, one vector per image, one per patch, labels.",
             "train_stage.features:features",
-            arguments=("images",),
+            arguments=("images...",),
         ),
         "export": Command(
             'Write a folder that timm.create_model("local-dir:OUT", pretrained=True) opens.',
@@ -144,7 +163,15 @@ COMMANDS: dict[str, dict[str, Command]] = {
         ),
     },
 }
-_AT_LEAST = {"batch_size": 1, "image_size": 1, "max_images": 1, "patches": 1}
+_AT_LEAST = {
+    "batch_size": 1,
+    "heads": 1,
+    "image_size": 1,
+    "max_images": 1,
+    "max_pixels": 1,
+    "patches": 1,
+    "workers": 0,
+}
 
 
 class _Group(TyperGroup):
@@ -241,7 +268,8 @@ def _options_of(command: Command, parameters: Mapping[str, Parameter]) -> dict[s
     options = {}
     for name in [*by_position, *(name for name in parameters if name not in by_position)]:
         parameter = parameters[name]
-        kind = _kind(parameter, several=by_position.get(name, False))
+        several = by_position.get(name, name not in by_position and "Sequence[str | Path]" in parameter.types)
+        kind = _kind(parameter, several=several)
         text = _help(parameter.help, {name: option for name, option in spelled.items() if name not in by_position})
         if name in by_position:
             annotation: Any = Annotated[kind, typer.Argument(help=text)]
@@ -275,7 +303,7 @@ def _kind(parameter: Parameter, *, several: bool) -> Any:
     if kind is None:
         raise TypeError(f"parameter {parameter.name}: no option for type {' | '.join(parameter.types)}")
     if several:
-        return list[str]
+        kind = list[str]
     return kind | None if "None" in parameter.types else kind
 
 
@@ -296,7 +324,19 @@ def _help(text: str, options: Mapping[str, str]) -> str:
     return text
 
 
+def _refuse_empty_paths(command: Command, values: Mapping[str, Any]) -> None:
+    """An empty text would mean the current folder to some functions and nothing to others."""
+    for name, parameter in _parameters(command).items():
+        given = values.get(name)
+        if "Path" in parameter.types and (given == "" or (isinstance(given, list) and "" in given)):
+            by_position = {argument.removesuffix("...") for argument in command.arguments}
+            spelled = name.upper() if name in by_position else f"--{name.replace('_', '-')}"
+            raise UsageError(f"{spelled} is empty; give a path (is a variable of the shell unset?).")
+
+
 def _run(command: Command, values: dict[str, Any]) -> None:
+    _refuse_empty_paths(command, values)
+    allow_enough_files()
     as_json = values.pop("json", False) if command.shown_by else False
     if command.dry_run and values.get("dry_run") and "dry_run" not in _parameters(command):
         estimate, show = command.dry_run
@@ -322,13 +362,17 @@ def _imported(function: str) -> Callable[..., Any]:
 
 def main() -> None:
     """The `mapet` command: an expected failure ends with one sentence and its exit code, without a traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _interrupts_end_the_process()
     with running_command():
         try:
+            for number in stop_signals():
+                signal.signal(number, signal.default_int_handler)
             app()
         except MapetError as error:
             _fail(str(error), error.exit_code)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                _fail(str(too_few_files()), too_few_files().exit_code)
             _fail(f"{error.filename or 'a file'}: {error.strerror or error}.", 1)
         except SystemExit as end:
             if end.code == 130 and is_first_process():
@@ -338,13 +382,13 @@ def main() -> None:
 
 def _fail(sentence: str, code: int) -> None:
     # What remains is Python's own end, in which a second Ctrl-C or torchrun's SIGTERM would print a traceback.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, signal.SIG_DFL)
     error = sys.exception()
     if error is not None and log.isEnabledFor(logging.DEBUG):
         _reveal_contexts(error)
         traceback.print_exception(error)
-    print(f"mapet: {sentence}", file=sys.stderr)
+    print(f"mapet: {printable(sentence)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -354,3 +398,7 @@ def _reveal_contexts(error: BaseException) -> None:
     while seen is not None:
         seen.__suppress_context__ = seen.__cause__ is not None
         seen = seen.__cause__ or seen.__context__
+
+
+if threading.current_thread() is threading.main_thread() and _BEFORE is not None:
+    signal.signal(signal.SIGINT, _BEFORE)

@@ -27,16 +27,16 @@ import typer
 from mapet.quickstart.demo import TOWER
 from mapet.quickstart.drawings import write_drawings
 from mapet.shared.images.decode import read_image
-from mapet.shared.images.sources import open_source
 from mapet.shared.images.views import CENTER, center_view, to_array
 from mapet.shared.runtime.console import running_command
 from mapet.shared.runtime.devices import choose_device
+from mapet.shared.sources.sources import open_source
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.store import write_shard
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.encoding.shards import Encoder
-from mapet.tokenize_stage.tokenizers.kclip import KClip
+from mapet.tokenize_stage.tokenizers.nearest_code import NearestCode
 from mapet.tokenize_stage.towers.opening import open_tower
 from mapet.tokenize_stage.towers.tower import TowerSettings
 from mapet.tokenize_stage.verify import verify
@@ -108,7 +108,7 @@ def speed(
     noise = random.normal(0, 0.1, (k, tower.dim)).astype(np.float32)
     centroids = np.ascontiguousarray(features[random.integers(0, len(features), k)] + noise)
     codebook = Codebook(centroids, np.zeros(k, np.int64), {**tower.description(), "k": k, "metric": "l2"})
-    encoder = Encoder(KClip(tower, codebook, {}), CENTER, False, batch_size, workers)
+    encoder = Encoder(NearestCode(tower, codebook, {}), CENTER, False, batch_size, workers)
 
     def ours() -> None:
         for encoded in encoder.encode([shard], lambda name: None, lambda steps: None):

@@ -92,7 +92,7 @@ def write_store(path: Path, images: int, views: int, grid: int, k: int, classes:
         attributes = {
             "codebook_fingerprint": book.fingerprint,
             "view": {**view, "seed": 0, "with_center": False},
-            "source": {"kind": "tar", "size": 1, "sha256": "0" * 64},
+            "source": {"kind": "tar", "size": None, "sha256": "0" * 64},
         }
         count = min(PER_SHARD, images - number * PER_SHARD)
         write_shard(path, name, rows_of(number, count, views, grid, k, classes), attributes)

@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 from mapet.quickstart.demo import TOWER
 from mapet.quickstart.drawings import write_drawings
-from mapet.shared.images.sources import read_records
+from mapet.shared.sources.sources import read_records
 from mapet.shared.tokens.store import TokenStore
 
 START = [sys.executable, "-c", "from mapet.cli import main; main()", "tokenize"]

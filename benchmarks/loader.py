@@ -24,12 +24,12 @@ from typing import Annotated
 import torch
 import typer
 from mapet.quickstart.demo import TOWER
-from mapet.shared.images.records import read_bytes
 from mapet.shared.images.views import CropBox
 from mapet.shared.runtime.console import running_command
 from mapet.shared.runtime.devices import choose_device
 from mapet.shared.runtime.distributed import World
 from mapet.shared.runtime.loader import batches
+from mapet.shared.sources.records import read_bytes
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.data.batch import LoadBatch, load_batches

@@ -11,11 +11,12 @@ from PIL import Image
 
 from ..shared.errors import DataError, UsageError
 from ..shared.images.decode import read_image
-from ..shared.images.records import ImageRecord
-from ..shared.images.sources import read_records
 from ..shared.randomness import generator
 from ..shared.runtime.console import say
+from ..shared.sources.records import ImageRecord
+from ..shared.sources.sources import read_records
 from ..shared.storage.files import written_whole
+from ..shared.storage.lock import writes_to_out
 from ..tokenize_stage.build_codebook import build_codebook
 from ..tokenize_stage.encode_shards import encode_shards
 from ..tokenize_stage.inspect import inspect, show
@@ -60,6 +61,7 @@ Everything is in {out}/; the picture of the tokens is {picture}. To look at, in 
   {run}: how training went, what is predicted"""
 
 
+@writes_to_out
 def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", seed: int = 0) -> list[ProbeResult]:
     """Makes a codebook and tokens, pre-trains and probes, with the CLIP tower in the package and images drawn by it.
 
@@ -103,7 +105,8 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
         report(out / "run", html=out / "run.html", tokens=str(out / "val-tokens"), images=str(val))
     records = read_records(str(train))
     picture = draw_token_maps(records[:12], store, codebook, out / "tokens.png")
-    say(_ON_IMAGENET.format(out=out, picture=picture, tokens=out / "tokens.html", run=out / "run.html"))
+    for line in _ON_IMAGENET.splitlines():
+        say(line.format(out=out, picture=picture, tokens=out / "tokens.html", run=out / "run.html"))
     say(f"Done in {time.monotonic() - began:.0f} s.")
     return results
 
@@ -119,7 +122,8 @@ def _claim(out: Path, source: str) -> None:
 
 @contextmanager
 def _chapter(title: str) -> Iterator[None]:
-    say(f"\n{title}")
+    say("")
+    say(title)
     began = time.monotonic()
     yield
     say(f"   {time.monotonic() - began:.0f} s")

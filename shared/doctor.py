@@ -1,14 +1,14 @@
 """doctor: versions, devices, the FAISS build and what is missing, for a bug report."""
 
-import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
+from itertools import zip_longest
 from typing import Any
 
 from .errors import UsageError
-from .runtime.console import table
+from .runtime.console import results, table
 from .runtime.faiss_build import faiss_gpus, import_faiss
 
 _PACKAGES = (
@@ -102,7 +102,7 @@ def _faiss(packages: dict[str, str | None], problems: list[str]) -> dict[str, An
 def show(installation: dict[str, Any], *, as_json: bool = False) -> None:
     """Prints the result of `doctor` as a table, or as JSON."""
     if as_json:
-        print(json.dumps(installation, indent=1))
+        results.print_json(installation)
         return
     devices, faiss = installation["devices"], installation["faiss"]
     machine = f"{installation['system']}, {installation['cpus']} CPUs, {installation['memory_gib']} GiB"
@@ -111,6 +111,6 @@ def show(installation: dict[str, Any], *, as_json: bool = False) -> None:
         ("CUDA devices", ", ".join(devices["cuda"]) or "none"),
         ("FAISS", f"{faiss['version']}, {faiss['build']} build ({faiss['options']})" if faiss else "missing"),
         *((name, version or "not installed") for name, version in installation["packages"].items()),
-        ("problems", "\n".join(installation["problems"]) or "none"),
+        *zip_longest(["problems"], installation["problems"] or ["none"], fillvalue=""),
     ]
     table("mapet doctor", rows)

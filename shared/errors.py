@@ -1,10 +1,18 @@
 """Errors that end a command with one sentence instead of a traceback, and with an exit code."""
 
+from .printable import printable
+
 
 class MapetError(Exception):
-    """An expected failure: the message names the file or option, says what is wrong and what to do; exit code 1."""
+    """An expected failure: the message names the file or option, says what is wrong and what to do; exit code 1.
+
+    Messages often quote names and text from files; their control characters are shown as escapes (see `printable`).
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 class DataError(MapetError):

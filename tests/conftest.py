@@ -1,5 +1,6 @@
 """Parts that many tests share: drawn pictures, a small real tower, a codebook, a token store. All real, all small."""
 
+import argparse
 import ctypes
 import io
 import json
@@ -8,9 +9,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -79,6 +83,98 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> str:
         model = open_clip.CLIP(**config)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="session")
+def vqkd_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VQ-KD checkpoint in its published layout: random weights, 64 px, 4x4 grid, K = 24."""
+    import torch
+
+    dim, draw = 64, torch.Generator().manual_seed(3)
+    shapes = {
+        "encoder.cls_token": (1, 1, dim),
+        "encoder.pos_embed": (1, 17, dim),
+        "encoder.patch_embed.proj.weight": (dim, 3, 16, 16),
+        "encoder.patch_embed.proj.bias": (dim,),
+        "encoder.fc_norm.weight": (dim,),
+        "encoder.fc_norm.bias": (dim,),
+        "encode_task_layer.0.weight": (dim, dim),
+        "encode_task_layer.0.bias": (dim,),
+        "encode_task_layer.2.weight": (8, dim),
+        "encode_task_layer.2.bias": (8,),
+        "quantize.embedding.weight": (24, 8),
+        "decoder.cls_token": (1, 1, dim),
+        "decode_task_layer.0.bias": (dim,),
+    }
+    block = {"norm1.weight": (dim,), "norm1.bias": (dim,), "norm2.weight": (dim,), "norm2.bias": (dim,)}
+    block |= {"attn.q_bias": (dim,), "attn.v_bias": (dim,), "attn.qkv.weight": (3 * dim, dim)}
+    block |= {"attn.proj.weight": (dim, dim), "attn.proj.bias": (dim,), "mlp.fc1.weight": (2 * dim, dim)}
+    block |= {"mlp.fc1.bias": (2 * dim,), "mlp.fc2.weight": (dim, 2 * dim), "mlp.fc2.bias": (dim,)}
+    shapes |= {f"encoder.blocks.0.{name}": shape for name, shape in block.items()}
+    tensors = {name: 0.3 * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    path = tmp_path_factory.mktemp("published") / "vqkd.pth"
+    namespace = argparse.Namespace(model="vqkd_encoder_base_decoder_3x768x12_clip")
+    torch.save({"model": tensors, "epoch": 99, "args": namespace}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def dvae_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """DALL-E's encoder with random weights, stride 2, K = 24: a pickled module in both of PyTorch's containers, and
+    the state dict of FLAVA. The classes of the module exist only while it is pickled."""
+    import torch
+    from torch import nn
+
+    class Conv2d(nn.Module):
+        def __init__(self, width: int, out: int, size: int):
+            super().__init__()
+            draw = torch.Generator().manual_seed(width + out * size)
+            self.w = nn.Parameter(torch.randn(out, width, size, size, generator=draw) / (width * size * size) ** 0.5)
+            self.b = nn.Parameter(torch.randn(out, generator=draw) / 10)
+
+    class EncoderBlock(nn.Module):
+        def __init__(self, width: int, out: int):
+            super().__init__()
+            sizes = ((width, out // 4, 3), (out // 4, out // 4, 3), (out // 4, out // 4, 3), (out // 4, out, 1))
+            layers = [
+                pair for n, size in enumerate(sizes, 1) for pair in ((f"relu_{n}", nn.ReLU()), (f"conv_{n}", size))
+            ]
+            named = {name: Conv2d(*layer) if isinstance(layer, tuple) else layer for name, layer in layers}
+            self.id_path = Conv2d(width, out, 1) if width != out else nn.Identity()
+            self.res_path = nn.Sequential(OrderedDict(named))
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            groups = {
+                "input": Conv2d(3, 8, 7),
+                "group_1": nn.Sequential(OrderedDict(block_1=EncoderBlock(8, 8), pool=nn.MaxPool2d(2))),
+                "group_2": nn.Sequential(OrderedDict(block_1=EncoderBlock(8, 16))),
+                "output": nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(16, 24, 1))),
+            }
+            self.blocks = nn.Sequential(OrderedDict(groups))
+
+    modules = {name: ModuleType(name) for name in ("dall_e", "dall_e.encoder", "dall_e.utils")}
+    for module, kind in (("dall_e.encoder", Encoder), ("dall_e.encoder", EncoderBlock), ("dall_e.utils", Conv2d)):
+        kind.__module__, kind.__qualname__ = module, kind.__name__
+        setattr(modules[module], kind.__name__, kind)
+    folder = tmp_path_factory.mktemp("published")
+    files = {name: folder / f"{name}.pkl" for name in ("zip", "legacy", "flava")}
+    encoder = Encoder()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        torch.save(encoder, files["zip"])
+        torch.save(encoder, files["legacy"], _use_new_zipfile_serialization=False)
+
+    def renamed(name: str) -> str:
+        stem, _, last = name.rpartition(".")
+        stem = stem.replace(".block_", ".group.block_").replace("res_path.", "res_path.path.")
+        return f"{stem}.{ {'w': 'weight', 'b': 'bias'}[last] }"
+
+    torch.save({renamed(name): tensor for name, tensor in encoder.state_dict().items()}, files["flava"])
+    return files
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ def test_the_pages_show_every_command():
 def test_options_and_settings_in_the_text_exist(page: str):
     groups = {field.name: {inner.name for inner in fields(field.default_factory)} for field in fields(Settings)}
     text = read(page)
-    names = re.findall(rf"`(?:--set )?({'|'.join(groups)})\.(?!safetensors)(\w+)(?:=[^`]*)?`", text)
+    names = re.findall(rf"`(?:--set )?({'|'.join(groups)})\.(?!safetensors|onnx)(\w+)(?:=[^`]*)?`", text)
     assert [f"{group}.{name}" for group, name in names if name not in groups[group]] == []
     for span in re.findall(r"`(mapet (?:tokenize|train)? ?[a-z-]+[^`]*)`", text):
         for option in re.findall(r" (--[a-z-]+)", span):
@@ -235,7 +235,8 @@ def test_the_readme_and_the_site_lead_to_every_page():
 def test_every_decision_is_listed_and_numbered_once():
     files = sorted(path.name for path in (DOCS / "decisions").glob("0*.md"))
     assert re.findall(r"\]\((0[\w-]+\.md)\)", read("docs/decisions/index.md")) == files
-    assert [int(name[:4]) for name in files] == list(range(1, len(files) + 1))
+    numbers = [name[:4] for name in files]
+    assert len(set(numbers)) == len(numbers)  # a branch may have reserved numbers that are not merged yet
     for name in files:
         text = read(f"docs/decisions/{name}")
         assert [part for part in ("Context", "Decision", "Consequence") if f"## {part}\n" not in text] == [], name

@@ -10,7 +10,16 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("tokenize_stage", "train_stage")
 LAYERS = {
     "": [["cli"], ["quickstart"], list(STAGES), ["shared"]],
-    "shared": [["doctor"], ["tokens"], ["images", "report"], ["storage", "runtime"], ["errors", "randomness"]],
+    "shared": [
+        ["doctor"],
+        ["tokens"],
+        ["images", "report", "artifacts"],
+        ["sources"],
+        ["labels"],
+        ["storage", "runtime"],
+        ["errors", "randomness"],
+        ["printable"],
+    ],
     "tokenize_stage": [
         ["build_codebook", "encode_shards", "inspect", "verify", "import_tokens"],
         ["importing", "pages"],

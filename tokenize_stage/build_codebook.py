@@ -6,19 +6,22 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..shared.errors import DataError, UsageError
-from ..shared.images.records import keys_sha256
-from ..shared.images.sources import SourceShard, open_source
 from ..shared.runtime.console import say, table
 from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.runtime.distributed import World, joined_world
 from ..shared.runtime.faiss_build import import_faiss
 from ..shared.runtime.memory import memory_budget
-from ..shared.storage.files import canonical_json, written_whole
+from ..shared.sources.options import SourceOptions
+from ..shared.sources.records import keys_sha256
+from ..shared.sources.sources import SourceShard, open_source
+from ..shared.storage.files import canonical_json, is_empty, written_whole
+from ..shared.storage.lock import sole_writer
 from ..shared.tokens.codebook import Codebook
 from .kmeans.description import describe_codebook
 from .kmeans.feature_cache import FeatureCache
@@ -50,6 +53,11 @@ def build_codebook(
     init: str = "random",
     max_images: int | None = None,
     on_error: str = "stop",
+    key_until: str | None = None,
+    key_prefix: str | None = None,
+    image_field: str | None = None,
+    label_from: str | None = None,
+    max_pixels: int | None = None,
     features_cache: str | Path | None = None,
     memory: str | None = None,
     batch_size: int = 64,
@@ -63,9 +71,11 @@ def build_codebook(
     them. If `out` already holds the codebook of the same request, it is returned at once.
 
     Args:
-        images: A tar, a folder of class folders, or tars like train-{000..015}.tar, URLs included.
+        images: Tars, folders of tars, or folders of class folders; patterns like train-{000..015}.tar, globs and URLs
+            included.
         out: Folder to write the codebook to.
-        tower: open_clip name, local-dir:PATH, hf-hub:ID or timm:NAME.
+        tower: open_clip name, local-dir:PATH, hf-hub:ID, timm:NAME, or pixels (a patch's own pixels, the control
+            without a teacher; pixels:P for patches of P pixels).
         pretrained: Tag or local file; 'none' for random weights (default: openai, or timm's own).
         layer: Index into forward_intermediates, negative from the end.
         final_norm: Take ViT features after the final norm.
@@ -80,6 +90,12 @@ def build_codebook(
         init: First centroids: random patches, or k-means++.
         max_images: Use a seeded subset of this many images.
         on_error: At an unreadable image, stop, or skip it (it is counted and listed).
+        key_until: Where an image's key ends in its file name, first-dot or last-dot (default: first-dot in tars, as in
+            WebDataset, and last-dot in folders).
+        key_prefix: none, or tar: keys begin with the name of their tar (of their folder, if several are given).
+        image_field: Which picture of a key is its image, by what follows the key in its name, such as jpg or jpg,png.
+        label_from: auto, or tar: the class of a tar's images is the name of the tar.
+        max_pixels: Most pixels of an image (default: 178,956,970).
         features_cache: Folder that keeps the sampled features, so that another K needs no second extraction.
         memory: Memory for the sample and k-means, such as 8GB (default: 3/4 of what is free).
         batch_size: Images per forward pass.
@@ -94,14 +110,20 @@ def build_codebook(
         DataError: Images, weights, memory, disk space or the sample are insufficient, or the features cache belongs to
             other features.
     """
+    given = dict(locals())
     settings = TowerSettings(tower, pretrained, image_size, layer, final_norm, precision)
     kmeans = KMeansSettings(k, iterations, restarts, metric, seed, init)
     kmeans.check_faiss()
+    source = SourceOptions(key_until, key_prefix, image_field, max_pixels, label_from)
     options = _Options(settings, kmeans, patches, skips(on_error), memory, batch_size, workers, device)
     memory_budget(memory)
     path, clock = Path(out), _Clock()
-    with joined_world() as world:
-        shards = open_source(images)
+    with (
+        joined_world(given=given) as world,
+        sole_writer(path, world),
+        sole_writer(Path(features_cache), world, option="--features-cache") if features_cache else nullcontext(),
+    ):
+        shards = open_source(images, source, skip=options.skip)
         keys = read_keys(shards, world, options.skip)
         image_keys = choose_images(keys.all_keys(), max_images, seed)
         request = {**asdict(settings), **asdict(kmeans), "patches": patches, "keys_sha256": keys_sha256(image_keys)}
@@ -146,8 +168,10 @@ def _work_folder(out: Path) -> Path:
 
 
 def _already_built(out: Path, request: dict[str, Any]) -> bool:
-    if not out.exists():
+    if not out.is_file() and is_empty(out):
         return False
+    if not (out / "codebook.json").exists():
+        raise UsageError(f"{out} already exists and is not a codebook; choose another --out or delete it.")
     before = {"init": "random"} | Codebook.load(out).description["request"]
     changed = [name for name, value in request.items() if before.get(name) != value]
     if changed:

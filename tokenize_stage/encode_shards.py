@@ -8,13 +8,16 @@ from pathlib import Path
 from upath import UPath
 
 from ..shared.errors import UsageError
-from ..shared.images.sources import KeyLedger, SourceShard, open_source
 from ..shared.images.views import ViewPolicy
 from ..shared.runtime.console import say, table
 from ..shared.runtime.devices import choose_workers
 from ..shared.runtime.distributed import World, joined_world
-from ..shared.storage.remote import as_path
-from ..shared.tokens.store import SUFFIXES, TokenStore
+from ..shared.sources.keys import KeyLedger
+from ..shared.sources.options import SourceOptions
+from ..shared.sources.sources import SourceShard, open_source, with_labels
+from ..shared.storage.lock import sole_writer
+from ..shared.storage.remote import as_path, exists
+from ..shared.tokens.store import SUFFIXES, TokenStore, stored_entries
 from .encoding.dry_run import EncodingEstimate, estimate_encoding, nothing_left
 from .encoding.shards import Encoder
 from .encoding.unfinished import survey_keys, unfinished_shards
@@ -37,6 +40,13 @@ def encode_shards(
     seed: int = 0,
     format: str = "zarr",
     on_error: str = "stop",
+    labels: str | Path | None = None,
+    label_field: str | None = None,
+    key_until: str | None = None,
+    key_prefix: str | None = None,
+    image_field: str | None = None,
+    label_from: str | None = None,
+    max_pixels: int | None = None,
     tower: str | None = None,
     batch_size: int = 64,
     workers: int | None = None,
@@ -48,7 +58,8 @@ def encode_shards(
     has the same bytes with any number of processes.
 
     Args:
-        images: A tar, a folder of class folders, or tars like train-{000..015}.tar, URLs included.
+        images: Tars, folders of tars, or folders of class folders; patterns like train-{000..015}.tar, globs and URLs
+            included.
         codebook: Folder that build-codebook wrote.
         out: Folder or URL of the token store; whole shards in it are skipped.
         crop: center (the tower's own preprocessing) or random-resized.
@@ -59,7 +70,17 @@ def encode_shards(
         with_center: View 0 is the centre view.
         seed: Seed of the random views.
         format: zarr (tokens only), or webdataset (tars of images and their tokens).
-        on_error: At an unreadable image, stop, or skip it (it is counted and listed).
+        on_error: At an unreadable image, stop, or skip it (it is counted and listed); an image with an unreadable label
+            is kept without one.
+        labels: File of labels: a number or name a line in the sorted order of the images, or a CSV or JSON lines with a
+            key column.
+        label_field: Field of the tars' JSON members that holds the label; of a file of labels, its label column.
+        key_until: Where an image's key ends in its file name, first-dot or last-dot (default: first-dot in tars, as in
+            WebDataset, and last-dot in folders).
+        key_prefix: none, or tar: keys begin with the name of their tar (of their folder, if several are given).
+        image_field: Which picture of a key is its image, by what follows the key in its name, such as jpg or jpg,png.
+        label_from: auto, or tar: the class of a tar's images is the name of the tar.
+        max_pixels: Most pixels of an image (default: 178,956,970).
         tower: Where the codebook's tower is now, if it moved.
         batch_size: Views per forward pass.
         workers: Processes that decode images (default: 0 on the CPU, up to 16 on CUDA).
@@ -73,17 +94,21 @@ def encode_shards(
         DataError: An image cannot be read, or a source changed since it was encoded.
         UsageError: An option is invalid, or differs from that of the store in `out`.
     """
+    given = dict(locals())
     options = _Options(
         policy=ViewPolicy(crop, views, scale, ratio, flip, with_center, seed),
         format=_known_format(format),
         skip=skips(on_error),
+        labels=labels,
+        label_field=label_field,
+        source=SourceOptions(key_until, key_prefix, image_field, max_pixels, label_from),
         tower=tower,
         batch_size=batch_size,
         workers=workers,
         device=device,
     )
     path = as_path(out)
-    with joined_world() as world:
+    with joined_world(given=given) as world, sole_writer(path, world):
         work = _plan_work(images, codebook, path, options, world)
         if work.unfinished:
             encoder = _open_encoder(work, options, world)
@@ -112,6 +137,13 @@ def encode_shards_dry_run(
     seed: int = 0,
     format: str = "zarr",
     on_error: str = "stop",
+    labels: str | Path | None = None,
+    label_field: str | None = None,
+    key_until: str | None = None,
+    key_prefix: str | None = None,
+    image_field: str | None = None,
+    label_from: str | None = None,
+    max_pixels: int | None = None,
     tower: str | None = None,
     batch_size: int = 64,
     workers: int | None = None,
@@ -122,7 +154,8 @@ def encode_shards_dry_run(
     It takes the options of `encode_shards` and estimates the same call of it.
 
     Args:
-        images: A tar, a folder of class folders, or tars like train-{000..015}.tar, URLs included.
+        images: Tars, folders of tars, or folders of class folders; patterns like train-{000..015}.tar, globs and URLs
+            included.
         codebook: Folder that build-codebook wrote.
         out: Folder or URL of the token store; whole shards in it are not counted.
         crop: center (the tower's own preprocessing) or random-resized.
@@ -133,7 +166,17 @@ def encode_shards_dry_run(
         with_center: View 0 is the centre view.
         seed: Seed of the random views.
         format: zarr (tokens only), or webdataset (tars of images and their tokens).
-        on_error: At an unreadable image, stop, or skip it (it is counted and listed).
+        on_error: At an unreadable image, stop, or skip it (it is counted and listed); an image with an unreadable label
+            is kept without one.
+        labels: File of labels: a number or name a line in the sorted order of the images, or a CSV or JSON lines with a
+            key column.
+        label_field: Field of the tars' JSON members that holds the label; of a file of labels, its label column.
+        key_until: Where an image's key ends in its file name, first-dot or last-dot (default: first-dot in tars, as in
+            WebDataset, and last-dot in folders).
+        key_prefix: none, or tar: keys begin with the name of their tar (of their folder, if several are given).
+        image_field: Which picture of a key is its image, by what follows the key in its name, such as jpg or jpg,png.
+        label_from: auto, or tar: the class of a tar's images is the name of the tar.
+        max_pixels: Most pixels of an image (default: 178,956,970).
         tower: Where the codebook's tower is now, if it moved.
         batch_size: Views per forward pass.
         workers: Processes that decode images (default: 0 on the CPU, up to 16 on CUDA).
@@ -147,17 +190,21 @@ def encode_shards_dry_run(
         DataError: An image cannot be read, or a source changed since it was encoded.
         UsageError: An option is invalid, or differs from that of the store in `out`.
     """
+    given = dict(locals())
     options = _Options(
         policy=ViewPolicy(crop, views, scale, ratio, flip, with_center, seed),
         format=_known_format(format),
         skip=skips(on_error),
+        labels=labels,
+        label_field=label_field,
+        source=SourceOptions(key_until, key_prefix, image_field, max_pixels, label_from),
         tower=tower,
         batch_size=batch_size,
         workers=workers,
         device=device,
     )
     path = as_path(out)
-    with joined_world() as world:
+    with joined_world(given=given) as world:
         work = _plan_work(images, codebook, path, options, world)
         if not work.unfinished:
             return nothing_left(str(out), views, world.size)
@@ -194,6 +241,9 @@ class _Options:
     policy: ViewPolicy
     format: str
     skip: bool
+    labels: str | Path | None
+    label_field: str | None
+    source: SourceOptions
     tower: str | None
     batch_size: int
     workers: int | None
@@ -225,7 +275,16 @@ def _plan_work(
     world: World,
 ) -> _Work:
     """Compares the source with the store, and reads the headers of the source's shards."""
-    shards, saved = world.all_or_raise(lambda: (open_source(images), read_tokenizer(codebook)))
+    source = world.on_rank_zero(lambda: _source_options(out, options.source))
+    shards, saved = world.all_or_raise(
+        lambda: (
+            with_labels(open_source(images, source, skip=options.skip), options.labels, options.label_field),
+            read_tokenizer(codebook),
+        )
+    )
+    world.refuse_differences(
+        {"the fingerprint of --codebook": saved.fingerprint, "the shards of IMAGES": [shard.name for shard in shards]}
+    )
     indices = world.on_rank_zero(
         lambda: unfinished_shards(out, shards, saved.fingerprint, codebook, options.policy, options.format)
     )
@@ -233,6 +292,14 @@ def _plan_work(
         say(f"{len(shards) - len(indices)} of {len(shards)} shards are whole already.")
     ledger = survey_keys(shards, world, options.skip)
     return _Work(out, shards, [shards[index] for index in indices], ledger, saved)
+
+
+def _source_options(out: Path | UPath, given: SourceOptions) -> SourceOptions:
+    """Those of the store that `out` has been begun with, if it holds any shard, with what was given anew."""
+    entries = stored_entries(out) if exists(out / "codebook.json") else {}
+    if not entries:
+        return given
+    return SourceOptions.of_store(entry["source"] for entry in entries.values()).given(given, str(out))
 
 
 def _open_encoder(work: _Work, options: _Options, world: World) -> Encoder:
@@ -255,4 +322,8 @@ def _summary(store: TokenStore, encoded: int) -> None:
     if skipped:
         name, key, reason = skipped[0]
         rows.append(("skipped", f"{len(skipped)}, the first in {name}: {key or '(no key)'}: {reason}"))
+    unlabelled = store.unlabelled()
+    if unlabelled:
+        name, _, reason = unlabelled[0]
+        rows.append(("without a label", f"{len(unlabelled):,} image(s) are kept, the first in {name}: it {reason}"))
     table("Token store", rows)

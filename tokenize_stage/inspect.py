@@ -1,14 +1,16 @@
 """inspect: what made a codebook or a token store, how its codes are used, and what is wrong with it."""
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upath import UPath
 
 from ..shared.errors import DataError, UsageError
+from ..shared.storage.lock import sole_writer
 from ..shared.storage.remote import as_path, exists
 from ..shared.tokens.codebook import Codebook
-from ..shared.tokens.rows import NO_LABEL
 from ..shared.tokens.store import TokenStore
 from .inspection.centroids import codebook_statistics
 from .inspection.compare import KeptTokens, compare_codebooks, compare_stores
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["inspect", "show"]
 
+_PARTS_OF_STORES = ("manifest.json", "shards")
+
 
 def inspect(
     path: str | Path,
@@ -29,7 +33,7 @@ def inspect(
     key: str | None = None,
     against: str | Path | None = None,
     html: str | Path | None = None,
-    images: str | None = None,
+    images: str | Path | Sequence[str | Path] | None = None,
     codebook: str | Path | None = None,
     tower: str | None = None,
     seed: int = 0,
@@ -72,21 +76,25 @@ def inspect(
             raise UsageError(f"--key {key}: {place} is a codebook; give a token store to see an image's tokens.")
         if options:
             raise UsageError(f"--{min(options)} belongs to the page of a token store; {place} is a codebook.")
-        return _inspect_codebook(place, other, html)
-    store = TokenStore(place)
-    page = None if html is None else _store_page(store, html, **options, seed=seed, device=device)
-    report = _inspect_store(store, key, None if other is None else TokenStore(other))
-    if page:
-        page.write(report)
-    return report
+    with nullcontext() if html is None else sole_writer(Path(html), option="--html"):
+        if not is_store:
+            return _inspect_codebook(place, other, html)
+        store = TokenStore(place)
+        page = None if html is None else _store_page(store, html, **options, seed=seed, device=device)
+        report = _inspect_store(store, key, None if other is None else TokenStore(other))
+        if page:
+            page.write(report)
+        return report
 
 
 def _is_store(path: Path | UPath, other: Path | UPath | None) -> bool:
     """Whether `path` and `other` are stores and not codebooks; refuses anything else."""
     kinds = []
     for place in (path,) if other is None else (path, other):
-        kinds.append(exists(place / "manifest.json") or exists(place / "shards"))
-        if not kinds[-1] and not exists(place / "codebook.json"):
+        has_codebook, has_centroids = (exists(place / name) for name in ("codebook.json", "centroids.safetensors"))
+        # A store that was begun holds the description of its codebook, and no centroids.
+        kinds.append(not has_centroids and (has_codebook or any(exists(place / name) for name in _PARTS_OF_STORES)))
+        if not kinds[-1] and not has_codebook:
             raise DataError(f"{place} is neither a codebook nor a token store (no codebook.json, no manifest.json).")
     if len(set(kinds)) > 1:
         names = ["a token store" if kind else "a codebook" for kind in kinds]
@@ -149,10 +157,9 @@ def _inspect_store(store: TokenStore, key: str | None, other: TokenStore | None)
 
 def _image(store: TokenStore, key: str) -> dict[str, Any]:
     rows, at = store.find(key)
-    label = int(rows.labels[at])
     return {
         "key": key,
-        "label": None if label == NO_LABEL else label,
+        "label": rows.label(at),
         "height": int(rows.sizes[at, 0]),
         "width": int(rows.sizes[at, 1]),
         "views": [

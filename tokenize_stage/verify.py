@@ -1,7 +1,8 @@
 """verify: checks that a codebook or a token store is whole and unchanged, and fits its codebook and its images."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -10,17 +11,18 @@ from upath import UPath
 from zlib_ng.zlib_ng import crc32
 
 from ..shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
-from ..shared.images.keys import Skipped
-from ..shared.images.records import ImageRecord, read_bytes
-from ..shared.images.sources import SourceShard, open_source
 from ..shared.runtime.console import progress, say, table
+from ..shared.sources.keys import Skipped
+from ..shared.sources.records import ImageRecord, read_bytes
+from ..shared.sources.sources import SourceShard, open_source
 from ..shared.storage.files import sha256_file
 from ..shared.storage.remote import as_path, exists, file_size
-from ..shared.tokens.codebook import Codebook, read_description
+from ..shared.tokens.codebook import MAX_K, Codebook, read_description
 from ..shared.tokens.rows import ShardRows
 from ..shared.tokens.store import TokenStore, read_entry, shard_files
 from .encoding.reencode import Reencoding, encode_again
 from .tokenizers.opening import SavedTokenizer, read_tokenizer
+from .tokenizers.published import ENCODER
 
 Sources = Mapping[str, SourceShard]
 
@@ -29,7 +31,7 @@ def verify(
     tokens: str | Path,
     *,
     codebook: str | Path | None = None,
-    images: str | None = None,
+    images: str | Path | Sequence[str | Path] | None = None,
     reencode: int = 0,
     seed: int = 0,
     tower: str | None = None,
@@ -65,11 +67,11 @@ def verify(
     path = as_path(tokens)
     _refuse_options(codebook, images, reencode)
     began = time.monotonic()
-    if exists(path / "codebook.json") and not any(exists(path / name) for name in ("manifest.json", "shards")):
+    if exists(path / "centroids.safetensors"):
         return _verify_codebook(path, codebook or images)
     store = TokenStore(path)
     saved = None if codebook is None else _same_codebook(store, codebook)
-    sources = {shard.name: shard for shard in open_source(images)} if images is not None else None
+    sources = {shard.name: shard for shard in open_source(images, store.source_options)} if images is not None else None
     images_checked, problems = _check_store(store, sources)
     seconds = time.monotonic() - began
     again = None
@@ -85,7 +87,7 @@ def verify(
     return images_checked
 
 
-def _refuse_options(codebook: str | Path | None, images: str | None, reencode: int) -> None:
+def _refuse_options(codebook: str | Path | None, images: object, reencode: int) -> None:
     if reencode < 0:
         raise UsageError(f"--reencode {reencode} must be a number of images.")
     if reencode and images is None:
@@ -103,15 +105,21 @@ def _verify_codebook(path: Path | UPath, other_option: object) -> int:
     k, dim = map(int, book.centroids.shape) if book.centroids.ndim == 2 else (0, 0)
     if (k, dim) != (book.description["k"], book.description["dim"]) or book.counts.shape != (k,):
         raise DataError(f"{path} holds centroids of shape {book.centroids.shape}, which is not what it describes.")
-    if book.centroids.dtype != np.float32 or not np.isfinite(book.centroids).all():
-        raise DataError(f"{path} holds centroids that are not finite float32 numbers; build it again.")
+    if book.centroids.dtype != np.float32:
+        raise DataError(f"{path} holds centroids of type {book.centroids.dtype} instead of float32; build it again.")
+    encoder = [ENCODER] if "encoder_sha256" in book.description else []
+    if encoder and (not exists(path / ENCODER) or sha256_file(path / ENCODER) != book.description["encoder_sha256"]):
+        raise DataError(f"{path / ENCODER} is missing or was changed since it was written; import the tokenizer again.")
     table(
         "Verified",
         [
             ("codebook", str(path)),
             ("centroids", f"{k:,} of {dim:,} dimensions"),
             ("fingerprint", book.fingerprint),
-            ("bytes", f"{sum(file_size(path / name) for name in ('codebook.json', 'centroids.safetensors')):,}"),
+            (
+                "bytes",
+                f"{sum(file_size(path / name) for name in ('codebook.json', 'centroids.safetensors', *encoder)):,}",
+            ),
         ],
     )
     return k
@@ -121,10 +129,12 @@ def _check_store(store: TokenStore, sources: Sources | None) -> tuple[int, list[
     """Returns the number of different keys, and the problems of the store and its source."""
     problems = _check_embedded(store)
     keys: set[str] = set()
+    filled = _FilledImages(store.k)
     with progress("verifying", len(store.entries), "shards") as advance:
         for name in store.entries:
-            problems += _check_shard(store, name, keys, sources)
+            problems += _check_shard(store, name, keys, sources, filled)
             advance(1)
+    problems += filled.problems()
     if sources is not None:
         problems += [f"{name} of --images is not in the store" for name in sources if name not in store.entries]
     listed = {entry["file"] for entry in store.entries.values()}
@@ -180,13 +190,49 @@ def _check_embedded(store: TokenStore) -> list[str]:
     return problems
 
 
-def _check_shard(store: TokenStore, name: str, keys: set[str], sources: Sources | None) -> list[str]:
+@dataclass
+class _FilledImages:
+    """Finds images that have no tokens but 65535 in a store of K = 65,536, in which 65535 is a token like any other.
+
+    Earlier versions wrote it for every patch of an image whose features held NaN. A code that is really used occurs in
+    parts of other images as well.
+    """
+
+    k: int
+    images: int = 0
+    first: str = ""
+    elsewhere: bool = False
+    """Whether an image has the token at some of its patches only."""
+
+    def add(self, name: str, rows: ShardRows) -> None:
+        if self.k != MAX_K or not rows.tokens.size:
+            return
+        last = (rows.tokens == MAX_K - 1).reshape(len(rows), -1)
+        whole = np.flatnonzero(last.all(axis=1))
+        self.elsewhere |= int(last.sum()) > len(whole) * last.shape[1]
+        if len(whole):
+            self.first = self.first or f"{rows.keys[whole[0]]!r} in {name}"
+            self.images += len(whole)
+
+    def problems(self) -> list[str]:
+        if not self.images or self.elsewhere:
+            return []
+        return [
+            f"{self.images} image(s) have token {MAX_K - 1} at every patch and no other image has it ({self.first} is "
+            "the first): their features held NaN; check the tower and encode into another --out"
+        ]
+
+
+def _check_shard(
+    store: TokenStore, name: str, keys: set[str], sources: Sources | None, filled: _FilledImages
+) -> list[str]:
     """Lists the problems of a shard and its source. Adds its keys to `keys`, which holds those of earlier shards."""
     try:
         if read_entry(store.path, name) != store.entries[name]:
             return [f"shards/{name}.json differs from its entry in the manifest"]
         rows = store.read_rows(name, every_byte=True)
         problems = _check_rows(store, name, rows)
+        filled.add(name, rows)
         duplicates = [key for key in rows.keys if key in keys]
         keys.update(rows.keys)
         if duplicates:
@@ -206,8 +252,6 @@ def _check_rows(store: TokenStore, name: str, rows: ShardRows) -> list[str]:
         problems.append(f"{name} does not hold {entry['images']} different keys")
     if rows.tokens.shape[2:] != store.grid or rows.tokens.dtype != np.uint16:
         problems.append(f"{name} has tokens of shape {rows.tokens.shape} for a {store.grid} grid")
-    elif rows.tokens.size and int(rows.tokens.max()) >= store.k:
-        problems.append(f"{name} has token {int(rows.tokens.max())} and K is {store.k}")
     if entry["view"] != store.view or rows.flips.shape[1] != entry["view"]["views"]:
         problems.append(f"{name} has other views than the rest of the store")
     if entry["codebook_fingerprint"] != store.fingerprint:
@@ -226,18 +270,31 @@ def _check_source(store: TokenStore, name: str, rows: ShardRows, source: SourceS
     listed = {tuple(pair) for pair in entry.get("skipped", ())}
     with source.staged() as here:
         if here.sha256(skip=bool(listed)) != entry["source"]["sha256"]:
-            problems.append(f"{source.root} ({name}) is not the one that was encoded (its digest differs)")
+            problems.append(f"{source.title} ({name}) is not the one that was encoded (its digest differs)")
         records = {record.key: record for record in here.index(unusable)}
-        images = (_check_image(records.get(key), key, int(crc)) for key, crc in zip(rows.keys, rows.crc32, strict=True))
+        ambiguous = {key for key, _ in [*listed, *unusable]}
+        images = (
+            _check_image(records.get(key), key, int(crc), key in ambiguous)
+            for key, crc in zip(rows.keys, rows.crc32, strict=True)
+        )
         problems += [f"{name}: {problem}" for problem in islice(filter(None, images), 1)]
         known = {*rows.keys, *(key for key, _ in listed)}
         foreign = [key for key in records if key not in known]
         problems += [f"{name}: image {key!r} is neither in the store nor listed as skipped" for key in foreign]
-        problems += [f"{source.root} {reason}" for key, reason in unusable if (key, reason) not in listed]
+        problems += [
+            f"{source.title} {reason}"
+            for key, reason in unusable
+            if (key, reason) not in listed and (not key or key not in known)
+        ]
     return problems
 
 
-def _check_image(record: ImageRecord | None, key: str, expected: int) -> str | None:
+def _check_image(record: ImageRecord | None, key: str, expected: int, ambiguous: bool) -> str | None:
+    if record is None and ambiguous:
+        return (
+            f"image {key!r} has several pictures in the source and an earlier version took the first; encode it again "
+            "with --image-field or --key-until"
+        )
     if record is None:
         return f"image {key!r} is not in the source"
     if crc32(read_bytes(record)) != expected:

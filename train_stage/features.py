@@ -8,13 +8,15 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from ..shared.images.records import ImageRecord
-from ..shared.images.sources import read_records
+from ..shared.labels.columns import to_column
 from ..shared.runtime.console import progress, table
-from ..shared.runtime.devices import choose_device, choose_workers
+from ..shared.runtime.devices import choose_device, choose_workers, refuse_many_processes
+from ..shared.sources.options import SourceOptions
+from ..shared.sources.records import ImageRecord
+from ..shared.sources.sources import read_records
 from ..shared.storage.files import refuse_existing, written_whole
-from ..shared.tokens.rows import NO_LABEL
-from .evaluation.embed import embed, normalised_views
+from ..shared.storage.lock import writes_to_out
+from .evaluation.embed import embed, normalised_views, refuse_not_finite
 from .weights.read import load_weights
 from .weights.weights import Weights
 
@@ -24,13 +26,21 @@ _IMAGES_PER_CHUNK = {"patches": 16, "pooled": 128, "keys": 8192, "labels": 8192}
 _AXES = ("image", "row", "column", "feature")
 
 
+@writes_to_out
 def features(
     images: str | Path | Sequence[str | Path],
     weights: str | Path,
     out: str | Path,
     *,
+    labels: str | Path | None = None,
+    label_field: str | None = None,
     patches: bool = True,
     image_size: int | None = None,
+    key_until: str | None = None,
+    key_prefix: str | None = None,
+    image_field: str | None = None,
+    label_from: str | None = None,
+    max_pixels: int | None = None,
     batch_size: int = 128,
     workers: int | None = None,
     device: str = "auto",
@@ -44,18 +54,28 @@ def features(
       for a fine-tuned model, the input of its head;
     - `patches` (n, H, W, dim) float32, raster order: the final norm's output; for a fine-tuned model, which has no such
       norm, the last block's output;
-    - `labels` (n,) int64, if any image has one; -1 for an image without;
+    - `labels` (n,) int64, if any image has one; -1 for an image without. If labels are class names, the attribute
+      `classes` lists them, sorted, and a label is an index of that list;
     - attributes: format and version, path and SHA-256 of the weights, their kind and shape, preprocessing, grid.
 
     Every chunk carries a CRC32C. The shorter side of an image is resized to the model's size, then its centre is
     cropped.
 
     Args:
-        images: A tar, a folder of class folders, or a pattern or list of tars; images of any size.
+        images: Tars, folders of tars, or folders of class folders; patterns and globs included; images of any size.
         weights: A run, a checkpoint, an imported or exported folder, or a published .pth.tar.
         out: Zarr group to write, such as features.zarr. It must not exist, or be empty; it appears when it is complete.
+        labels: File of labels: a number or name a line in the sorted order of the images, or a CSV or JSON lines with a
+            key column.
+        label_field: Field of the tars' JSON members that holds the label; of a file of labels, its label column.
         patches: Write the features of each patch too, H x W times as much.
         image_size: Pixels; resamples the position embeddings to another grid (default: as it was).
+        key_until: Where an image's key ends in its file name, first-dot or last-dot (default: first-dot in tars, as in
+            WebDataset, and last-dot in folders).
+        key_prefix: none, or tar: keys begin with the name of their tar (of their folder, if several are given).
+        image_field: Which picture of a key is its image, by what follows the key in its name, such as jpg or jpg,png.
+        label_from: auto, or tar: the class of a tar's images is the name of the tar.
+        max_pixels: Most pixels of an image (default: 178,956,970).
         batch_size: Images per forward pass.
         workers: Processes that decode images (default: none on the CPU, up to 16 on CUDA).
         device: Where the model runs: auto (CUDA if it is there), cpu or cuda.
@@ -64,13 +84,15 @@ def features(
         The group's folder.
 
     Raises:
-        DataError if weights or images cannot be read; UsageError if `out` is taken or `image_size` does not fit the
-        patches.
+        DataError if weights or images cannot be read, or if features hold NaN or infinity; UsageError if `out` is taken
+        or `image_size` does not fit the patches.
     """
+    refuse_many_processes()
     refuse_existing(folder := Path(out))
     device_name = choose_device(device)
     loaded = load_weights(weights).resized(image_size)
-    records = read_records(images)
+    source = SourceOptions(key_until, key_prefix, image_field, max_pixels, label_from)
+    records = read_records(images, options=source, labels=labels, label_field=label_field)
     model = loaded.vit().to(device_name)
     worker_count = choose_workers(workers, device_name)
     batches = normalised_views(records, loaded.preprocess, batch_size, worker_count, device_name)
@@ -80,6 +102,8 @@ def features(
         for batch in batches:
             end = start + len(batch)
             pooled, rows = embed(model, batch)
+            for part in (pooled, rows):  # a patch may hold infinity and the mean over patches not, or the reverse
+                refuse_not_finite(part, records[start:], "features")
             arrays["pooled"][start:end] = pooled.cpu().numpy()
             if patches:
                 grid = rows.view(len(rows), loaded.grid, loaded.grid, -1)
@@ -97,9 +121,11 @@ def _create(path: Path, weights: Weights, records: list[ImageRecord], patches: b
     arrays = {"keys": _array(group, "keys", (count,), str)}
     arrays["keys"][:] = np.array([record.key for record in records], dtype=object)
     if any(record.label is not None for record in records):
-        labels = [NO_LABEL if record.label is None else record.label for record in records]
+        labels, classes = to_column([record.label for record in records])
         arrays["labels"] = _array(group, "labels", (count,), np.int64)
-        arrays["labels"][:] = np.array(labels, dtype=np.int64)
+        arrays["labels"][:] = labels
+        if classes is not None:
+            group.attrs["classes"] = list(classes)
     arrays["pooled"] = _array(group, "pooled", (count, dim), np.float32)
     if patches:
         arrays["patches"] = _array(group, "patches", (count, grid, grid, dim), np.float32)

@@ -3,13 +3,18 @@
 from pathlib import Path
 
 from ..shared.runtime.console import table
+from ..shared.runtime.devices import refuse_many_processes
 from ..shared.storage.files import refuse_existing, sha256_file, write_sealed_json
+from ..shared.storage.lock import writes_to_out
 from .weights.read import load_weights
 from .weights.weights import Weights
 from .weights.write import FORMAT, TENSORS, VERSION, describe_weights, weights_folder
 
 
-def import_weights(file: str | Path, out: str | Path, *, image_size: int | None = None) -> Path:
+@writes_to_out
+def import_weights(
+    file: str | Path, out: str | Path, *, image_size: int | None = None, heads: int | None = None
+) -> Path:
     """Writes weights as one plain folder that every WEIGHTS argument takes.
 
     The folder holds `model.safetensors`, with every tensor under its published name (a decoder included), and
@@ -20,15 +25,17 @@ def import_weights(file: str | Path, out: str | Path, *, image_size: int | None 
         file: A published .pth.tar (pre-training or fine-tuned), a run, a checkpoint, or an exported folder.
         out: Folder to write: model.safetensors and weights.json. It must not exist, or be empty.
         image_size: Pixels; resamples the position embeddings to another grid (default: as it was).
+        heads: Attention heads of a published .pth.tar whose size is not vit-tiny, vit-small, vit-base or vit-large.
 
     Returns:
         The folder.
 
     Raises:
-        DataError if `file` cannot be read; UsageError if `out` is taken or `image_size` does not fit the patches.
+        DataError if `file` cannot be read; UsageError if `out` is taken, or `image_size` or `heads` does not fit.
     """
+    refuse_many_processes()
     refuse_existing(folder := Path(out))
-    loaded = load_weights(file).resized(image_size)
+    loaded = load_weights(file, heads).resized(image_size)
     with weights_folder(folder, loaded.tensors) as partial:
         metadata = {
             "format": FORMAT,

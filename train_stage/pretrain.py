@@ -11,7 +11,7 @@ from ..shared.runtime.console import say, table
 from ..shared.runtime.devices import choose_device
 from ..shared.runtime.distributed import joined_world
 from ..shared.runtime.memory import as_text
-from ..shared.storage.files import WriteLock
+from ..shared.storage.lock import sole_writer
 from ..shared.tokens.store import TokenStore
 from .data.batch import check_grid
 from .data.remote_tars import fetched_tars
@@ -19,10 +19,9 @@ from .runs.jsonl import read_lines
 from .runs.loop import load_parts, train
 from .runs.opening import open_run
 from .runs.resume import find_resume_point
-from .settings import Settings, resolve
+from .settings import Settings, flat, resolve
 from .tasks.pretraining import PretrainingTask, join_images, refuse_other_tokens
 from .training.dry_run import RunEstimate, estimate_run, measure_steps
-from .training.parallel import peers_explained
 from .training.plan import make_plan
 from .training.trainer import Trainer
 from .weights.checkpoint import count_parameters
@@ -61,30 +60,27 @@ def pretrain(
         images or tokens that are missing or damaged, or a loss that is not finite, FingerprintMismatch for tokens of
         another codebook than before, Interrupted after Ctrl-C or SIGTERM, with a checkpoint written.
     """
+    given = {"images": images, "tokens": tokens, "init": init, "resume": resume, "out": out}
     settings = _settings(recipe, overrides, objective)
     device, out = choose_device(device), Path(out)
-    with joined_world(device) as world, peers_explained(world):
-        lock = WriteLock(out)
-        try:
-            store = TokenStore(tokens)
-            check_grid(store, settings.model)
-            world.on_rank_zero(lock.take)
-            point = world.on_rank_zero(
-                lambda: find_resume_point(
-                    out,
-                    resume,
-                    PretrainingTask.name,
-                    settings,
-                    resolve(),
-                    lambda before: refuse_other_tokens(out, before, store),
-                )
+    with joined_world(device, {**given, **flat(settings)}) as world, sole_writer(out, world):
+        store = TokenStore(tokens)
+        world.refuse_differences({"the codebook of --tokens": store.fingerprint, "images in --tokens": len(store)})
+        check_grid(store, settings.model)
+        point = world.on_rank_zero(
+            lambda: find_resume_point(
+                out,
+                resume,
+                PretrainingTask.name,
+                settings,
+                resolve(),
+                lambda before: refuse_other_tokens(out, before, store),
             )
-            task = PretrainingTask(settings, store, join_images(images, store, settings, world))
-            run = open_run(task, out, point, init, device, world, lock)
-            with run.logbook:
-                path = train(run)
-        finally:
-            lock.release()
+        )
+        task = PretrainingTask(settings, store, join_images(images, store, settings, world))
+        run = open_run(task, out, point, init, device, world)
+        with run.logbook:
+            path = train(run)
         if world.is_first:
             show_run(path)
     return path
@@ -112,9 +108,10 @@ def pretrain_dry_run(
     Raises:
         UsageError, DataError and FingerprintMismatch as `pretrain` does.
     """
+    given = {"images": images, "tokens": tokens}
     settings = _settings(recipe, overrides, objective)
     device = choose_device(device)
-    with joined_world(device) as world, peers_explained(world):
+    with joined_world(device, {**given, **flat(settings)}) as world:
         store = TokenStore(tokens)
         check_grid(store, settings.model)
         task = PretrainingTask(settings, store, join_images(images, store, settings, world))

@@ -8,10 +8,11 @@ from rich.table import Table
 
 from ..shared.runtime.console import progress, results
 from ..shared.runtime.devices import choose_device, choose_workers
+from ..shared.sources.options import SourceOptions
 from .evaluation.base import EvaluationResult, evaluate
 from .evaluation.embed import Execution, extract_features, fresh_weights, pixel_encoder, pooled_encoder
 from .evaluation.knn import KNearestNeighbours
-from .evaluation.labelled import LabelledImages, labelled_images
+from .evaluation.labelled import LabelledImages, labelled_pair
 from .evaluation.linear_probe import LinearProbe
 from .weights.read import load_weights
 
@@ -36,8 +37,17 @@ def probe(
     images: str | Path | Sequence[str | Path],
     val: str | Path | Sequence[str | Path],
     *,
+    labels: str | Path | None = None,
+    val_labels: str | Path | None = None,
+    label_field: str | None = None,
+    classes: str | Path | None = None,
     random_init: bool = False,
     pixels: bool = False,
+    key_until: str | None = None,
+    key_prefix: str | None = None,
+    image_field: str | None = None,
+    label_from: str | None = None,
+    max_pixels: int | None = None,
     batch_size: int = 128,
     workers: int | None = None,
     device: str = "auto",
@@ -51,10 +61,22 @@ def probe(
 
     Args:
         weights: A run, a checkpoint, an imported or exported folder, or a published .pth.tar.
-        images: Labelled training images: a tar, a folder of class folders, or a pattern or list of tars.
-        val: Labelled validation images.
+        images: Labelled training images: tars, folders of tars, or folders of class folders; patterns and globs
+            included.
+        val: Labelled validation images; their classes are joined with those of the training images by name.
+        labels: File of the training images' labels: a number or name a line in the sorted order of the images, or a CSV
+            or JSON lines with a key column.
+        val_labels: The same for the validation images.
+        label_field: Field of the tars' JSON members that holds the label; of a file of labels, its label column.
+        classes: File of class names, for class numbers beside names: line i, counted from 0, is the name of class i.
         random_init: Also probe the same model with the initial weights of the run's seed.
         pixels: Also probe the raw pixels, averaged to 32x32.
+        key_until: Where an image's key ends in its file name, first-dot or last-dot (default: first-dot in tars, as in
+            WebDataset, and last-dot in folders).
+        key_prefix: none, or tar: keys begin with the name of their tar (of their folder, if several are given).
+        image_field: Which picture of a key is its image, by what follows the key in its name, such as jpg or jpg,png.
+        label_from: auto, or tar: the class of a tar's images is the name of the tar.
+        max_pixels: Most pixels of an image (default: 178,956,970).
         batch_size: Images per forward pass.
         workers: Processes that decode images (default: none on the CPU, up to 16 on CUDA).
         device: Where the model runs: auto (CUDA if it is there), cpu or cuda.
@@ -63,12 +85,15 @@ def probe(
         One row for the weights, then one for each of the comparisons asked for.
 
     Raises:
-        DataError if the weights or images cannot be read or images have no labels; UsageError if CUDA is asked for and
-        is not there.
+        DataError if the weights or images cannot be read, images have no labels, or the classes of the two sets do not
+        fit; UsageError if CUDA is asked for and is not there.
     """
     device_name = choose_device(device)
     loaded = load_weights(weights)
-    train_images, val_images = labelled_images(images), labelled_images(val)
+    options = SourceOptions(key_until, key_prefix, image_field, max_pixels, label_from)
+    train_images, val_images = labelled_pair(
+        images, val, options, labels=labels, val_labels=val_labels, label_field=label_field, classes=classes
+    )
     encoders = [pooled_encoder(loaded, device_name)]
     if random_init:
         encoders.append(pooled_encoder(fresh_weights(loaded), device_name, "random init"))

@@ -8,14 +8,15 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import yaml
-
+from ..shared.artifacts.yaml_file import read_yaml
 from ..shared.errors import DataError, UsageError
 from ..shared.report.pictures import golden_colours, hex_colours
 from ..shared.report.render import write_page
 from ..shared.runtime.console import say, table
+from ..shared.storage.lock import sole_writer
 from .evaluation.predictions import predict
 from .runs.jsonl import read_lines
+from .runs.schema import checked_line
 
 CURVES = {
     "loss": "Loss (mean cross-entropy, nats)",
@@ -56,7 +57,7 @@ def report(
     runs: str | Path | Sequence[str | Path],
     *,
     html: str | Path | None = None,
-    images: str | None = None,
+    images: str | Path | Sequence[str | Path] | None = None,
     tokens: str | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -89,10 +90,11 @@ def report(
     path = Path(html) if html is not None else folders[0] / "report.html"
     if path.is_dir():
         raise UsageError(f"--html {path} is a folder; give a file, such as {path / 'report.html'}.")
-    summaries = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-    predictions = predict(folders, tokens, images, seed, device) if tokens else None
-    _write(path, summaries, predictions)
-    show_report(summaries, path)
+    with sole_writer(path, option="--html"):
+        summaries = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+        predictions = predict(folders, tokens, images, seed, device) if tokens else None
+        _write(path, summaries, predictions)
+        show_report(summaries, path)
     return path
 
 
@@ -124,6 +126,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeError) as error:
         raise DataError(f"{path} cannot be read ({error}).") from None
     lines = [line for line in contents if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    for line in lines:
+        checked_line(line, path)
     return [{key: _finite(value) for key, value in line.items()} for line in lines]
 
 
@@ -135,13 +139,8 @@ def _finite(value: Any) -> Any:
 
 def _settings(folder: Path) -> dict[str, str]:
     """settings.yaml, flat, with settings that this version does not know; {} without the file."""
-    try:
-        content = yaml.safe_load((folder / "settings.yaml").read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise DataError(f"{folder / 'settings.yaml'} cannot be read ({str(error).splitlines()[0]}).") from None
-    return dict(_flat(content, ""))
+    path = folder / "settings.yaml"
+    return dict(_flat(read_yaml(path), "")) if path.exists() else {}
 
 
 def _flat(content: Any, prefix: str) -> list[tuple[str, str]]:

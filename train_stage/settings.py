@@ -5,6 +5,7 @@ The defaults are the paper's for ViT-B/16 at 224 pixels (arXiv 2306.07346, secti
 from other settings by `resolve`; a resolved structure has a value everywhere.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ..shared.errors import UsageError
+from ..shared.artifacts.yaml_file import read_yaml
+from ..shared.errors import DataError, UsageError
 from .model.shape import SIZES, Shape
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -44,6 +46,22 @@ def _check_choices(group: str, settings: object) -> None:
         if of == group:
             value = getattr(settings, name)
             _require(value in choices, f"{key} {value!r} is unknown; choose from {', '.join(choices)}.")
+
+
+def check_numbers(group: str, settings: object) -> None:
+    """Raises UsageError for a number of a group of settings that is not finite or does not fit into 64 bits."""
+    for name, value in vars(settings).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float):
+                _require(math.isfinite(number), f"{group}.{name} {number} must be a finite number.")
+            elif isinstance(number, int):
+                _require(-(1 << 63) <= number < 1 << 64, f"{group}.{name} {number} must fit into 64 bits.")
+
+
+def _require_at_least_zero(group: str, settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _require(value is None or value >= 0, f"{group}.{name} {value} must not be negative.")
 
 
 @dataclass
@@ -94,6 +112,7 @@ class ObjectiveSettings:
     """How mim masks: block (rectangles, as BEiT) or uniform (over patches)."""
 
     def __post_init__(self) -> None:
+        check_numbers("objective", self)
         _check_choices("objective", self)
         _require(0 < self.mask_ratio < 1, f"objective.mask_ratio {self.mask_ratio} must lie between 0 and 1.")
         _require(self.permutation_block >= 1, "objective.permutation_block must be at least 1.")
@@ -126,12 +145,13 @@ class OptimizerSettings:
     """Largest norm of all gradients together; null does not clip."""
 
     def __post_init__(self) -> None:
+        check_numbers("optimizer", self)
         _require(self.lr > 0, f"optimizer.lr {self.lr} must be positive.")
         _require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             "optimizer.betas must be two numbers in [0, 1).",
         )
-        _require(self.warmup_epochs >= 0, f"optimizer.warmup_epochs {self.warmup_epochs} must not be negative.")
+        _require_at_least_zero("optimizer", self, "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "eps")
         _require(self.clip_grad is None or self.clip_grad > 0, "optimizer.clip_grad must be positive or null.")
 
 
@@ -160,11 +180,14 @@ class DataSettings:
     """How much of them it keeps, in 10^9 bytes; null is everything."""
 
     def __post_init__(self) -> None:
+        check_numbers("data", self)
         _require(self.cache_gb is None or self.cache_gb > 0, "data.cache_gb must be positive, or null.")
         _require(self.shuffle_shards >= 1, f"data.shuffle_shards {self.shuffle_shards} must be at least 1.")
         _require(0 <= self.color_jitter <= 1, f"data.color_jitter {self.color_jitter} must lie in [0, 1].")
+        _require_at_least_zero("data", self, "workers")
         _check_choices("data", self)
         _require(len(self.mean) == len(self.std) == 3, "data.mean and data.std must have three numbers.")
+        _require(all(number > 0 for number in self.std), f"data.std {self.std} must be positive numbers.")
 
 
 @dataclass
@@ -204,6 +227,7 @@ class TrainSettings:
         return "bfloat16" if device == "cuda" else "float32"
 
     def __post_init__(self) -> None:
+        check_numbers("train", self)
         counts = ("epochs", "batch_size", "log_every", "checkpoint_every", "keep_last", "keep_every")
         for name in counts:
             value = getattr(self, name)
@@ -220,7 +244,16 @@ class ProbeSettings:
     images: str | None = None
     """Labelled training images: a tar, a folder of class folders, or a pattern of tars."""
     val: str | None = None
-    """Labelled validation images."""
+    """Labelled validation images. Their classes are joined with those of `images` by name."""
+    labels: str | None = None
+    """File of the labels of `images`: a number or name a line in the sorted order of the images, or a CSV or JSON lines
+    with a key column."""
+    val_labels: str | None = None
+    """The same for `val`."""
+    label_field: str | None = None
+    """Field of the tars' JSON members that holds the label; of a file of labels, its label column."""
+    classes: str | None = None
+    """File of class names, for class numbers beside names: line i, counted from 0, is the name of class i."""
     every: int = 1000
     """Steps between probes; one more is made at the end."""
     linear: bool = False
@@ -229,6 +262,7 @@ class ProbeSettings:
     """A seeded subset of this many training images is used, and of a quarter as many validation images."""
 
     def __post_init__(self) -> None:
+        check_numbers("probe", self)
         _require((self.images is None) == (self.val is None), "probe.images and probe.val are given together.")
         _require(self.every >= 1, f"probe.every {self.every} must be at least 1.")
         _require(self.max_images >= 4, f"probe.max_images {self.max_images} must be at least 4.")
@@ -252,6 +286,7 @@ class ExecutionSettings:
     """How many predicted rows have logits at a time; null is all of them."""
 
     def __post_init__(self) -> None:
+        check_numbers("execution", self)
         _require(self.loss_chunk is None or self.loss_chunk >= 1, "execution.loss_chunk must be at least 1, or null.")
         _require(
             self.micro_batch is None or self.micro_batch >= 1, "execution.micro_batch must be at least 1, or null."
@@ -289,6 +324,7 @@ class ClassifierSettings:
     """Start from fresh weights of the same shape, as a control."""
 
     def __post_init__(self) -> None:
+        check_numbers("model", self)
         _require(0 <= self.drop_path < 1, f"model.drop_path {self.drop_path} must lie in [0, 1).")
         _require(self.freeze >= 0, f"model.freeze {self.freeze} must not be negative.")
         _require(self.classes is None or self.classes >= 1, "model.classes must be at least 1, or null.")
@@ -324,6 +360,7 @@ class AugmentSettings:
     """Share of a target that is spread over all classes."""
 
     def __post_init__(self) -> None:
+        check_numbers("augment", self)
         for name in ("flip", "erasing", "mix_probability", "mix_switch"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"augment.{name} {value} must be a probability from 0 to 1.")
@@ -398,6 +435,7 @@ class ValidationSettings:
     """Images per forward pass."""
 
     def __post_init__(self) -> None:
+        check_numbers("validation", self)
         _require(self.every is None or self.every >= 1, f"validation.every {self.every} must be at least 1, or null.")
         _require(0 < self.crop <= 1, f"validation.crop {self.crop} must lie in (0, 1].")
         _require(self.batch_size >= 1, f"validation.batch_size {self.batch_size} must be at least 1.")
@@ -417,6 +455,11 @@ class FinetuneSettings:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def flat(settings: "RunSettings") -> dict[str, Any]:
+    """All settings by key, such as "optimizer.lr"."""
+    return {f"{group}.{name}": value for group, values in settings.to_json().items() for name, value in values.items()}
 
 
 class RunSettings(Protocol):
@@ -479,7 +522,7 @@ def _filled(
         _require("=" in override, f"--set {override}: write it as key=value, such as optimizer.lr=1e-3.")
     source = f"--recipe {recipe}"
     try:
-        layers = [OmegaConf.load(_recipe_path(recipe))] if recipe else []
+        layers = [_load_recipe(_recipe_path(recipe), recipe)] if recipe else []
         merged = OmegaConf.merge(
             schema, OmegaConf.create(dict(defaults or {})), *map(_without_nulls_of_derived, layers)
         )
@@ -492,7 +535,7 @@ def _filled(
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
         raise UsageError(f"{source}: {f'{key}: ' if key else ''}{reason}. {_known_keys(kind, key)}") from None
-    except (OSError, ValueError, YAMLError) as error:
+    except (OSError, TypeError, ValueError, OverflowError, RecursionError, YAMLError) as error:
         raise UsageError(f"{source} cannot be read: {str(error).splitlines()[0]}.") from None
 
 
@@ -528,6 +571,7 @@ def _derive(merged: Any) -> None:
 
 
 def _check_model(model: ModelSettings) -> None:
+    check_numbers("model", model)
     sizes = {"dim": model.dim, "depth": model.depth, "heads": model.heads}
     absent = [name for name, value in sizes.items() if value < 1]
     _require(not absent, f"model.{', model.'.join(absent)} must be at least 1.")
@@ -541,6 +585,16 @@ def _check_visible(objective: ObjectiveSettings, patches: int) -> None:
             value is None or 0 <= value < patches,
             f"objective.{name} {value} must be at least 0 and less than the {patches} patches.",
         )
+
+
+def _load_recipe(path: Path, recipe: object) -> Any:
+    """The settings in a recipe. Raises UsageError for anything but nested names and values."""
+    try:
+        content = read_yaml(path)
+    except DataError as error:
+        raise UsageError(f"--recipe {recipe}: {error}") from None
+    _require(content is None or isinstance(content, dict), f"--recipe {recipe}: {path} holds no settings by name.")
+    return OmegaConf.create(content or {})
 
 
 def _recipe_path(recipe: str | Path) -> Path:

@@ -1,1 +1,1 @@
-"""Images: where they are, how they are decoded, and the views that are cropped from them."""
+"""Images: how they are decoded, and the views that are cropped from them."""

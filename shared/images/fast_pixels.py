@@ -29,28 +29,28 @@ _NEAR, _FAR = 0.01, 0.05
 smallest shift is above the second, Pillow replays the view."""
 
 
-def is_plain_jpeg(data: bytes, name: str) -> bool:
+def is_plain_jpeg(data: bytes, name: str, max_pixels: int | None = None) -> bool:
     """Whether simplejpeg decodes `data` to the same pixels as Pillow: an upright JPEG of one picture that is not CMYK.
 
     Raises DataError, which names `name`, if the bytes are not an image.
     """
     with decoding(data, name):
-        image = open_image(data)
+        image = open_image(data, max_pixels)
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         return image.format == "JPEG" and image.mode in ("RGB", "L") and upright
 
 
-def decode_pixels(data: bytes, name: str, plain: bool | None = None) -> Tensor:
+def decode_pixels(data: bytes, name: str, plain: bool | None = None, max_pixels: int | None = None) -> Tensor:
     """The pixels of `decode.decode`, as uint8 (3, height, width), channels last in memory; DataError as there.
 
     `plain` is the result of `is_plain_jpeg` for the same bytes, if it is known already.
     """
-    if is_plain_jpeg(data, name) if plain is None else plain:
+    if is_plain_jpeg(data, name, max_pixels) if plain is None else plain:
         try:
             return torch.from_numpy(decode_jpeg(data, "RGB")).permute(2, 0, 1)
-        except Exception:  # decoders raise anything on damaged data; Pillow may read it, or says what is wrong
+        except Exception:  # decoders raise anything on damaged data; Pillow may read it, or says what is wrong  # noqa: S110
             pass
-    return torch.from_numpy(np.array(decode(data, name))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(decode(data, name, max_pixels))).permute(2, 0, 1)
 
 
 def replay_pixels(pixels: Tensor, box: CropBox, flip: bool, size: int, interpolation: str = "bicubic") -> Tensor:

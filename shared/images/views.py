@@ -11,7 +11,11 @@ from PIL import Image
 from ..errors import UsageError
 from ..randomness import generator
 
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
 class CropBox(NamedTuple):
@@ -33,7 +37,7 @@ class Preprocess:
     """"shortest" (the shorter side becomes `resize_size`) or "squash" (both sides do)."""
     resize_size: int
     interpolation: str
-    """"bicubic" or "bilinear"."""
+    """"bicubic", "bilinear" or "lanczos"."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..printable import printable, printable_values
 from ..storage.files import written_whole
 
 _HERE = Path(__file__).parent
@@ -22,9 +23,11 @@ def render(template: str, *, title: str, data: dict[str, Any], **values: Any) ->
     """The page `templates/TEMPLATE.html` as one HTML file, including its styles, scripts, chart library and `data`.
 
     `static/TEMPLATE.js` reads `data` (JSON values) as `page.data`; the template has it as `data`, and `values` by their
-    names. All text is escaped, and the page's content security policy forbids network requests and other scripts.
+    names. All text is escaped, control characters of it are visible (`printable`), and the page's content security
+    policy forbids network requests and other scripts.
     Raises ValueError for NaN or infinity in `data`, and jinja2.UndefinedError for a value that the template needs.
     """
+    data = printable_values(data)
     scripts = [_asset(name) for name in (*_LIBRARIES, f"static/{template}.js")]
     return (
         _environment()
@@ -32,9 +35,9 @@ def render(template: str, *, title: str, data: dict[str, Any], **values: Any) ->
         .render(
             title=title,
             data=data,
-            data_json=Markup(json.dumps(data, ensure_ascii=False, allow_nan=False).translate(_SCRIPT_ESCAPES)),
-            styles=Markup(_asset("static/page.css")),
-            scripts=[Markup(script) for script in scripts],
+            data_json=Markup(json.dumps(data, ensure_ascii=False, allow_nan=False).translate(_SCRIPT_ESCAPES)),  # noqa: S704 (escaped for <script>)
+            styles=Markup(_asset("static/page.css")),  # noqa: S704 (a file of this package)
+            scripts=[Markup(script) for script in scripts],  # noqa: S704 (files of this package)
             policy=_policy(scripts),
             **values,
         )
@@ -60,11 +63,17 @@ def _environment() -> Environment:
         loader=FileSystemLoader(_HERE / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"count": _count, "share": _share}
+    environment.filters["printable"] = printable  # before urlencode, as `data` is printable, too
     return environment
+
+
+def _visible(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _count(number: float) -> str:

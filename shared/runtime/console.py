@@ -2,22 +2,31 @@
 
 `running_command` is the one switch between the two: the command line is inside it, a program that imports the package
 is not. Inside it this process may also be changed (signal handlers, the allocator); `in_command` asks for that.
+
+Text may come from file names and files of strangers. Whatever is printed here goes through `printable`, and is never
+read as rich's markup or emoji codes.
 """
 
 from __future__ import annotations
 
 import functools
+import io
+import json
 import logging
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
 
+from ..printable import printable, printable_json
 from .distributed import is_first_process
 
 if TYPE_CHECKING:  # rich takes a while to import, and shell completion needs none of it
-    from rich.console import Console, RenderableType
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
@@ -31,12 +40,21 @@ def in_command() -> bool:
     return _in_command
 
 
+def stop_signals() -> list[signal.Signals]:
+    """The signals that end a command in an orderly way: Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 (with which schedulers
+    announce the end of a job) and SIGHUP (a terminal that closes). One that was ignored when the command was started,
+    such as SIGHUP under nohup, stays ignored, except SIGTERM."""
+    numbers = [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
+    return [signal.SIGTERM, *(number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)]
+
+
 @contextmanager
 def running_command() -> Iterator[None]:
     """Makes this process a command: messages, progress and tables are printed, by rank 0 only.
 
     The logger "mapet" gets a handler that prints plain lines to stderr, and the root logger one that drops the records
-    of other libraries. Both are removed afterwards. A nested call changes nothing.
+    of other libraries. Characters that the terminal's encoding lacks are printed as escapes instead of failing. All of
+    it is undone afterwards. A nested call changes nothing.
     """
     global _in_command
     if _in_command:
@@ -50,7 +68,12 @@ def running_command() -> Iterator[None]:
     logging.root.addHandler(others)
     _in_command = True
     try:
-        yield
+        with ExitStack() as undo:
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, io.TextIOWrapper):
+                    undo.callback(_set_errors, stream, stream.errors)
+                    _set_errors(stream, "backslashreplace")
+            yield
     finally:
         _in_command = False
         logging.root.removeHandler(others)
@@ -59,12 +82,24 @@ def running_command() -> Iterator[None]:
         log.removeHandler(lines)
 
 
+def _set_errors(stream: io.TextIOWrapper, errors: str | None) -> None:
+    if not stream.closed:
+        stream.reconfigure(errors=errors)
+
+
+def foreign(text: str, style: str = "") -> Text:
+    """`text` for rich: no markup, no emoji codes, line breaks and hidden characters as escapes."""
+    from rich.text import Text
+
+    return Text(printable(text), style=style)
+
+
 class _PlainLines(logging.Handler):
-    """Prints each record as a plain line to stderr, above a live progress bar if there is one."""
+    """Prints each record as one plain line to stderr, above a live progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if is_first_process():
-            _stderr().print(record.getMessage(), highlight=False, soft_wrap=True, markup=False)
+            _stderr().print(foreign(record.getMessage()), soft_wrap=True)
 
 
 class Results:
@@ -78,10 +113,20 @@ class Results:
     def no_color(self) -> bool:
         return _stdout().no_color
 
-    def print(self, renderable: RenderableType, *, soft_wrap: bool = False) -> None:
-        """Prints text or a table of rich; `soft_wrap` leaves long lines unbroken."""
+    def print(self, result: str | Text | Table, *, soft_wrap: bool = False) -> None:
+        """Prints text, or a table whose text is `foreign` where it is not of this package; `soft_wrap` leaves long
+        lines unbroken."""
         if _is_shown():
-            _stdout().print(renderable, soft_wrap=soft_wrap)
+            _stdout().print(foreign(result) if isinstance(result, str) else result, soft_wrap=soft_wrap)
+
+    def print_json(self, value: Any) -> None:
+        """Prints JSON for machines, as UTF-8 or with escapes for what stdout's encoding lacks."""
+        text = printable_json(value, indent=1)
+        try:
+            text.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:
+            text = json.dumps(value, indent=1)
+        print(text)
 
 
 results = Results()
@@ -108,7 +153,7 @@ def _stderr() -> Console:
 
 def say(text: str) -> None:
     """Logs a message to the logger "mapet" at level INFO; a command prints it as one line on stderr."""
-    log.info("%s", text)
+    log.info("%s", printable(text))
 
 
 class Advance(Protocol):
@@ -146,20 +191,20 @@ def _bar(what: str, total: int | None, unit: str, start: int) -> Iterator[Advanc
 
     columns = [
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[unit]}"),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     ]
     with Progress(*columns, console=_stderr(), transient=True, expand=True) as bar:
-        task = bar.add_task(what, total=total, completed=start, unit=unit, note="")
+        task = bar.add_task(printable(what), total=total, completed=start, unit=unit, note="")
 
         def advance(steps: int = 1, note: str | None = None) -> None:
-            fields = {} if note is None else {"note": note}
+            fields = {} if note is None else {"note": printable(note)}
             bar.update(task, advance=steps, **fields)  # type: ignore[arg-type]  # `fields` has no `total`
 
         yield advance
@@ -190,7 +235,7 @@ def working(what: str) -> Iterator[None]:
     if not _is_shown():
         yield
     elif _stderr().is_terminal:
-        with _stderr().status(what):
+        with _stderr().status(foreign(what)):
             yield
     else:
         say(f"{what} ...")
@@ -203,9 +248,9 @@ def table(title: str, rows: list[tuple[str, str]]) -> None:
         return
     from rich.table import Table
 
-    grid = Table(title=title, title_justify="left", show_header=False)
+    grid = Table(title=foreign(title), title_justify="left", show_header=False)
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in rows:
-        grid.add_row(name, value)
+        grid.add_row(foreign(name), foreign(value))
     results.print(grid)

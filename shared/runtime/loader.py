@@ -19,20 +19,20 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 
 from ..errors import DataError, MapetError, UsageError
 from .compat import shut_down_workers, start_workers, worker_pids
-from .console import in_command
+from .console import in_command, stop_signals
 from .devices import keep_freed_memory
 from .shared_memory import BatchReference, SharedBuffers, free_buffers, no_room
 
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """In a command, delivers Ctrl-C and SIGTERM after the block: a loader that is interrupted while it starts its
+    """In a command, delivers the `stop_signals` after the block: a loader that is interrupted while it starts its
     processes cannot clean up and prints a traceback. A library call leaves signal handlers alone."""
     if not in_command() or threading.current_thread() is not threading.main_thread():
         yield
         return
     caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = stop_signals()
     before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in numbers}
     try:
         yield
@@ -117,7 +117,8 @@ def _begin_worker(worker: int) -> None:
     """
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, lambda *_: signal.alarm(_GRACE_SECONDS))
 
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not issubclass(kind, ConnectionError):

@@ -1,11 +1,14 @@
-"""How much memory a command may use: the given amount, or most of the free memory."""
+"""How much memory and how many open files a command may use: memory as given, or most of what is free."""
 
 import os
 import re
+import resource
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import UsageError
 
+_ENOUGH_FILES, _FEWEST_FILES = 4096, 64
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?i?)B?")
 
@@ -35,6 +38,30 @@ def free_bytes() -> int:
     except (OSError, KeyError, ValueError):  # not Linux, or no limit ("max")
         pass
     return max(free, 0)
+
+
+def allow_enough_files() -> None:
+    """Lets a command open as many files as the system allows it without asking, up to `_ENOUGH_FILES`.
+
+    Raises UsageError if those are too few for any command.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = _ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_FILES)
+    if soft != resource.RLIM_INFINITY and soft < highest:
+        with suppress(OSError, ValueError):  # some systems allow fewer than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
+            soft = highest
+    if soft != resource.RLIM_INFINITY and soft < _FEWEST_FILES:
+        raise too_few_files()
+
+
+def too_few_files() -> UsageError:
+    """The error of a process that cannot open another file."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return UsageError(
+        f"This process may open {allowed} files at once, and that is too few; raise the limit (ulimit -n "
+        f"{_ENOUGH_FILES}) or use fewer workers."
+    )
 
 
 def as_text(count: float) -> str:

@@ -1,13 +1,11 @@
 """Files that are written atomically, and digests that detect any change of them."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,14 +15,24 @@ from safetensors import SafetensorError
 from upath import UPath
 
 from ..errors import DataError, UsageError
-from .remote import explained, is_remote, read_whole, uploaded_whole
+from .bounded import MOST_JSON_BYTES, read_bounded
+from .remote import explained, is_remote, uploaded_whole
 
 if TYPE_CHECKING:
     from io import BufferedReader
 
 _PARTIAL = ".partial"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LONGEST_WAIT_FOR_LOCK = 60.0
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable or choose another place"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT), "choose another place"),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "choose another place"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+    errno.EIO: "check the disk",
+    errno.ESTALE: "check the file server",
+}
+_TOO_DEEP = "\n" + " " * 32
+"""How a line begins, in sealed JSON, that is nested 32 levels deep; a newline inside a text is escaped."""
 SEAL = "sha256_of_the_rest"
 """The field of a sealed JSON file that has the digest of all other fields."""
 
@@ -50,8 +58,15 @@ def _fsync(path: Path) -> None:
 
 def refuse_existing(out: Path) -> None:
     """UsageError if `out` exists already; an empty folder is allowed, and so are partial files of a killed process."""
-    if out.is_file() or (out.is_dir() and any(not path.name.endswith(_PARTIAL) for path in out.iterdir())):
+    if out.is_file() or not is_empty(out):
         raise UsageError(f"{out} already exists; choose another --out or delete it.")
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but partial files of a killed process and lock files, or does not exist."""
+    return not folder.is_dir() or all(
+        path.name.endswith(_PARTIAL) or path.name.startswith((".lock", "..lock")) for path in folder.iterdir()
+    )
 
 
 @contextmanager
@@ -107,52 +122,13 @@ def _not_written(path: Path, number: int, text: str) -> DataError:
 
     place = Path(*map(final_name, path.parts))  # a folder above may be partial as well
     reason = os.strerror(number) if number else text
-    remedy = "make room" if number in _FULL else "make it writable or choose another place"
+    return not_written(place, number, reason)
+
+
+def not_written(place: Path | UPath, number: int, reason: str) -> DataError:
+    """The error for a file or folder that could not be written, with what to do about that error number."""
+    remedy = _REMEDIES.get(number, "see to that or choose another place")
     return DataError(f"{place} could not be written ({reason}); {remedy} and give the same command again.")
-
-
-class WriteLock:
-    """Keeps two processes from writing to one folder at the same time; the kernel releases it if its process dies.
-
-    Has no effect on file systems without locks.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._file: int | None = None
-
-    def take(self) -> None:
-        """Takes the lock, unless the folder does not exist or this object holds the lock already.
-
-        Waits up to a minute for another process to release it, then raises UsageError.
-        """
-        if self._file is not None or not self._folder.is_dir():
-            return
-        self._file = os.open(self._folder / ".lock", os.O_CREAT | os.O_WRONLY)
-        deadline = time.monotonic() + _LONGEST_WAIT_FOR_LOCK
-        while not _locked(self._file):
-            if time.monotonic() > deadline:
-                self.release()
-                raise UsageError(
-                    f"Another process is writing to {self._folder}; wait until it ends or choose another --out."
-                )
-            time.sleep(0.2)
-
-    def release(self) -> None:
-        """Releases the lock if this object holds it."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-
-def _locked(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _remove(path: Path) -> None:
@@ -179,13 +155,13 @@ def read_sealed_json(path: Path | UPath, *, format: str, version: int) -> dict[s
     Raises DataError if it is missing, was changed, or has another format or version than the given ones.
     """
     try:
-        text = read_whole(path).decode("utf-8")
+        text = read_bounded(path, MOST_JSON_BYTES).decode("utf-8")
         content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError("not an object")
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}); restore it or make it again.") from None
     if content.get("format") != format:
         raise DataError(f"{path} is not a {format}: it says format {content.get('format')!r}.")
@@ -197,10 +173,12 @@ def read_sealed_json(path: Path | UPath, *, format: str, version: int) -> dict[s
     content.pop(SEAL, None)
     try:
         unchanged = _sealed_text(content) == text
-    except ValueError:  # JSON that `write_sealed_json` never writes: infinities, lone surrogates
+    except (ValueError, RecursionError):  # JSON that `write_sealed_json` never writes: infinities, lone surrogates
         unchanged = False
     if not unchanged:
         raise DataError(
             f"{path} was changed since it was written (its digest does not match); restore it or make it again."
         )
+    if _TOO_DEEP in text:
+        raise DataError(f"{path} has values nested deeper than any that mapet writes; restore it or make it again.")
     return content

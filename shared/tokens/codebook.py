@@ -9,19 +9,25 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 from upath import UPath
 
+from ..artifacts.fields import checked
+from ..artifacts.schemas import CodebookDescription, TokenizerDescription
+from ..artifacts.tensors import tensor_errors
 from ..errors import DataError
 from ..runtime.faiss_build import faiss_gpus, import_faiss
+from ..storage.bounded import file_inside, read_bounded
 from ..storage.files import canonical_json, read_sealed_json, sha256_file, write_sealed_json, written_whole
-from ..storage.remote import as_path, is_remote, read_whole
+from ..storage.remote import as_path, is_remote
 from .code_usage import usage
 from .notebook import facts_html
 
 FORMAT, VERSION = "mapet-codebook", 1
 MAX_K = 65_536
+_MOST_HEADER_BYTES = 1 << 20
+INNER_PRODUCT = "inner_product"
+"""The metric of a codebook whose token is the largest of `centroids @ features + bias`; others are l2 and cosine."""
 
 TOKEN_FIELDS = (
     "library",
@@ -52,6 +58,8 @@ class Codebook:
     """(K,) int64: how many sampled patches each code won."""
     description: dict[str, Any] = field(repr=False)
     """The JSON of the artifact: tower, layer, preprocessing, grid, k-means, sample, quality."""
+    bias: NDArray[np.float32] | None = field(default=None, repr=False)
+    """(K,) float32, with metric "inner_product" only."""
 
     @property
     def k(self) -> int:
@@ -70,6 +78,8 @@ class Codebook:
         relevant = {name: self.description[name] for name in TOKEN_FIELDS}
         digest = hashlib.sha256(np.ascontiguousarray(self.centroids, dtype="<f4").tobytes())
         digest.update(canonical_json(relevant).encode())
+        if self.bias is not None:
+            digest.update(np.ascontiguousarray(self.bias, dtype="<f4").tobytes())
         return digest.hexdigest()
 
     def __repr__(self) -> str:
@@ -95,6 +105,19 @@ class Codebook:
         faiss = import_faiss()
         index = faiss.IndexFlatL2(self.centroids.shape[1])
         index.add(self.centroids)
+        return self._on_gpus(index)
+
+    @cached_property
+    def _index_with_bias(self) -> Any:
+        """The bias as one more dimension, in which every feature is 1."""
+        bias = np.zeros(self.k, np.float32) if self.bias is None else self.bias
+        index = import_faiss().IndexFlatIP(self.centroids.shape[1] + 1)
+        index.add(np.concatenate([self.centroids, bias[:, None]], axis=1))
+        return self._on_gpus(index)
+
+    @staticmethod
+    def _on_gpus(index: Any) -> Any:
+        faiss = import_faiss()
         if not faiss_gpus():
             return index
         if "LOCAL_RANK" in os.environ:  # under torchrun every process has its own GPU
@@ -106,9 +129,21 @@ class Codebook:
         """The nearest centroid of each feature, by FAISS's exact search.
 
         `features` is (n, dim) float32, already normalised if the metric is cosine (for unit vectors the nearest
-        centroid by L2 has the largest cosine). Returns tokens (n,) uint16 and squared distances (n,) float32.
+        centroid by L2 has the largest cosine). Returns tokens (n,) uint16 and squared distances (n,) float32; with
+        metric "inner_product" the token of the largest inner product plus bias, and the negative of that sum.
+        Raises DataError for features with NaN or infinity.
         """
-        tokens, distances = self.nearest(features, 1)
+        if self.description.get("metric") == INNER_PRODUCT:
+            points = np.pad(np.asarray(features, dtype=np.float32), ((0, 0), (0, 1)), constant_values=1)
+            scores, tokens = self._index_with_bias.search(points, 1)
+            distances = -scores
+        else:
+            tokens, distances = self.nearest(features, 1)
+        if len(tokens) and int(tokens.min()) < 0:  # FAISS's answer for NaN, which as uint16 would be token 65535
+            raise DataError(
+                f"Features of patch {int(tokens[:, 0].argmin())} hold NaN or infinity, so that no centroid is nearest; "
+                "check the tower's weights and precision."
+            )
         return tokens[:, 0].astype(np.uint16), distances[:, 0]
 
     def nearest(self, features: NDArray[np.floating[Any]], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -122,14 +157,19 @@ class Codebook:
     def save(self, path: Path) -> None:
         """Writes a folder with `codebook.json` and `centroids.safetensors`, atomically.
 
-        Raises DataError if it cannot be written.
+        Raises DataError if it cannot be written or if a centroid holds NaN or infinity.
         """
+        refuse_not_finite(
+            self.centroids, f"{path} would hold", "nothing was written; check the features they come from"
+        )
         with written_whole(path) as partial:
             partial.mkdir()
             tensors: dict[str, NDArray[Any]] = {
                 "centroids": np.ascontiguousarray(self.centroids),
                 "counts": self.counts,
             }
+            if self.bias is not None:
+                tensors["bias"] = self.bias
             save_file(tensors, partial / "centroids.safetensors")
             write_sealed_json(partial / "codebook.json", self.as_json(sha256_file(partial / "centroids.safetensors")))
 
@@ -147,31 +187,69 @@ class Codebook:
     def load(cls, path: str | Path | UPath) -> "Codebook":
         """Opens a codebook folder, local or at a URL.
 
-        Raises DataError if it is missing, was changed, or does not have the fingerprint that it states.
+        Raises DataError if it is missing, was changed, does not have the fingerprint that it states, or if a centroid
+        holds NaN or infinity.
         """
         folder = as_path(path)
         if not is_remote(folder) and not folder.is_dir():
             raise DataError(f"{folder} does not exist or is not a folder; --codebook takes what build-codebook wrote.")
         description = read_description(folder / "codebook.json")
-        weights = folder / "centroids.safetensors"
-        try:
-            content = read_whole(weights)
-            intact = hashlib.sha256(content).hexdigest() == description["centroids_sha256"]
-            arrays = load(content) if intact else {}
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{weights} cannot be read ({error}); build the codebook again.") from None
-        if not intact:
-            raise DataError(f"{weights} was changed since it was written (its digest does not match); build it again.")
+        fields = checked(description, CodebookDescription, folder / "codebook.json", "build it again")
+        centroids, counts, bias = _read_centroids(folder, fields)
         described = {name: value for name, value in description.items() if name not in _ARTIFACT_FIELDS}
-        codebook = cls(arrays["centroids"], arrays["counts"], described)
+        codebook = cls(centroids, counts, described, bias)
         if codebook.fingerprint != description["fingerprint"]:
             raise DataError(f"{folder} does not have the fingerprint that it states; build it again.")
         return codebook
 
 
+def refuse_not_finite(centroids: NDArray[np.floating[Any]], place: str, remedy: str) -> None:
+    """Raises DataError if a centroid of `centroids` (K, dim) holds NaN or infinity; the message is put together from
+    `place`, such as "FOLDER holds", and `remedy`."""
+    wrong = np.flatnonzero(~np.isfinite(centroids).reshape(len(centroids), -1).all(axis=1))
+    if len(wrong):
+        raise DataError(
+            f"{place} centroids that are not finite ({len(wrong)} of {len(centroids)}, the first is {wrong[0]}); "
+            f"{remedy}."
+        )
+
+
 def read_description(path: Path | UPath) -> dict[str, Any]:
     """The description of a tokenizer: `codebook.json` of a codebook, or embedded in a token store.
 
-    Raises DataError if the file is missing or was changed.
+    Raises DataError if the file is missing, was changed, or has a field of the wrong type.
     """
-    return read_sealed_json(path, format=FORMAT, version=VERSION)
+    description = read_sealed_json(path, format=FORMAT, version=VERSION)
+    checked(description, TokenizerDescription, path)
+    return description
+
+
+def _read_centroids(
+    folder: Path | UPath, described: CodebookDescription
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+    """The centroids (K, dim) float32, counts (K,) int64 and, for inner products, a bias (K,) float32.
+
+    Raises DataError unless they are as described.
+    """
+    path = file_inside(folder, "centroids.safetensors")
+    rebuild = "build the codebook again"
+    with tensor_errors(path, rebuild):
+        content = read_bounded(path, described.k * (4 * described.dim + 12) + _MOST_HEADER_BYTES)
+        if hashlib.sha256(content).hexdigest() != described.centroids_sha256:
+            raise DataError(f"{path} was changed since it was written (its digest does not match); build it again.")
+        arrays = load(content)
+    shapes: dict[str, tuple[int, ...]] = {"centroids": (described.k, described.dim), "counts": (described.k,)}
+    types = {"centroids": np.dtype(np.float32), "counts": np.dtype(np.int64)}
+    if described.metric == INNER_PRODUCT and "bias" in arrays:
+        shapes["bias"], types["bias"] = (described.k,), np.dtype(np.float32)
+    found = {name: array.shape for name, array in arrays.items()}
+    if found != shapes or {name: array.dtype for name, array in arrays.items()} != types:
+        shown = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in sorted(arrays.items()))
+        raise DataError(
+            f"{path} holds {shown[:200]}, and codebook.json describes K = {described.k} centroids of {described.dim} "
+            f"dimensions; {rebuild}."
+        )
+    refuse_not_finite(arrays["centroids"], f"{folder} holds", "build it again")
+    if (arrays["counts"] < 0).any() or not np.isfinite(arrays.get("bias", 0)).all():
+        raise DataError(f"{path} holds counts below 0, or a bias that is not finite; {rebuild}.")
+    return arrays["centroids"], arrays["counts"], arrays.get("bias")

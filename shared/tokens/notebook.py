@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError
-from .rows import NO_LABEL, ShardRows
+from ..labels.columns import NO_LABEL
+from ..labels.parsing import Label
+from .rows import ShardRows
 
 if TYPE_CHECKING:
     import pandas
@@ -34,8 +36,8 @@ class ImageTokens:
     """What a token store knows about one image: V views of H x W tokens."""
 
     key: str
-    label: int | None
-    """None for an image without a label."""
+    label: Label | None
+    """The number or the name of its class; None for an image without a label."""
     height: int
     width: int
     """Height and width of the upright image, in pixels."""
@@ -49,10 +51,9 @@ class ImageTokens:
     @classmethod
     def of(cls, rows: ShardRows, row: int) -> "ImageTokens":
         """The image of one row of a shard, in arrays that do not keep the shard in memory."""
-        label = int(rows.labels[row])
         return cls(
             key=str(rows.keys[row]),
-            label=None if label == NO_LABEL else label,
+            label=rows.label(row),
             height=int(rows.sizes[row, 0]),
             width=int(rows.sizes[row, 1]),
             tokens=rows.tokens[row].copy(),
@@ -102,17 +103,22 @@ def to_pandas(images: Sequence[ImageTokens]) -> "pandas.DataFrame":
 
 
 def columns(images: Sequence[ImageTokens]) -> dict[str, Any]:
-    """The columns key, label (-1 for none), view, flip, row, column and token, with an item per patch."""
+    """The columns key, label, view, flip, row, column and token, with an item per patch.
+
+    Labels are int64, -1 for none; if any is a class name, they are objects, None for none.
+    """
     shapes = [image.tokens.shape for image in images]
     places = [np.indices(shape).reshape(3, -1) for shape in shapes] or [np.empty((3, 0), dtype=np.int64)]
     view, row, column = np.concatenate(places, axis=1)
     sizes = [image.tokens.size for image in images]
-    labels = [NO_LABEL if image.label is None else image.label for image in images]
+    has_names = any(isinstance(image.label, str) for image in images)
+    missing, dtype = (None, object) if has_names else (NO_LABEL, np.int64)
+    labels = [missing if image.label is None else image.label for image in images]
     flips = [np.repeat(image.flips, shape[1] * shape[2]) for image, shape in zip(images, shapes, strict=True)]
     tokens = [image.tokens.reshape(-1) for image in images]
     return {
         "key": np.repeat(np.array([image.key for image in images], dtype=object), sizes),
-        "label": np.repeat(np.array(labels, dtype=np.int64), sizes),
+        "label": np.repeat(np.array(labels, dtype=dtype), sizes),
         "view": view,
         "flip": np.concatenate([np.empty(0, dtype=bool), *flips]),
         "row": row,

@@ -6,16 +6,20 @@ Only this module depends on the storage format that an entry names.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from upath import UPath
 
+from ..artifacts.fields import checked
+from ..artifacts.schemas import ShardEntry
 from ..errors import DataError
-from ..images.records import ImageRecord
+from ..sources.records import ImageRecord
+from ..storage.bounded import file_inside
 from ..storage.files import read_sealed_json, sha256_file, write_sealed_json, written_whole
 from ..storage.remote import exists, explained, file_size, is_remote, on_this_disk, read_whole
-from .rows import ShardRows, Strings, rows_sha256
+from .rows import NO_LABEL, ShardRows, Strings, check_rows, rows_sha256
 from .tar_shard import read_tar, write_tar
 from .zarr_shard import read_zarr, read_zarr_keys, write_zarr
 
@@ -23,6 +27,7 @@ SHARD_FORMAT, VERSION = "mapet-token-shard", 2
 ZARR, WEBDATASET = "zarr", "webdataset"
 SUFFIXES = {ZARR: ".zarr.zip", WEBDATASET: ".tar"}
 """The storage formats of a shard, and the suffixes of their files."""
+_AGAIN = "delete it and its .json and give the same encode-shards command again"
 
 
 def write_shard(
@@ -35,8 +40,9 @@ def write_shard(
     """Writes the file of one shard and then its entry; the same rows always give the same bytes.
 
     `attributes` go into the entry: `codebook_fingerprint` (of the tokenizer), `view` (`ViewPolicy.to_json`) and
-    `source` (`SourceShard.describe`). With `images`, the records of the rows in the same order, the shard is a tar that
-    contains the images as well; without, a Zarr file. Raises DataError if the store cannot be written.
+    `source` (`SourceShard.describe`); the class names of the rows become its `classes`. With `images`, the records of
+    the rows in the same order, the shard is a tar that contains the images as well; without, a Zarr file. Raises
+    DataError if the store cannot be written.
     """
     storage = ZARR if images is None else WEBDATASET
     views, height, width = rows.tokens.shape[1:]
@@ -53,8 +59,11 @@ def write_shard(
             write_zarr(partial, rows, {"format": SHARD_FORMAT, "version": VERSION, **attributes})
         else:
             write_tar(partial, rows, images, attributes["codebook_fingerprint"])
-            entry["rows_sha256"] = rows_sha256(read_tar(partial, views, (height, width)))
+            rows = read_tar(partial, views, (height, width))
+            entry["rows_sha256"] = rows_sha256(rows)
         entry |= {"bytes": partial.stat().st_size, "sha256": sha256_file(partial)}
+    if rows.classes is not None:
+        entry["classes"] = list(rows.classes)
     content = {"format": SHARD_FORMAT, "version": VERSION, **entry, **attributes}
     write_sealed_json(entry_path(store, name), content)
 
@@ -65,9 +74,25 @@ def entry_path(store: Path | UPath, name: str) -> Path | UPath:
 
 
 def read_entry(store: Path | UPath, name: str) -> dict[str, Any]:
-    """The manifest entry of one complete shard; DataError if it is missing or was changed."""
-    entry = read_sealed_json(entry_path(store, name), format=SHARD_FORMAT, version=VERSION)
-    return {key: value for key, value in entry.items() if key not in ("format", "version")}
+    """The manifest entry of one complete shard; DataError if it is missing, was changed or is of something else."""
+    path = entry_path(store, name)
+    content = read_sealed_json(path, format=SHARD_FORMAT, version=VERSION)
+    entry = {key: value for key, value in content.items() if key not in ("format", "version")}
+    fields = checked(entry, ShardEntry, path)
+    refuse_other_file(fields, path)
+    if fields.name != name:
+        raise DataError(f"{path} is the entry of another shard, {fields.name!r}; delete it and give the command again.")
+    return entry
+
+
+def refuse_other_file(entry: ShardEntry, path: Path | UPath) -> None:
+    """Raises DataError, which names the file `path`, unless an entry's file is the one that its name implies."""
+    expected = f"shards/{entry.name}{SUFFIXES[entry.storage]}"
+    if entry.file != expected or ".." in entry.name.split("/"):
+        raise DataError(
+            f"{path}: the file of shard {entry.name!r} is {entry.file!r}, not {expected!r}; restore it or make it "
+            "again."
+        )
 
 
 def stored_entries(store: Path | UPath) -> dict[str, dict[str, Any]]:
@@ -97,22 +122,50 @@ def read_shard(store: Path | UPath, entry: dict[str, Any], every_byte: bool = Fa
     """
     with _checked_file(store, entry) as path:
         if entry["storage"] == ZARR:
-            return read_zarr(_checked_bytes(path, entry))
-        return _read_tar_shard(path, entry, every_byte)
+            rows = _named_classes(path, read_zarr(_checked_bytes(path, entry), *_sizes(entry)), entry)
+        else:
+            rows = _read_tar_shard(path, entry, every_byte)
+        check_rows(rows, entry["images"], _bytes_of_images(entry))
+        return rows
 
 
 def read_shard_keys(store: Path | UPath, entry: dict[str, Any]) -> Strings:
     """The keys (n,) of a shard, checked as `read_shard` checks its rows; a Zarr file's other columns stay encoded."""
     with _checked_file(store, entry) as path:
         if entry["storage"] == ZARR:
-            return read_zarr_keys(_checked_bytes(path, entry))
+            return read_zarr_keys(_checked_bytes(path, entry), *_sizes(entry))
         return _read_tar_shard(path, entry, every_byte=False).keys
+
+
+def _bytes_of_images(entry: dict[str, Any]) -> int | None:
+    """Bytes of the file or folder that the rows' offsets are in, or None if the entry does not state them."""
+    if entry["storage"] != ZARR:
+        return int(entry["bytes"])
+    source = entry["source"]
+    # Offsets in a tar inside a tar count from the start of the outer one.
+    return None if source["kind"] == "tar in tar" else source["size"]
+
+
+def _sizes(entry: dict[str, Any]) -> tuple[int, int, tuple[int, int]]:
+    """Images, views, and rows and columns of the grid."""
+    height, width = entry["grid"]
+    return entry["images"], entry["view"]["views"], (height, width)
+
+
+def _named_classes(path: Path | UPath, rows: ShardRows, entry: dict[str, Any]) -> ShardRows:
+    """The rows with the class names of the entry, which every label must have."""
+    classes = entry.get("classes")
+    if classes is None:
+        return rows
+    if len(rows) and not NO_LABEL <= int(rows.labels.min()) <= int(rows.labels.max()) < len(classes):
+        raise DataError(f"{path} has labels that are not among the {len(classes)} classes of its entry")
+    return replace(rows, classes=tuple(classes))
 
 
 @contextmanager
 def _checked_file(store: Path | UPath, entry: dict[str, Any]) -> Iterator[Path | UPath]:
     """Yields the path of a shard's file if it has the expected size; errors about it say how to restore it."""
-    path = store / entry["file"]
+    path = file_inside(store, entry["file"])
     try:
         if not exists(path):
             raise DataError(f"{path} is missing")
@@ -120,8 +173,12 @@ def _checked_file(store: Path | UPath, entry: dict[str, Any]) -> Iterator[Path |
         if size != entry["bytes"]:
             raise DataError(f"{path} has {size} bytes instead of {entry['bytes']}")
         yield path
+    except (OSError, MemoryError) as error:
+        raise DataError(f"{path} cannot be read ({error}); make it readable, or free memory.") from None
+    except ValueError as error:
+        raise DataError(f"{path} does not hold the rows that its entry describes ({error}); {_AGAIN}.") from None
     except DataError as error:
-        raise DataError(f"{error}; delete it and its .json and give the same encode-shards command again.") from None
+        raise DataError(f"{error}; {_AGAIN}.") from None
 
 
 def _checked_bytes(path: Path | UPath, entry: dict[str, Any]) -> bytes:

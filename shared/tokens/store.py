@@ -18,8 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
-from ..errors import DataError, UsageError
-from ..images.keys import KeyIndex
+from ..artifacts.fields import checked
+from ..artifacts.schemas import Manifest
+from ..errors import DataError, FingerprintMismatch, UsageError
+from ..sources.keys import KeyIndex
+from ..sources.options import SourceOptions
 from ..storage.files import read_sealed_json, sha256_file, write_sealed_json
 from ..storage.remote import as_path, exists, is_remote
 from .codebook import read_description
@@ -35,6 +38,7 @@ from .shard_files import (
     read_entry,
     read_shard,
     read_shard_keys,
+    refuse_other_file,
     shard_files,
     stored_entries,
     write_shard,
@@ -57,6 +61,7 @@ __all__ = [
     "TokenStore",
     "entry_path",
     "read_entry",
+    "refuse_mixture",
     "shard_files",
     "stored_entries",
     "write_manifest",
@@ -68,8 +73,9 @@ def write_manifest(store: Path | UPath, description: dict[str, Any], entries: li
     """Assembles the manifest from the entries of all shards; the last write of an encoding.
 
     `description` is the tokenizer's, as in the store's `codebook.json`; of it the manifest repeats `fingerprint`, `k`
-    and `grid`.
+    and `grid`. Raises DataError if an entry does not fit the others.
     """
+    refuse_mixture(store, description["fingerprint"], entries[0]["storage"], entries)
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -82,6 +88,60 @@ def write_manifest(store: Path | UPath, description: dict[str, Any], entries: li
         "shards": entries,
     }
     write_sealed_json(store / "manifest.json", content)
+
+
+def refuse_mixture(
+    store: Path | UPath, fingerprint: str, storage: str | None, entries: Iterable[dict[str, Any]]
+) -> None:
+    """Raises FingerprintMismatch or DataError for a shard made with another codebook, other views or another format.
+
+    `fingerprint` and `storage` are those of the manifest; the views of the first shard are those of the store, as the
+    manifest does not state any.
+    """
+    view = None
+    for entry in entries:
+        name, made_with = entry["name"], entry["codebook_fingerprint"]
+        if made_with != fingerprint:
+            raise FingerprintMismatch(
+                f"{store} is mixed: shard {name} was made with codebook {made_with[:12]} and the store with "
+                f"{fingerprint[:12]}; delete shards/{name}.json and give the encode-shards command of the store again."
+            )
+        if storage is not None and entry["storage"] != storage:
+            raise DataError(
+                f"{store} is mixed: shard {name} has format {entry['storage']} and the store {storage}; delete "
+                f"shards/{name}.json and give the encode-shards command of the store again."
+            )
+        view = view or entry["view"]
+        if entry["view"] != view:
+            raise DataError(
+                f"{store} is mixed: shard {name} has other views ({entry['view']}) than the first one ({view}); delete "
+                f"shards/{name}.json and give the encode-shards command of the store again."
+            )
+
+
+def _refuse_inconsistent(store: Path | UPath, manifest: Manifest, tokenizer: dict[str, Any]) -> None:
+    """Raises DataError unless manifest, codebook.json and shards agree in everything that they state."""
+    path, names = store / "manifest.json", set[str]()
+    stated = (manifest.codebook_fingerprint, manifest.k, list(manifest.grid))
+    if stated != (tokenizer["fingerprint"], tokenizer["k"], tokenizer["grid"]):
+        raise DataError(
+            f"{path} is of the codebook {manifest.codebook_fingerprint[:12]} (K = {manifest.k}, grid "
+            f"{list(manifest.grid)}), and codebook.json beside it is {tokenizer['fingerprint'][:12]} (K = "
+            f"{tokenizer['k']}, grid {tokenizer['grid']}); restore the two files that belong together."
+        )
+    for entry in manifest.shards:
+        refuse_other_file(entry, path)
+        if entry.grid != manifest.grid:
+            raise DataError(
+                f"{path}: shard {entry.name!r} has another grid than the rest of the store; encode its images again "
+                "into a store of their own."
+            )
+        if entry.name in names:
+            raise DataError(f"{path} lists shard {entry.name!r} twice; restore it or make it again.")
+        names.add(entry.name)
+    images = sum(entry.images for entry in manifest.shards)
+    if images != manifest.images:
+        raise DataError(f"{path} states {manifest.images} images and its shards {images}; restore it or make it again.")
 
 
 class TokenStore:
@@ -99,15 +159,24 @@ class TokenStore:
         if not is_remote(self.path) and not self.path.is_dir():
             raise DataError(f"{self.path} does not exist or is not a folder; give what encode-shards wrote with --out.")
         if not exists(self.path / "manifest.json"):
+            if exists(self.path / "codebook.json") and not exists(self.path / "centroids.safetensors"):
+                whole = len(stored_entries(self.path))
+                raise DataError(
+                    f"{self.path} has no manifest.json (finished shards: {whole}): its encoding did not finish; give "
+                    "the same encode-shards command again."
+                )
             raise DataError(
                 f"{self.path} has no manifest.json: it is not a token store, or its encoding did not finish; "
                 "give the same encode-shards command again."
             )
         self.manifest = read_sealed_json(self.path / "manifest.json", format=FORMAT, version=VERSION)
+        manifest = checked(self.manifest, Manifest, self.path / "manifest.json")
         self.codebook: dict[str, Any] = read_description(self.path / "codebook.json")
         """The same as `tokenizer`, under its name in earlier versions."""
         self.entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in self.manifest["shards"]}
         """The manifest's entry of each shard, by the shard's name."""
+        refuse_mixture(self.path, self.fingerprint, self.manifest.get("storage"), self.entries.values())
+        _refuse_inconsistent(self.path, manifest, self.codebook)
         self._index: KeyIndex | None = None
         self._cached: dict[str, ShardRows] = {}
 
@@ -159,13 +228,35 @@ class TokenStore:
     def _any_entry(self) -> dict[str, Any]:
         return next(iter(self.entries.values()))
 
+    @property
+    def source_options(self) -> SourceOptions:
+        """How the images of its shards were read: where keys end, and which picture of a key is its image."""
+        return SourceOptions.of_store(entry["source"] for entry in self.entries.values())
+
     def skipped(self) -> list[tuple[str, str, str]]:
         """(shard, key, reason) of everything that was left out with --on-error skip."""
         return [(name, key, reason) for name, entry in self.entries.items() for key, reason in entry.get("skipped", ())]
 
+    def unlabelled(self) -> list[tuple[str, str, str]]:
+        """(shard, key, reason) of every image whose label could not be read; its tokens are in the store."""
+        return [
+            (name, key, reason) for name, entry in self.entries.items() for key, reason in entry.get("unlabelled", ())
+        ]
+
     def read_rows(self, name: str, every_byte: bool = False) -> ShardRows:
-        """All rows of one shard, checked against the manifest (`shard_files.read_shard`)."""
-        return read_shard(self.path, self.entries[name], every_byte)
+        """All rows of one shard, checked against the manifest (`shard_files.read_shard`).
+
+        Raises DataError also for a token that is not below K, and names its image.
+        """
+        rows = read_shard(self.path, self.entries[name], every_byte)
+        if rows.tokens.size and int(rows.tokens.max()) >= self.k:
+            row = int(np.flatnonzero((rows.tokens >= self.k).reshape(len(rows), -1).any(axis=1))[0])
+            raise DataError(
+                f"{self.path}: image {rows.keys[row]!r} in {name} has token {int(rows.tokens[row].max())}, and K is "
+                f"{self.k}; delete {self.entries[name]['file']} and its .json and give the same encode-shards command "
+                "again."
+            )
+        return rows
 
     def shards(self) -> Iterator[tuple[str, ShardRows]]:
         """(name, rows) of every shard, one in memory at a time."""
@@ -270,7 +361,10 @@ class TokenStore:
         return to_torch(self.to_numpy(keys))
 
     def to_pandas(self, keys: Iterable[str] | None = None) -> "pandas.DataFrame":
-        """One row per patch: key, label (-1 for none), view, flip, row, column, token. UsageError without pandas."""
+        """One row per patch: key, label, view, flip, row, column, token. UsageError without pandas.
+
+        Labels are int64, -1 for none; if any is a class name, they are objects, None for none.
+        """
         return to_pandas(list(self.tokens(keys)))
 
     def _repr_html_(self) -> str:

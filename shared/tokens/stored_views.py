@@ -10,12 +10,12 @@ from PIL import Image
 
 from ..errors import DataError
 from ..images.decode import decode
-from ..images.records import ImageRecord, read_encoded
-from ..images.sources import SourceShard, open_source
 from ..images.views import CropBox, replay
 from ..randomness import generator
+from ..sources.records import ImageRecord, read_encoded
+from ..sources.sources import Images, SourceShard, open_source, shown_images
 from ..storage.remote import is_remote
-from .rows import NO_LABEL, ShardRows
+from .rows import ShardRows
 from .store import TokenStore
 
 
@@ -31,8 +31,8 @@ class Place:
 class StoredViews:
     """The pixels of a store's views, from the source of its images or from the store if it contains them."""
 
-    def __init__(self, store: TokenStore, images: str | None):
-        """Opens the source `images`, as `images.sources.open_source` does.
+    def __init__(self, store: TokenStore, images: Images | None):
+        """Opens the source `images`, as `sources.sources.open_source` does.
 
         Raises DataError or UsageError if it cannot be opened, has no shard of the store or is remote.
         """
@@ -46,9 +46,9 @@ class StoredViews:
         """Where the image of one row is."""
         root = Path(str(self._sources[shard].root if self._sources else self._store.tar_of(shard)))
         path = root / rows.paths[row] if self._sources and rows.paths[row] else root
-        label = int(rows.labels[row])
         offset, length = int(rows.offsets[row]), int(rows.lengths[row])
-        return ImageRecord(rows.keys[row], path, offset, length, None if label == NO_LABEL else label)
+        max_pixels = self._store.source_options.max_pixels
+        return ImageRecord(rows.keys[row], path, offset, length, rows.label(row), max_pixels=max_pixels)
 
     def view(
         self, shard: str, rows: ShardRows, row: int, view: int, side: int, interpolation: str = "bicubic"
@@ -59,18 +59,31 @@ class StoredViews:
         """
         record = self.record(shard, rows, row)
         content = read_encoded(record, rows.crc32[row])
-        image = decode(content, f"{record.path}: image {record.key!r}")
-        return replay(image, CropBox(*rows.crops[row, view]), bool(rows.flips[row, view]), side, interpolation)
+        image = decode(content, f"{record.path}: image {record.key!r}", record.max_pixels)
+        try:
+            return replay(image, CropBox(*rows.crops[row, view]), bool(rows.flips[row, view]), side, interpolation)
+        except ValueError as error:
+            raise DataError(
+                f"{self._store.path}: view {view} of image {record.key!r} lies outside of the image ({error}); encode "
+                "its shard again."
+            ) from None
 
 
-def _open_sources(store: TokenStore, images: str) -> dict[str, SourceShard]:
-    sources = {shard.name: shard for shard in open_source(images) if shard.name in store.entries}
+def _open_sources(store: TokenStore, images: Images) -> dict[str, SourceShard]:
+    sources = {shard.name: shard for shard in open_source(images, store.source_options) if _is_of(store, shard)}
     if not sources:
-        raise DataError(f"--images {images} has none of the shards of {store.path}; give the images of its tokens.")
-    remote = next((shard.root for shard in sources.values() if shard.is_remote), None)
+        raise DataError(
+            f"--images {shown_images(images)} has none of the shards of {store.path}; give the images of its tokens."
+        )
+    remote = next((shard.title for shard in sources.values() if shard.is_remote), None)
     if remote:
         raise DataError(f"{remote} is remote; a page needs its images here, download some of the tars first.")
     return sources
+
+
+def _is_of(store: TokenStore, shard: SourceShard) -> bool:
+    """Whether the store's offsets may be those of a shard; a tar inside another one has offsets of its own."""
+    return shard.name in store.entries and store.entries[shard.name]["source"]["kind"] == shard.kind
 
 
 def choose_images(store: TokenStore, shards: Sequence[str], count: int, seed: int) -> list[Place]:

@@ -1,6 +1,7 @@
 """Artifacts of version 0.1.0 as it was before its modules moved into rooms: they open, and what was unfinished in them
 is finished as that version finished it. `v0.1.0/README.md` says how they were made."""
 
+import hashlib
 import io
 import json
 import os
@@ -20,7 +21,7 @@ import torch
 import zarr
 from mapet import Codebook, TokenStore
 from mapet.shared.errors import UsageError
-from mapet.shared.images.sources import read_records
+from mapet.shared.sources.sources import read_records
 from mapet.shared.storage.files import read_sealed_json, write_sealed_json
 from safetensors.numpy import load_file, save_file
 
@@ -100,7 +101,8 @@ def without_pixels(images: Path, out: Path, tars: int = 2) -> Path:
 
 def assert_same_codebook(folder: Path) -> None:
     book, old = Codebook.load(folder), Codebook.load(OLD / "codebook")
-    np.testing.assert_allclose(book.centroids, old.centroids, rtol=1e-4, atol=1e-5)
+    # One patch in a few thousand lies so close between two centroids that another machine's rounding moves it.
+    np.testing.assert_allclose(book.centroids, old.centroids, rtol=1e-3, atol=5e-4)
     if SAME_BITS:
         assert book.fingerprint == old.fingerprint
         assert (folder / "centroids.safetensors").read_bytes() == (OLD / "codebook/centroids.safetensors").read_bytes()
@@ -227,12 +229,17 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+LATER_METRICS: frozenset[str] = frozenset()
+"""Metrics that v0.1.0 did not write: a line may have them beside its own, in any place."""
+
+
 def without_clocks(line: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name not in CLOCKS}
 
 
 def assert_same_lines(file: str, run: Path) -> None:
     now, before = lines(run / file), lines(OLD / "run" / file)
+    now = [{name: value for name, value in line.items() if name not in LATER_METRICS} for line in now]
     assert [list(line) for line in now] == [list(line) for line in before]
     now, before = ([without_clocks(line) for line in part] for part in (now, before))
     if SAME_BITS:
@@ -369,7 +376,12 @@ def test_features_say_which_images_they_are_of():
     ("write", "name"), [(mapet.import_weights, "weights"), (mapet.export, "export")], ids=["import", "export"]
 )
 def test_a_run_gives_the_same_files_to_others(write: Callable[..., Path], name: str, tmp_path: Path):
-    assert contents(write(OLD / "run", tmp_path / "out")) == contents(OLD / name)
+    now, before = contents(write(OLD / "run", tmp_path / "out")), contents(OLD / name)
+    if name == "export":  # it carries the digest of its tensors since then
+        config = json.loads(now["config.json"])
+        assert config.pop("model_sha256") == hashlib.sha256(now["model.safetensors"]).hexdigest()
+        now["config.json"] = (json.dumps(config, indent=1) + "\n").encode()
+    assert now == before
 
 
 def test_the_import_is_read_as_the_run_that_it_is_of():

@@ -182,6 +182,7 @@ class Lab:
     """A finished run of a tiny MIM model with two checkpoints."""
 
     TINY = (
+        "model.name=null",
         "model.dim=32",
         "model.depth=1",
         "model.heads=2",
@@ -189,7 +190,9 @@ class Lab:
         "model.patch_size=8",
         "train.batch_size=16",
         "train.epochs=2",
+        "optimizer.warmup_epochs=0",
         "train.log_every=1",
+        "optimizer.warmup_epochs=0",
     )
 
     @property

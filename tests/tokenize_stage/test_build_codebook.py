@@ -16,8 +16,8 @@ import pytest
 import torch
 from mapet.shared.errors import DataError, UsageError
 from mapet.shared.images.decode import read_image
-from mapet.shared.images.sources import read_records
 from mapet.shared.images.views import center_view, to_array
+from mapet.shared.sources.sources import read_records
 from mapet.shared.storage.files import read_sealed_json, write_sealed_json
 from mapet.shared.tokens.code_usage import usage
 from mapet.shared.tokens.codebook import Codebook

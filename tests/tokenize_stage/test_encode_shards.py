@@ -20,9 +20,9 @@ import pytest
 import torch
 from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
 from mapet.shared.images.decode import read_image
-from mapet.shared.images.records import read_bytes
-from mapet.shared.images.sources import open_source, read_records
 from mapet.shared.images.views import Preprocess, ViewPolicy, center_box
+from mapet.shared.sources.records import read_bytes
+from mapet.shared.sources.sources import open_source, read_records
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.rows import NO_LABEL, ShardRows
 from mapet.shared.tokens.store import TokenStore, read_entry, write_shard
@@ -163,6 +163,8 @@ def test_tars_and_class_folders_of_the_same_files_give_the_same_tokens(chain, tm
         assert np.array_equal(rows.tokens[at], before[key.partition("/")[2]]), key
     classes = sorted({key.partition("/")[0] for key in rows.keys})
     assert rows.labels.tolist() == [classes.index(key.partition("/")[0]) for key in rows.keys]
+    assert rows.classes == tuple(classes)
+    assert [rows.label(row) for row in range(len(rows))] == [key.partition("/")[0] for key in rows.keys]
     assert (rows.offsets == 0).all()
 
 

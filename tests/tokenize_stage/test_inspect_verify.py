@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mapet.shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
-from mapet.shared.images.sources import open_source
-from mapet.shared.storage.files import write_sealed_json
+from mapet.shared.sources.sources import open_source
+from mapet.shared.storage.files import sha256_file, write_sealed_json
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.rows import ShardRows, take_rows
 from mapet.shared.tokens.store import TokenStore, read_entry, write_manifest, write_shard
@@ -17,6 +17,7 @@ from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.inspect import inspect, show
 from mapet.tokenize_stage.verify import verify
+from safetensors.numpy import save_file
 
 SOURCE_FIELDS = ("codebook_fingerprint", "view", "source")
 
@@ -232,7 +233,7 @@ def test_verify_finds_tokens_beyond_the_codebook(chain, store: Path):
     rewrite(store, chain.tars[1].stem, with_token(15))
     assert verify(store) == 96
     rewrite(store, chain.tars[1].stem, with_token(16))
-    expect_problem(store, rf"{chain.tars[1].stem} has token 16 and K is 16")
+    expect_problem(store, rf"{chain.tars[1].stem} has token 16, and K is 16")
 
 
 def test_verify_finds_a_key_twice_in_a_shard_and_across_shards(chain, store: Path):
@@ -369,14 +370,28 @@ def test_verify_of_a_codebook(chain, capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     "change",
     [
-        {"centroids": np.full((16, 32), np.nan, np.float32)},
         {"centroids": np.zeros((15, 32), np.float32)},
         {"counts": np.zeros(15, np.int64)},
     ],
 )
 def test_verify_finds_a_codebook_that_cannot_be(chain, tmp_path: Path, change: dict):
     replace(Codebook.load(chain.codebook), **change).save(tmp_path / "book")
-    expect_problem(tmp_path / "book", "book holds centroids")
+    expect_problem(tmp_path / "book", r"centroids\.safetensors holds centroids")
+
+
+def test_centroids_that_are_not_finite_are_neither_saved_nor_opened(chain, tmp_path: Path):
+    book, folder = Codebook.load(chain.codebook), tmp_path / "book"
+    centroids = book.centroids.copy()
+    centroids[3, 5] = np.nan
+    wrong = replace(book, centroids=centroids)
+    with pytest.raises(DataError, match=r"book would hold centroids that are not finite \(1 of 16, the first is 3\)"):
+        wrong.save(folder)
+    assert not folder.exists()
+    folder.mkdir()
+    save_file({"centroids": centroids, "counts": book.counts}, folder / "centroids.safetensors")
+    write_sealed_json(folder / "codebook.json", wrong.as_json(sha256_file(folder / "centroids.safetensors")))
+    with pytest.raises(DataError, match="book holds centroids that are not finite"):
+        verify(folder)
 
 
 def flips(chain, folder: Path, count: int, seed: int) -> list[str]:

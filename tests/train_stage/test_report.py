@@ -10,9 +10,9 @@ import torch
 import yaml
 from mapet.shared.errors import DataError, FingerprintMismatch, UsageError
 from mapet.shared.images.decode import read_image
-from mapet.shared.images.sources import read_records
 from mapet.shared.images.views import CropBox, replay
 from mapet.shared.randomness import generator
+from mapet.shared.sources.sources import read_records
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from ...shared.images.sources import KeyLedger, SourceShard
+from ...shared.sources.keys import KeyLedger
+from ...shared.sources.sources import SourceShard
 from ...shared.tokens.rows import ShardRows, concatenate_rows, empty_rows
 from ...shared.tokens.store import WEBDATASET, write_shard
 from ...shared.tokens.tar_shard import bytes_of_tar

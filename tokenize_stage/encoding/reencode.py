@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...shared.images.sources import SourceShard
 from ...shared.images.views import ViewPolicy
 from ...shared.randomness import generator
 from ...shared.runtime.console import progress, say
 from ...shared.runtime.devices import choose_workers
+from ...shared.sources.sources import SourceShard
 from ...shared.tokens.rows import ShardRows, take_rows
 from ...shared.tokens.store import TokenStore
 from ..inspection.faults import Fault, find_fault

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...shared.errors import DataError, MapetError
-from ...shared.images.keys import Skipped
-from ...shared.images.records import ImageRecord
-from ...shared.images.sources import SourceShard
 from ...shared.images.views import ViewPolicy
+from ...shared.labels.columns import to_column
 from ...shared.runtime.console import Advance
-from ...shared.tokens.rows import NO_LABEL, ShardRows, concatenate_rows, empty_rows
+from ...shared.sources.keys import Skipped
+from ...shared.sources.records import ImageRecord
+from ...shared.sources.sources import SourceShard
+from ...shared.tokens.rows import ShardRows, concatenate_rows, empty_rows
 from ..tokenizers.base import Tokenizer
 from ..towers.features import ExtractedBatch, Request, extract_groups, group_requests
 
@@ -24,8 +25,8 @@ from ..towers.features import ExtractedBatch, Request, extract_groups, group_req
 class Encoder:
     """Computes the tokens of images.
 
-    With `skip`, unreadable images are listed; without it, the first one raises a DataError. `batch_size` counts views
-    per forward pass, `workers` processes that decode images.
+    With `skip`, unreadable images are listed, and labels that cannot be read; without it, the first one raises a
+    DataError. `batch_size` counts views per forward pass, `workers` processes that decode images.
     """
 
     tokenizer: Tokenizer
@@ -35,7 +36,10 @@ class Encoder:
     workers: int
 
     def batches(self, groups: Iterable[Sequence[Request]]) -> Iterator[tuple[ExtractedBatch, NDArray[np.uint16]]]:
-        """Yields (batch, tokens (B, V, H, W) uint16) of one group of images after another."""
+        """Yields (batch, tokens (B, V, H, W) uint16) of one group of images after another.
+
+        Raises DataError for an image whose features hold NaN or infinity, or that gets a token not below K.
+        """
         tokenizer = self.tokenizer
         for batch in extract_groups(
             tokenizer,
@@ -47,6 +51,12 @@ class Encoder:
             skip=self.skip,
         ):
             tokens, _ = tokenizer.assign(batch.features.reshape(-1, tokenizer.dim))
+            if len(tokens) and int(tokens.max()) >= tokenizer.k:
+                record = batch.records[int(tokens.argmax()) * len(batch.records) // len(tokens)]
+                raise DataError(
+                    f"{record.path}: the tokenizer gives token {int(tokens.max())} for image {record.key!r}, and its "
+                    f"K is {tokenizer.k}; check the codebook."
+                )
             yield batch, tokens.reshape(*batch.flips.shape, *tokenizer.grid)
 
     def encode(
@@ -98,13 +108,17 @@ class Encoder:
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """One encoded shard: its rows in the source's order, their images, what was skipped, and a digest of the source."""
+    """One encoded shard: its rows in the source's order, their images, what is missing, and a digest of the source."""
 
     name: str
     rows: ShardRows
     images: list[ImageRecord]
     skipped: Skipped
+    unlabelled: Skipped
+    """(key, reason) of the images whose label could not be read."""
     source: dict[str, Any]
+    labels: dict[str, Any] | None
+    """Where the labels come from (`Labelling.to_json`), if not from the source alone."""
 
 
 class _OpenShard:
@@ -113,10 +127,11 @@ class _OpenShard:
     def __init__(self, encoder: Encoder, shard: SourceShard, before: ShardRows | None):
         self._before, self._skip = before, encoder.skip
         self._skipped: Skipped = []
+        self._unlabelled: Skipped = []
         first_view = before.flips.shape[1] if before else 0
         with ExitStack() as files:
             self.shard = files.enter_context(shard.staged())
-            records = self.shard.index(self._skipped if encoder.skip else None)
+            records = self.shard.index(*(self._skipped, self._unlabelled) if encoder.skip else ())
             self._files = files.pop_all()
         self.requests = [Request(record, first_view) for record in records]
         self._parts = [empty_rows(encoder.policy.views - first_view, encoder.tokenizer.grid)]
@@ -137,7 +152,15 @@ class _OpenShard:
         with self._files:
             shard, rows = self.shard, concatenate_rows(self._parts)
             rows = _add_views(shard, self._before, rows) if self._before else rows
-            yield EncodedShard(shard.name, rows, self._images, self._skipped, shard.describe(self._skip))
+            yield EncodedShard(
+                name=shard.name,
+                rows=rows,
+                images=self._images,
+                skipped=self._skipped,
+                unlabelled=self._unlabelled,
+                source=shard.describe(self._skip),
+                labels=None if shard.labelling is None else shard.labelling.to_json(),
+            )
 
     def abandon(self) -> None:
         self._files.close()
@@ -147,18 +170,19 @@ def as_rows(shard: SourceShard, batch: ExtractedBatch, tokens: NDArray[np.uint16
     """Puts a batch of a shard's images and their tokens (B, V, H, W) uint16 into rows of the store."""
     records = batch.records
     paths = ["" if shard.is_tar else record.path.relative_to(shard.root).as_posix() for record in records]
-    labels = [NO_LABEL if record.label is None else record.label for record in records]
+    labels, classes = to_column([record.label for record in records])
     return ShardRows(
         keys=np.array([record.key for record in records], dtype=object),
         tokens=tokens,
         crops=batch.crops,
         flips=batch.flips,
         sizes=batch.sizes,
-        labels=np.array(labels, dtype=np.int64),
+        labels=labels,
         paths=np.array(paths, dtype=object),
         offsets=np.array([record.offset for record in records], dtype=np.int64),
         lengths=np.array([record.length for record in records], dtype=np.int64),
         crc32=batch.crc32,
+        classes=classes,
     )
 
 
@@ -166,10 +190,10 @@ def _add_views(shard: SourceShard, before: ShardRows, new: ShardRows) -> ShardRo
     """Appends the new views to the stored ones. Raises DataError if the images changed in between."""
     if not (np.array_equal(before.keys, new.keys) and np.array_equal(before.crc32, new.crc32)):
         raise DataError(
-            f"{shard.root} has other images than when its first views were encoded; restore it, or encode all views "
+            f"{shard.title} has other images than when its first views were encoded; restore it, or encode all views "
             "into another --out."
         )
-    joined = {
+    joined: dict[str, Any] = {
         name: np.concatenate([getattr(before, name), getattr(new, name)], axis=1)
         for name in ("tokens", "crops", "flips")
     }

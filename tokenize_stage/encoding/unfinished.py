@@ -7,10 +7,12 @@ from typing import Any
 from upath import UPath
 
 from ...shared.errors import DataError, FingerprintMismatch, UsageError
-from ...shared.images.sources import KeyLedger, SourceShard
 from ...shared.images.views import ViewPolicy
 from ...shared.runtime.console import progress
 from ...shared.runtime.distributed import World
+from ...shared.sources.keys import KeyLedger, Skipped
+from ...shared.sources.passed import PassedOver
+from ...shared.sources.sources import SourceShard, say_passed_over
 from ...shared.storage.remote import exists, explained, file_size
 from ...shared.tokens.codebook import read_description
 from ...shared.tokens.store import stored_entries
@@ -44,7 +46,7 @@ def unfinished_shards(
     elif _holds_files(out, besides=f".{embedded.name}.partial"):
         raise UsageError(f"{out} is not empty and not a token store; choose another --out.")
     view, entries = policy.to_json(), stored_entries(out)
-    _refuse_mixture(out, entries, {shard.name for shard in shards}, view, format)
+    _refuse_mixture(out, entries, {shard.name for shard in shards}, fingerprint, view, format)
     return [
         index
         for index, shard in enumerate(shards)
@@ -53,10 +55,20 @@ def unfinished_shards(
 
 
 def _refuse_mixture(
-    out: Path | UPath, entries: dict[str, dict[str, Any]], names: set[str], view: dict[str, Any], format: str
+    out: Path | UPath,
+    entries: dict[str, dict[str, Any]],
+    names: set[str],
+    fingerprint: str,
+    view: dict[str, Any],
+    format: str,
 ) -> None:
-    """All shards of a store have one format and the same views, including those that are not among `names` now."""
+    """All shards of a store have one codebook, one format and the same views, also those not among `names` now."""
     for name, entry in entries.items():
+        if name not in names and entry["codebook_fingerprint"] != fingerprint:
+            raise FingerprintMismatch(
+                f"{out} also holds shard {name}, made with codebook {entry['codebook_fingerprint'][:12]} and not "
+                f"{fingerprint[:12]}; delete shards/{name}.json, or choose another --out."
+            )
         if entry["storage"] != format:
             raise UsageError(
                 f"{out} was begun with --format {entry['storage']} and now --format {format} is given; "
@@ -87,10 +99,18 @@ def _whole_views(
     views: int = stored["views"]
     if views > view["views"]:
         raise UsageError(f"{path} holds {views} views already; give --views {views} or more.")
+    labels = shard.labelling.to_json() if shard.labelling else None
+    if entry.get("labels") != labels:
+        then = "with" if entry.get("labels") else "without"
+        now = "others are given" if labels and entry.get("labels") else "they are given" if labels else "none are given"
+        raise UsageError(
+            f"{path} was encoded {then} --labels or --label-field and now {now}; give the same ones or choose another "
+            "--out."
+        )
     size = shard.size()
     if size is not None and entry["source"]["size"] != size:
         raise DataError(
-            f"{shard.root} has {size} bytes and had {entry['source']['size']} when {path} was encoded; "
+            f"{shard.title} has {size} bytes and had {entry['source']['size']} when {path} was encoded; "
             f"delete {path.name} and its .json to encode it again, or restore the source."
         )
     return views
@@ -101,14 +121,23 @@ def survey_keys(shards: Sequence[SourceShard], world: World, skip: bool) -> KeyL
 
     A duplicate key or a cut tar thus raises a DataError before any image is encoded.
     """
-    ledger = KeyLedger()
+    ledger, passed = KeyLedger(), PassedOver()
+    unusable: Skipped = []
     local = [shard for shard in shards if not shard.is_remote]
     with progress("reading headers", len(local), "shards") as advance:
         for shard in world.shard(local):
-            ledger.add(shard.name, (record.key for record in shard.index([] if skip else None)))
+            records = shard.index(unusable if skip else None, passed=passed)
+            ledger.add(shard.name, (record.key for record in records))
             advance(world.size)
-    for other in world.all_gather(ledger):
-        ledger.merge(other)
+    everything, left_out = PassedOver(), Skipped()
+    for others, of_process, problems in world.all_gather((ledger, passed, unusable)):
+        ledger.merge(others)
+        everything.merge(of_process)
+        left_out += problems
+    say_passed_over(everything)
     named = {shard.name: shard for shard in local}
     world.on_rank_zero(lambda: ledger.refuse_doubles(lambda name: [record.key for record in named[name].index([])]))
+    if len(local) == len(shards) and not any(ledger.count(shard.name) for shard in local):
+        reason = f"the first: {local[0].title} {left_out[0][1]}" if left_out else "they hold none"
+        raise DataError(f"None of the images can be used, {reason}; nothing was written.")
     return ledger

@@ -6,9 +6,10 @@ from pathlib import Path
 from upath import UPath
 
 from ...shared.errors import DataError
-from ...shared.images.sources import KeyLedger, SourceShard
 from ...shared.images.views import ViewPolicy
 from ...shared.runtime.console import progress, say
+from ...shared.sources.keys import KeyLedger
+from ...shared.sources.sources import SourceShard
 from ...shared.storage.files import write_sealed_json
 from ...shared.storage.remote import exists, explained
 from ...shared.tokens.codebook import read_description
@@ -51,6 +52,10 @@ def write_shards(
                 "source": shard.source,
                 "skipped": [list(pair) for pair in shard.skipped],
             }
+            if shard.unlabelled:
+                attributes["unlabelled"] = [list(pair) for pair in shard.unlabelled]
+            if shard.labels:
+                attributes["labels"] = shard.labels
             write_shard(out, shard.name, shard.rows, attributes, shard.images if format == WEBDATASET else None)
 
 
@@ -81,5 +86,9 @@ def finish_store(out: Path | UPath, shards: Sequence[SourceShard], ledger: KeyLe
         if name not in ledger:
             ledger.add(name, read_shard(out, entry).keys)
     ledger.refuse_doubles(lambda name: read_shard(out, entries[name]).keys)
+    if not any(entry["images"] for entry in entries.values()):
+        reasons = [reason for entry in entries.values() for _, reason in entry.get("skipped", ())]
+        first = f", the first: {reasons[0]}" if reasons else ""
+        raise DataError(f"{out} would hold no images: {len(reasons):,} were left out{first}; check the images.")
     description = read_description(out / "codebook.json")
     write_manifest(out, description, [entries[name] for name in sorted(entries)])

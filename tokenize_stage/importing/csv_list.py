@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...shared.errors import DataError
-from ...shared.images.keys import key_of
+from ...shared.sources.keys import FIRST_DOT, key_of
 
 COLUMNS = ("path", "file", "filename", "image", "key")
 Named = tuple[int, str]
@@ -39,16 +39,18 @@ def read_listing(file: Path, rows: int) -> list[Named]:
     return [(number, line[column].strip()) for number, line in lines]
 
 
-def _spellings(name: str, root: Path | None) -> Iterator[str]:
+def _spellings(name: str, root: Path | None, until: str) -> Iterator[str]:
     """Yields the keys that a name in a list may refer to."""
     yield name
-    yield key_of(name)
-    yield key_of(posixpath.normpath(name))
+    yield key_of(name, until)
+    yield key_of(posixpath.normpath(name), until)
     if root is not None:
-        yield key_of(os.path.relpath(name, root))
+        yield key_of(os.path.relpath(name, root), until)
 
 
-def rows_of_keys(named: Sequence[Named], keys: Sequence[str], root: Path | None, listing: Path) -> dict[str, int]:
+def rows_of_keys(
+    named: Sequence[Named], keys: Sequence[str], root: Path | None, listing: Path, until: str = FIRST_DOT
+) -> dict[str, int]:
     """The row of each key.
 
     Args:
@@ -56,6 +58,7 @@ def rows_of_keys(named: Sequence[Named], keys: Sequence[str], root: Path | None,
         keys: the keys of the source.
         root: the folder of the source, to which paths may be relative; None for tars.
         listing: the CSV, for messages.
+        until: where keys end in file names.
 
     Raises:
         DataError: an image is missing, foreign or named twice.
@@ -64,7 +67,7 @@ def rows_of_keys(named: Sequence[Named], keys: Sequence[str], root: Path | None,
     row_of: dict[str, int] = {}
     foreign = []
     for row, (line, name) in enumerate(named):
-        key = next((key for key in _spellings(name, root) if key in known), None)
+        key = next((key for key in _spellings(name, root, until) if key in known), None)
         if key is None:
             foreign.append(name)
         elif key in row_of:

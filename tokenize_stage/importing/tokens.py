@@ -10,10 +10,11 @@ from zlib_ng.zlib_ng import crc32
 
 from ...shared.errors import DataError, UsageError
 from ...shared.images.decode import upright_size
-from ...shared.images.records import ImageRecord, read_bytes
-from ...shared.images.sources import SourceShard, open_source, read_records
 from ...shared.images.views import CENTER, Preprocess, center_box
 from ...shared.runtime.console import progress, table
+from ...shared.sources.options import DEFAULT, SourceOptions
+from ...shared.sources.records import ImageRecord, read_bytes
+from ...shared.sources.sources import SourceShard, open_source, read_records
 from ...shared.storage.files import refuse_existing, sha256_file, write_sealed_json
 from ...shared.tokens.codebook import Codebook, read_description
 from ...shared.tokens.rows import ShardRows
@@ -27,7 +28,12 @@ _ROWS_AT_ONCE = 65_536
 
 
 def import_store(
-    file: Path, listing: Path, images: str | Path | Sequence[str | Path], codebook: str | Path, out: Path
+    file: Path,
+    listing: Path,
+    images: str | Path | Sequence[str | Path],
+    codebook: str | Path,
+    out: Path,
+    options: SourceOptions = DEFAULT,
 ) -> TokenStore:
     """Writes the tokens in `file`, whose rows the CSV `listing` names, to the store `out`; see `import_tokens`."""
     book = Codebook.load(codebook)
@@ -35,8 +41,11 @@ def import_store(
     named = read_listing(listing, len(tokens))
     if len(named) != len(tokens):
         raise DataError(f"--csv {listing} names {len(named)} images, and --tokens {file} has {len(tokens)} rows.")
-    shards, records = open_source(images), read_records(images)
-    row_of = rows_of_keys(named, [record.key for record in records], _folder_of(shards), listing)
+    shards = open_source(images, options)
+    records = read_records(images, shards=shards)
+    folder = _folder_of(shards)
+    until = options.until("folder" if folder else "tar")
+    row_of = rows_of_keys(named, [record.key for record in records], folder, listing, until)
     attributes = {
         "codebook_fingerprint": book.fingerprint,
         "view": CENTER.to_json(),
@@ -120,7 +129,7 @@ def _rows(shard: SourceShard, records: list[ImageRecord], book: Codebook, tokens
     checksums = np.empty(count, dtype=np.uint32)
     for at, record in enumerate(records):
         data = read_bytes(record)
-        width, height = upright_size(data, f"{record.path}: image {record.key!r}")
+        width, height = upright_size(data, f"{record.path}: image {record.key!r}", record.max_pixels)
         crops[at, 0] = center_box(preprocess, width, height)
         sizes[at] = height, width
         checksums[at] = crc32(data)

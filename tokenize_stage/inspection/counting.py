@@ -1,13 +1,13 @@
 """Counts all statistics that `mapet tokenize inspect` reports, in one pass over a token store (`schema`)."""
 
 from collections import Counter as Counts
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...shared.errors import DataError
+from ...shared.labels.parsing import Label
 from ...shared.runtime.console import progress
 from ...shared.tokens.rows import NO_LABEL, ShardRows
 from ...shared.tokens.store import TokenStore
@@ -44,8 +44,7 @@ def count_store(store: TokenStore, more: Iterable[Counter] = ()) -> StoreStatist
     overlaps = OverlapCounter()
     counters: list[Counter | OverlapCounter] = [positions, neighbours, labels, overlaps, *more]
     with progress("reading tokens", len(store.entries), "shards") as advance:
-        for name, rows in store.shards():
-            _refuse_foreign(store, name, rows)
+        for _, rows in store.shards():
             for counter in counters:
                 counter.add(rows)
             advance(1)
@@ -63,14 +62,6 @@ def count_store(store: TokenStore, more: Iterable[Counter] = ()) -> StoreStatist
         "overlaps": overlaps.result(collision(counts)) if store.views > 1 else None,
         "labels": labels.result(),
     }
-
-
-def _refuse_foreign(store: TokenStore, name: str, rows: ShardRows) -> None:
-    if rows.tokens.size and int(rows.tokens.max()) >= store.k:
-        raise DataError(
-            f"{store.path}: {name} has token {int(rows.tokens.max())} and K is {store.k}; delete the shard and its "
-            ".json and give the same encode-shards command again."
-        )
 
 
 class _Positions(Counter):
@@ -187,7 +178,7 @@ class _Labels(Counter):
     def __init__(self, store: TokenStore):
         self.k, self.images, self.shards = store.k, 0, 0
         self.every = max(len(store) * store.views * store.grid[0] * store.grid[1] // self._SAMPLE, 1)
-        self.classes: dict[int, int] = {}
+        self.classes: dict[Label, int] = {}
         self.sizes: Counts[int] = Counts()
         self.codes = np.zeros(store.k, dtype=np.int64)
         self.table: CountTable | None = CountTable(0, store.k)
@@ -201,7 +192,7 @@ class _Labels(Counter):
             return
         tokens = rows.tokens[labelled]
         tokens = tokens.reshape(len(tokens), -1)
-        classes = self._numbered(rows.labels[labelled])
+        classes = self._numbered(rows.labels[labelled], rows.classes)
         self.sizes.update(classes.tolist())
         self.codes += np.bincount(tokens.reshape(-1), minlength=self.k)
         cells = len(self.classes) * self.k
@@ -214,10 +205,11 @@ class _Labels(Counter):
             table.grow(len(self.classes))
             table.add(np.broadcast_to(np.roll(classes, -offset)[:, None], tokens.shape), tokens)
 
-    def _numbered(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Labels as class numbers from 0 on, in the order in which they first occurred."""
+    def _numbered(self, labels: NDArray[np.int64], names: Sequence[str] | None) -> NDArray[np.int64]:
+        """Labels as class numbers from 0 on, in the order in which they first occurred in any shard."""
         distinct, back = np.unique(labels, return_inverse=True)
-        numbers = [self.classes.setdefault(label, len(self.classes)) for label in distinct.tolist()]
+        of_shard = distinct.tolist() if names is None else [names[label] for label in distinct]
+        numbers = [self.classes.setdefault(label, len(self.classes)) for label in of_shard]
         return np.array(numbers)[back]
 
     def result(self) -> Labels | None:

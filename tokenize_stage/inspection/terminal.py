@@ -1,15 +1,13 @@
 """Prints the report of `inspect`: a table, a map of the grid, and warnings; or JSON."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ...shared.runtime.console import results, table
+from ...shared.runtime.console import foreign, results, table
 from .centroids import objective_of
 
 _MOST_SKIPPED = 10
@@ -23,23 +21,27 @@ Rows = Iterator[tuple[str, str]]
 def show(report: dict[str, Any], *, as_json: bool = False) -> None:
     """Prints what `inspect` returned, as tables or as JSON."""
     if as_json:
-        print(json.dumps(report, indent=1, ensure_ascii=False))
+        results.print_json(report)
         return
     is_store = report["kind"] == "token store"
     rows = [*_made_by(report["codebook"] if is_store else report, report), *(_store(report) if is_store else ())]
     rows += _usage(report) if report["usage"] else ()
     rows += _store_statistics(report) if is_store else _codebook_statistics(report)
-    table(f"{report['kind'].capitalize()} {report['path']}", [(name, escape(value)) for name, value in rows])
+    table(f"{report['kind'].capitalize()} {report['path']}", rows)
     if is_store and report["tokens"]:
         _show_map("Perplexity over the grid", report["positions"]["perplexity"])
     if "against" in report:
-        title = f"Compared with {report['against']['path']}"
-        table(escape(title), [(name, escape(value)) for name, value in comparison_rows(report)])
+        table(f"Compared with {report['against']['path']}", list(comparison_rows(report)))
     if "image" in report:
         _show_image(report["image"])
     for warning in report["warnings"]:
-        results.print(Text(f"\nWarning ({warning['sign']}): {warning['what']}.", style="bold yellow"), soft_wrap=True)
-        results.print(Text(f"  Why: {warning['why']}.\n  What to do: {warning['do']}"), soft_wrap=True)
+        results.print("")
+        for line, style in (
+            (f"Warning ({warning['sign']}): {warning['what']}.", "bold yellow"),
+            (f"  Why: {warning['why']}.", ""),
+            (f"  What to do: {warning['do']}", ""),
+        ):
+            results.print(foreign(line, style), soft_wrap=True)
 
 
 def complete_description(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,7 +234,7 @@ def _show_image(image: dict[str, Any]) -> None:
             f"{crop['width']:.1f}x{crop['height']:.1f} at ({crop['left']:.1f}, {crop['top']:.1f})"
             f"{', flipped' if view['flip'] else ''}"
         )
-        grid = Table(title=escape(title), title_justify="left", show_header=False, show_lines=False)
+        grid = Table(title=foreign(title), title_justify="left", show_header=False, show_lines=False)
         for row in view["tokens"]:
             grid.add_row(*map(str, row))
         results.print(grid)

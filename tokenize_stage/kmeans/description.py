@@ -6,8 +6,8 @@ from importlib.metadata import version
 import numpy as np
 from numpy.typing import NDArray
 
-from ...shared.images.keys import Skipped
 from ...shared.runtime.faiss_build import faiss_gpus, import_faiss
+from ...shared.sources.keys import Skipped
 from ...shared.tokens.code_usage import usage
 from ...shared.tokens.codebook import Codebook
 from .plan import CodebookPlan

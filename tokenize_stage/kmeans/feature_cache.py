@@ -3,17 +3,19 @@
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
+from ...shared.artifacts.fields import Count, Text, checked
 from ...shared.errors import DataError, UsageError
 from ...shared.runtime.console import say
 from ...shared.runtime.memory import as_text
+from ...shared.storage.bounded import refuse_irregular
 from ...shared.storage.files import read_sealed_json, write_sealed_json, written_whole
 
 FORMAT, VERSION = "mapet-feature-cache", 1
@@ -24,6 +26,16 @@ _BLOCK = 4096
 
 Rows = tuple[NDArray[np.float16], NDArray[np.uint64]]
 """Features (m, dim) of some patches and their draws (m,)."""
+
+
+class _Sheet(Struct):
+    """sample.json"""
+
+    identity: dict[str, Any]
+    shards: Text
+    most: Annotated[int, Meta(ge=0)]
+    rows: Count | None
+    skipped: list[tuple[Text, Text]]
 
 
 @dataclass(frozen=True)
@@ -124,10 +136,12 @@ class FeatureCache:
         """The features whose draws are at most `most`: (n, dim), memory-mapped. Raises DataError if damaged."""
         rows, file = self._read_sheet()["rows"], self.path / _FEATURES
         try:
-            draws = np.load(self.path / _DRAWS)
-            if len(draws) != rows or file.stat().st_size != rows * self.dim * 2:
+            refuse_irregular(file)
+            refuse_irregular(self.path / _DRAWS)
+            draws = np.load(self.path / _DRAWS, mmap_mode="r", allow_pickle=False)
+            if draws.dtype != np.uint64 or draws.shape != (rows,) or file.stat().st_size != rows * self.dim * 2:
                 raise ValueError("not of the length that sample.json states")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, TypeError, OverflowError, MemoryError) as error:
             raise DataError(f"{self.path} is damaged ({error}); delete it to extract the features again.") from None
         count = int(np.searchsorted(draws, np.uint64(most), side="right"))
         return np.memmap(file, dtype=np.float16, mode="r", shape=(rows, self.dim))[:count]
@@ -135,11 +149,14 @@ class FeatureCache:
     def _read_sheet(self) -> dict[str, Any]:
         sheet = self.path / _SHEET
         try:
-            return read_sealed_json(sheet, format=FORMAT, version=VERSION)
-        except DataError:
-            with suppress(DataError):
-                return read_sealed_json(sheet, format=_OLD_FORMAT, version=1)
-            raise
+            content = read_sealed_json(sheet, format=FORMAT, version=VERSION)
+        except DataError as error:
+            try:
+                content = read_sealed_json(sheet, format=_OLD_FORMAT, version=1)
+            except DataError:
+                raise error from None
+        checked(content, _Sheet, sheet, "delete the folder to extract the features again")
+        return content
 
     @staticmethod
     def _sheet(

@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...shared.errors import DataError
-from ...shared.images.keys import Skipped
-from ...shared.images.records import ImageRecord
-from ...shared.images.sources import KeyLedger, SourceShard
 from ...shared.images.views import CENTER
 from ...shared.runtime.console import Advance, progress
 from ...shared.runtime.distributed import World
+from ...shared.sources.keys import KeyLedger, Skipped
+from ...shared.sources.passed import PassedOver
+from ...shared.sources.records import ImageRecord
+from ...shared.sources.sources import SourceShard, say_passed_over
 from ..towers.features import extract
 from ..towers.tower import Tower
 from .feature_cache import FeatureCache, Rows
@@ -46,13 +47,19 @@ def read_keys(shards: Sequence[SourceShard], world: World, skip: bool) -> Source
     Raises DataError for unusable entries, unless `skip` is set, and for a key that is in two shards.
     """
     share: dict[str, tuple[list[str], Skipped]] = {}
+    passed, everything = PassedOver(), PassedOver()
     with progress("reading headers", len(shards), "shards") as advance:
         for shard in world.shard(shards):
             skipped: Skipped = []
             with shard.staged() as here:
-                share[shard.name] = ([record.key for record in here.index(skipped if skip else None)], skipped)
+                records = here.index(skipped if skip else None, [], passed)
+                share[shard.name] = ([record.key for record in records], skipped)
             advance(world.size)
-    entries = {name: entry for part in world.all_gather(share) for name, entry in part.items()}
+    entries: dict[str, tuple[list[str], Skipped]] = {}
+    for part, of_process in world.all_gather((share, passed)):
+        entries |= part
+        everything.merge(of_process)
+    say_passed_over(everything)
     keys = {shard.name: entries[shard.name][0] for shard in shards}
     ledger = KeyLedger()
     for name, shard_keys in keys.items():
@@ -87,7 +94,7 @@ class Sampler:
             for shard in share:
                 skipped: Skipped = []
                 with shard.staged() as here:
-                    records = here.index([] if self.skip else None)
+                    records = here.index([] if self.skip else None, [])
                     cache.write_part(shard.name, self._rows(records, skipped, advance), skipped)
         world.wait()
         world.on_rank_zero(lambda: cache.assemble(names))

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from ...shared.artifacts.fields import Count, Finite, checked
+from ...shared.artifacts.tensors import tensor_errors
+from ...shared.errors import DataError
 from ...shared.runtime.console import say
+from ...shared.storage.bounded import refuse_irregular
 from ...shared.storage.files import written_whole
 
 
@@ -47,6 +52,20 @@ class KMeansRun:
         }
 
 
+class _Iteration(Struct):
+    objective: Finite
+    imbalance: Finite
+    empty_clusters_split: Finite
+
+
+class _Progress(Struct, forbid_unknown_fields=True):
+    """The JSON of a saved run."""
+
+    history: list[list[_Iteration]]
+    best: Count | None
+    best_objective: Finite | None
+
+
 class SavedState:
     """A file that holds the run. It is replaced atomically, so that a killed process leaves a complete state."""
 
@@ -64,17 +83,39 @@ class SavedState:
         if self.path is None or not self.path.exists():
             return KMeansRun()
         try:
-            with safe_open(self.path, "numpy") as file:
-                progress = json.loads((file.metadata() or {}).get("run", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError):
-            progress, tensors = {}, {}
-        if progress.pop("identity", None) != self.identity:
+            run = self._read(self.path)
+        except DataError as error:
+            say(f"{error} It is not used; starting over.")
+            return KMeansRun()
+        if run is None:
             say(f"{self.path} belongs to another k-means; starting over.")
             return KMeansRun()
-        run = KMeansRun(**progress, centroids=tensors.get("centroids"), current=tensors.get("current"))
         say(f"k-means resumes after {sum(len(past) for past in run.history)} iterations.")
         return run
+
+    def _read(self, path: Path) -> KMeansRun | None:
+        """The run in the file; None for one of another identity. Raises DataError for a file that is damaged."""
+        refuse_irregular(path)
+        with tensor_errors(path, "delete it"), safe_open(path, "numpy") as file:
+            content = json.loads((file.metadata() or {}).get("run", "{}"))
+            if not isinstance(content, dict) or content.pop("identity", None) != self.identity:
+                return None
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            expected = (self.identity["k"], self.identity["shape"][1])
+            if not shapes.keys() <= {"centroids", "current"} or set(shapes.values()) - {expected}:
+                raise ValueError(f"tensors {shapes} instead of centroids of shape {expected}")
+            tensors = {name: file.get_tensor(name) for name in shapes}
+        if any(tensor.dtype != np.float32 or not np.isfinite(tensor).all() for tensor in tensors.values()):
+            raise DataError(f"{path} holds centroids that are not finite float32 numbers; delete it.")
+        progress = checked(content, _Progress, path, "delete it")
+        finished = len(progress.history) - ("current" in tensors)
+        is_sound = (
+            finished >= 0 and all(progress.history[:finished]) and len(progress.history) <= self.identity["restarts"]
+        )
+        has_best = None not in (progress.best, progress.best_objective) and "centroids" in tensors
+        if not is_sound or has_best != (finished > 0) or (progress.best or 0) >= max(finished, 1):
+            raise DataError(f"{path} states a progress that no k-means has; delete it.")
+        return KMeansRun(**content, centroids=tensors.get("centroids"), current=tensors.get("current"))
 
     def keep(self, run: KMeansRun) -> None:
         """Saves the run, if the last save is long enough ago."""

@@ -11,7 +11,6 @@ from ...shared.errors import DataError, UsageError
 from ...shared.report.pictures import data_uri, golden_colours, hex_colours
 from ...shared.report.render import write_page
 from ...shared.runtime.console import progress, say
-from ...shared.tokens.rows import NO_LABEL
 from ...shared.tokens.store import TokenStore
 from ...shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
 from ..inspection.terminal import comparison_rows, complete_description
@@ -32,7 +31,7 @@ class StorePage:
         store: TokenStore,
         html: str | Path,
         *,
-        images: str | None = None,
+        images: str | Path | Sequence[str | Path] | None = None,
         codebook: str | Path | None = None,
         tower: str | None = None,
         seed: int = 0,
@@ -150,10 +149,9 @@ def _image_cards(store: TokenStore, views: StoredViews, places: Sequence[Place])
     cards = {}
     for shard, rows, indices in by_shard(store, wanted):
         for row, view in ((index, view) for index in indices for view in wanted[shard, index]):
-            label = int(rows.labels[row])
             cards[Place(shard, row, view)] = {
                 "key": str(rows.keys[row]),
-                "label": None if label == NO_LABEL else label,
+                "label": rows.label(row),
                 "view": view,
                 "views": store.views,
                 "mirrored": bool(rows.flips[row, view]),

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 
 from ...shared.errors import FingerprintMismatch
 from ...shared.images.decode import read_image
-from ...shared.images.records import ImageRecord
 from ...shared.images.views import CropBox, replay
+from ...shared.sources.records import ImageRecord
 from ...shared.storage.files import written_whole
 from ...shared.tokens.codebook import Codebook
 from ...shared.tokens.store import TokenStore

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ...shared.errors import DataError, UsageError
 from ...shared.images.views import Preprocess
 
 
@@ -32,6 +33,8 @@ class Tokenizer(ABC):
     """Length of one patch's features."""
     unit_length: bool = False
     """Whether `assign` takes the features of `features` only after they were scaled to length one."""
+    stride: int | None = None
+    """Pixels from one token to the next, of a tokenizer that is convolutional throughout and takes other S, too."""
     fingerprint: str
     """SHA-256 over everything that changes tokens; equal fingerprints mean equal tokens."""
     description: dict[str, Any]
@@ -79,13 +82,44 @@ class Tokenizer(ABC):
         """Tokens of a batch of views: (B, 3, S, S) uint8 in [0, 255] or float32 in [0, 1] -> (B, H, W) int64.
 
         The result lies on `device`. The batch is one forward pass, and kernels may round differently for another
-        batch size; the encoder of a store therefore always passes the same number of views.
+        batch size; the encoder of a store therefore always passes the same number of views. A tokenizer with a `stride`
+        takes any S that is a multiple of it.
+
+        Raises:
+            DataError: the features hold NaN or infinity.
+            UsageError: `pixels` have another shape, type or range.
         """
+        height, width = self._grid_of(pixels)
         features = self.features(pixels)
+        finite = torch.isfinite(features).flatten(1).all(1)
+        if not finite.all():
+            raise DataError(
+                f"The tower gives features with NaN or infinity for view {int((~finite).nonzero()[0])} of the batch; "
+                "use float32 or another layer, or check its weights."
+            )
         if self.unit_length:
             features = normalize(features, dim=-1)
         tokens, _ = self.assign(features.cpu().contiguous().numpy().reshape(-1, self.dim))
-        return torch.from_numpy(tokens.astype(np.int64)).reshape(len(pixels), *self.grid).to(self.device)
+        return torch.from_numpy(tokens.astype(np.int64)).reshape(len(pixels), height, width).to(self.device)
+
+    def _grid_of(self, pixels: Tensor) -> tuple[int, int]:
+        """The grid (H, W) of the tokens of `pixels`. Raises UsageError for pixels that `encode` does not take."""
+        size = self.preprocess.image_size
+        side = pixels.shape[-1] if pixels.ndim == 4 else 0
+        fits = side == size or (self.stride is not None and side > 0 and side % self.stride == 0)
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side) or not fits:
+            raise UsageError(f"The tokenizer takes pixels (B, 3, {size}, {size}), not {tuple(pixels.shape)}.")
+        if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
+            raise UsageError(f"The tokenizer takes pixels as uint8 or as floats in [0, 1], not {pixels.dtype}.")
+        # Bicubic resizing of floats overshoots a little; pixels in [0, 255] or normalised ones overshoot a lot.
+        if pixels.is_floating_point() and pixels.numel() and not -0.5 <= pixels.min() <= pixels.max() <= 1.5:
+            raise UsageError(
+                f"The tokenizer takes float pixels in [0, 1], before any normalisation; these are from "
+                f"{float(pixels.min()):.4g} to {float(pixels.max()):.4g}."
+            )
+        if side == size or self.stride is None:
+            return self.grid
+        return side // self.stride, side // self.stride
 
 
 def pixels_in_255(pixels: Tensor) -> Tensor:

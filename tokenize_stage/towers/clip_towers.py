@@ -1,5 +1,6 @@
 """Towers from open_clip: built-in names, local folders and the Hugging Face hub."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from ...shared.errors import DataError, UsageError
 from ...shared.images.views import Preprocess
+from ...shared.runtime.console import say
 from .loading import RANDOM, library_errors_explained, seeded_if, unknown_name
 from .tower import OpenedModel, TowerSettings
 
@@ -23,7 +25,11 @@ def open_clip_tower(settings: TowerSettings) -> OpenedModel:
     elif schema is None:
         _check_builtin(name, tag)
     elif schema != "hf-hub":
-        raise UsageError(f"--tower {name} is unknown; use an open_clip name, local-dir:PATH, hf-hub:ID or timm:NAME.")
+        raise UsageError(
+            f"--tower {name} is unknown; use an open_clip name, local-dir:PATH, hf-hub:ID, timm:NAME or pixels."
+        )
+    if tag and Path(tag).is_file() and (warning := quick_gelu_warning(name, Path(tag))):
+        say(warning)
     with library_errors_explained(settings), seeded_if(random):
         model = open_clip.create_model(
             name,
@@ -46,6 +52,36 @@ def open_clip_tower(settings: TowerSettings) -> OpenedModel:
         return maps
 
     return OpenedModel(visual, intermediates, "open_clip", _clip_preprocess(name, fields))
+
+
+def quick_gelu_warning(name: str, file: Path) -> str | None:
+    """What to say of a weights file that is about to be opened with GELU although it may need QuickGELU, or None.
+
+    The tower's name decides, so that a codebook of an earlier version keeps its features.
+    """
+    import open_clip
+
+    quick = f"{name.replace('/', '-')}-quickgelu"
+    if name.endswith("-quickgelu") or quick not in open_clip.list_models():
+        return None
+    if "openai" in str(file).lower() or _is_torchscript(file):
+        return (
+            f"Warning: {file} seems to hold OpenAI's weights, which were trained with QuickGELU, and --tower {name} "
+            f"computes GELU: the features will differ from OpenAI's. Use --tower {quick}, or --pretrained openai."
+        )
+    return (
+        f"{file} does not tell its activation; --tower {name} computes GELU. Weights of OpenAI, MetaCLIP and DFN need "
+        f"--tower {quick}."
+    )
+
+
+def _is_torchscript(file: Path) -> bool:
+    """Whether a file is a TorchScript archive; of the CLIP models that open_clip knows, OpenAI's alone come as one."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any("/code/" in member for member in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _tag_config(name: str, tag: str) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from zlib_ng.zlib_ng import crc32
 
 from ...shared.errors import DataError
 from ...shared.images.decode import read_image
-from ...shared.images.keys import Skipped
-from ...shared.images.records import ImageRecord
 from ...shared.images.views import Preprocess, ViewPolicy, resized, show_view, to_array
 from ...shared.runtime.loader import OneByOne, batches
+from ...shared.sources.keys import Skipped
+from ...shared.sources.records import ImageRecord
 
 _MOST_PIXELS = 100_000_000
 
@@ -163,7 +163,7 @@ def extract_groups(
         skip: whether unreadable images are listed in the batch instead of stopping.
 
     Raises:
-        DataError: an image cannot be read and `skip` is not set.
+        DataError: an image cannot be read and `skip` is not set, or the features of an image hold NaN or infinity.
     """
     loading: deque[Sequence[Request]] = deque()
 
@@ -177,6 +177,7 @@ def extract_groups(
         problems = batch["problem"]
         readable = torch.tensor([not problem for problem in problems])
         features = _features(tower, batch["pixels"][readable], batch_size)
+        _refuse_not_finite(features, [record for record, problem in zip(records, problems, strict=True) if not problem])
         if unit_length:
             features = normalize(features, dim=-1)
         pairs = list(zip(records, problems, strict=True))
@@ -205,6 +206,17 @@ def _features(tower: PatchFeatures, pixels: Tensor, batch_size: int) -> Tensor:
         parts.append(tower.features(padded)[: len(part)])
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     return torch.unflatten(joined, 0, pixels.shape[:2])
+
+
+def _refuse_not_finite(features: Tensor, records: Sequence[ImageRecord]) -> None:
+    """A search for the nearest centroid finds none for NaN, and what it returns instead must not become a token."""
+    finite = torch.isfinite(features).flatten(1).all(1) if len(features) else torch.ones(0, dtype=torch.bool)
+    if not finite.all():
+        record = records[int((~finite).nonzero()[0])]
+        raise DataError(
+            f"{record.path}: the tower gives features with NaN or infinity for image {record.key!r}; use --precision "
+            "float32 or another --layer, or check the tower's weights."
+        )
 
 
 def _to_numpy(tensor: Tensor) -> NDArray[Any]:

@@ -2,6 +2,8 @@
 
 from ...shared.errors import UsageError
 from .clip_towers import open_clip_tower
+from .pixel_patches import NAME as PIXELS
+from .pixel_patches import open_pixel_tower
 from .timm_towers import open_timm_tower
 from .tower import PRECISIONS, Tower, TowerSettings
 
@@ -10,8 +12,8 @@ def open_tower(settings: TowerSettings, device: str = "cpu") -> Tower:
     """Opens a tower on a device.
 
     Args:
-        settings: `tower` is an open_clip model name, `local-dir:PATH`, `hf-hub:ID` or `timm:NAME`; `pretrained` is a
-            tag or a file, or "none" for seeded random weights.
+        settings: `tower` is an open_clip model name, `local-dir:PATH`, `hf-hub:ID`, `timm:NAME`, or `pixels` for the
+            pixels themselves; `pretrained` is a tag or a file, or "none" for seeded random weights.
         device: "cpu" or "cuda".
 
     Raises:
@@ -22,4 +24,6 @@ def open_tower(settings: TowerSettings, device: str = "cpu") -> Tower:
         raise UsageError(f"--precision {settings.precision} is unknown; choose from {', '.join(PRECISIONS)}.")
     if settings.tower.startswith("timm:"):
         return Tower(settings, open_timm_tower(settings), device)
+    if settings.tower.partition(":")[0] == PIXELS:
+        return Tower(settings, open_pixel_tower(settings), device)
     return Tower(settings, open_clip_tower(settings), device)

@@ -1,4 +1,4 @@
-"""A frozen image tower, any open_clip or timm model: a function from pixels to a grid of patch features."""
+"""A frozen image tower, such as an open_clip or timm model: a function from pixels to a grid of patch features."""
 
 import hashlib
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class Tower:
         self.settings, self.preprocess, self.device = settings, opened.preprocess, torch.device(device)
         self.identity = {
             "library": opened.library,
-            "architecture": _architecture(opened.module),
+            "architecture": opened.architecture or _architecture(opened.module),
             "weights_sha256": _weights_sha256(opened.module, settings.image_size is not None),
         }
         dtype = PRECISIONS[settings.precision]
@@ -98,6 +98,8 @@ class OpenedModel:
     intermediates: Callable[[Tensor, int, bool], Tensor]
     library: str
     preprocess: Preprocess
+    architecture: dict[str, Any] | None = None
+    """What the weights do not show; None takes it from `module`."""
 
 
 def _weights_sha256(module: nn.Module, resized: bool) -> str:

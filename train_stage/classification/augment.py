@@ -90,7 +90,7 @@ class Augment:
             box_drawn = erased_box(
                 self.settings.augment.erasing,
                 size,
-                random.Random(int(drawn.integers(1 << 62))),
+                random.Random(int(drawn.integers(1 << 62))),  # noqa: S311 (not for cryptography)
             )
             if box_drawn is not None:
                 top, left, height, width = box_drawn

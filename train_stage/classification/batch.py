@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...shared.images.fast_pixels import decode_pixels
-from ...shared.images.records import read_bytes
 from ...shared.randomness import generator
+from ...shared.sources.records import read_bytes
 from ..settings import FinetuneSettings
 from .augment import Augment
 from .labelled_set import LabelledSet
@@ -56,7 +56,8 @@ class LoadLabelled:
             record = self.images.record(index)
             drawn = generator(seed, "augment", epoch, record.key)
             draws[place] = drawn.random((self.depth, 2), dtype=np.float32)
-            source = decode_pixels(read_bytes(record), f"{record.path}: image {record.key!r}")
+            name = f"{record.path}: image {record.key!r}"
+            source = decode_pixels(read_bytes(record), name, None, record.max_pixels)
             pixels[place] = self.augment(source, epoch, record.key, drawn)
         indices = np.array([index for _, index in places], dtype=np.int64)
         return {

@@ -1,107 +1,62 @@
-"""Class names and labels: which output of a classifier an image's label is."""
+"""The outputs of a classifier: one for each class of the training images, and which one an image's label is."""
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...shared.errors import DataError
-from ...shared.images.keys import EXTENSIONS, extension_of
-from ...shared.images.records import ImageRecord
+from ...shared.errors import DataError, UsageError
+from ...shared.labels.parsing import Label, sorted_labels
+from ...shared.sources.records import ImageRecord
 
-Label = int | str
-_MOST_NUMBERED_CLASSES = 100_000
-
-
-def label_of(record: ImageRecord) -> Label | None:
-    """The label of an image: the name of its class folder, or the number beside it in a tar; None without one."""
-    if record.label is not None and extension_of(record.path.name) in EXTENSIONS:
-        return record.key.split("/")[0]
-    return record.label
+_MOST_OUTPUTS = 100_000
+_NAMED = 3
+"""How many classes a message names."""
 
 
-def labels_of(records: Sequence[ImageRecord], source: object) -> list[Label]:
-    """The labels of all images of `source`. Raises DataError if one has none."""
-    labels = [label_of(record) for record in records]
-    missing = [record.key for record, label in zip(records, labels, strict=True) if label is None]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of the {len(records)} images in {source} have no label, such as {missing[0]!r}; give "
-            "class folders, or tars with .cls members."
-        )
-    return [label for label in labels if label is not None]
+def labels_of(records: Sequence[ImageRecord]) -> list[Label]:
+    """The label of each of the records, which all have one (`evaluation.labelled.labelled_images`)."""
+    return [record.label for record in records if record.label is not None]
 
 
-def class_names(labels: Sequence[Label], source: object) -> tuple[str, ...]:
-    """The names of the classes of training images, in the order of the head's outputs.
+def output_names(labels: Sequence[Label], outputs: int | None = None) -> tuple[str, ...]:
+    """The class name of each output, from the labels of the training images.
 
-    Names are sorted. Numbers count from 0 to the largest one, so that a class without images keeps its number. Raises
-    DataError for numbers that are negative or too large to be those of classes.
+    Names are sorted. Class numbers count from 0 to the largest one, so that a class without images keeps its number.
+    `outputs` asks for further outputs, which are named "unused 12" and so on.
+
+    Raises:
+        DataError for a class number that is too large; UsageError for fewer `outputs` than there are classes.
     """
-    if any(isinstance(label, str) for label in labels):
-        return tuple(sorted({str(label) for label in labels}))
-    numbers = [int(label) for label in labels]
-    if min(numbers) < 0 or max(numbers) >= _MOST_NUMBERED_CLASSES:
-        wrong = min(numbers) if min(numbers) < 0 else max(numbers)
-        raise DataError(f"{source} has label {wrong}; number the classes from 0 to {_MOST_NUMBERED_CLASSES - 1:,}.")
-    return tuple(map(str, range(max(numbers) + 1)))
+    names = [str(label) for label in sorted_labels(labels)]
+    if all(isinstance(label, int) for label in labels):
+        largest = max(int(label) for label in labels)
+        if largest >= _MOST_OUTPUTS:
+            raise DataError(
+                f"The training images have class number {largest}; give --labels FILE with numbers from 0 to "
+                f"{_MOST_OUTPUTS - 1:,}, or with names."
+            )
+        names = [str(number) for number in range(largest + 1)]
+    if outputs is not None and outputs < len(names):
+        raise UsageError(f"model.classes {outputs} is fewer than the {len(names)} classes of the images; leave it out.")
+    return (*names, *(f"unused {number}" for number in range(len(names), outputs or 0)))
 
 
-def class_indices(labels: Sequence[Label], names: Sequence[str], source: object) -> NDArray[np.int64]:
-    """(n,) int64: the position among `names` of each label.
-
-    A label is looked up by its name. Where classes have only numbers for names, as many class folders as there are
-    classes are taken in sorted order; where they have names, numbers are positions. Raises DataError, which lists
-    them, for labels that are none of the classes.
-    """
+def output_indices(labels: Sequence[Label], names: Sequence[str]) -> NDArray[np.int64]:
+    """(n,) int64: the output of each label. Raises DataError for labels that are none of the classes."""
     positions = {name: position for position, name in enumerate(names)}
-    distinct = sorted(set(labels), key=str)
-    numbered = all(name.isdecimal() for name in names)
-    if numbered and len(distinct) == len(names) and all(isinstance(label, str) for label in distinct):
-        if any(label not in positions for label in distinct):
-            positions = {str(label): position for position, label in enumerate(distinct)}
-    elif not numbered and all(isinstance(label, int) and 0 <= label < len(names) for label in distinct):
-        positions = {str(position): position for position in range(len(names))}
-    unknown = [str(label) for label in distinct if str(label) not in positions]
+    unknown = sorted_labels([label for label in labels if str(label) not in positions])
     if unknown:
+        some = ", ".join(map(str, unknown[:_NAMED])) + (" ..." if len(unknown) > _NAMED else "")
         raise DataError(
-            f"{source} has {len(unknown)} classes that the model does not have ({_some(unknown)}); it has {len(names)} "
-            f"({_some(names)}). Give images of these classes, or class folders with these names."
+            f"{len(unknown)} classes of the validation images are not among the training images ({some}); give "
+            "validation images of the training images' classes."
         )
     return np.array([positions[str(label)] for label in labels], dtype=np.int64)
 
 
-def read_class_list(path: str | Path, names: Sequence[str]) -> list[int]:
-    """The outputs that a list of classes selects: a text file with a class name, or an output's number, per line.
-
-    Raises DataError if the file cannot be read, is empty, or lists something twice or that the model does not have.
-    """
-    try:
-        entries = [line.split("#")[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}).") from None
-    entries = [entry for entry in entries if entry]
-    positions = {name: position for position, name in enumerate(names)}
-    chosen = [positions.get(entry, int(entry) if entry.isdecimal() else -1) for entry in entries]
-    wrong = [entry for entry, position in zip(entries, chosen, strict=True) if not 0 <= position < len(names)]
-    if wrong or not chosen:
-        raise DataError(
-            f"{path} lists {wrong[0]!r}, which is none of the {len(names)} classes of the model ({_some(names)})."
-            if wrong
-            else f"{path} lists no classes; write one per line."
-        )
-    if len(set(chosen)) < len(chosen):
-        raise DataError(f"{path} lists a class twice; name each one once.")
-    return chosen
-
-
-def labels_sha256(keys: Sequence[str], labels: Sequence[Label]) -> str:
-    """Hex SHA-256 of the label of each key, in any order."""
+def labels_sha256(names: Sequence[str], keys: Sequence[str], labels: Sequence[Label]) -> str:
+    """Hex SHA-256 of the class names in order, and of the label of each key in any order of the keys."""
     lines = sorted(f"{key}\t{label}" for key, label in zip(keys, labels, strict=True))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return hashlib.sha256("\0".join([*names, *lines]).encode()).hexdigest()

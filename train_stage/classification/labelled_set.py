@@ -1,6 +1,5 @@
 """The labelled training images of a run, in compact columns."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -9,13 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ...shared.errors import UsageError
-from ...shared.images.folders import FOLDER_SHARD_IMAGES
-from ...shared.images.keys import EXTENSIONS, extension_of
-from ...shared.images.records import ImageRecord, keys_sha256
-from ...shared.images.sources import read_records
+from ...shared.sources.folders import FOLDER_SHARD_IMAGES
+from ...shared.sources.keys import EXTENSIONS, extension_of
+from ...shared.sources.records import ImageRecord, keys_sha256
 from ..data.image_set import RemoteTar
-from .classes import class_indices, class_names, labels_of, labels_sha256
+from .classes import labels_of, labels_sha256, output_indices, output_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +45,8 @@ class LabelledSet:
     """(n,) int64, by row: byte offset of the image in its file."""
     lengths: NDArray[np.int64]
     """(n,) int64, by row: bytes of the image."""
+    max_pixels: int | None = None
+    """Most pixels of an image; Pillow's limit if None."""
     folder: None = None
     """No images are remote."""
 
@@ -67,21 +66,18 @@ class LabelledSet:
         """Where the bytes of an image lie."""
         row = self.rows[index]
         path = Path(self.paths[self.files[row]])
-        return ImageRecord(self.key(index), path, int(self.offsets[row]), int(self.lengths[row]), None)
+        return ImageRecord(
+            self.key(index), path, int(self.offsets[row]), int(self.lengths[row]), None, max_pixels=self.max_pixels
+        )
 
 
-def read_labelled_set(source: str | Path | Sequence[str | Path], classes: int | None = None) -> LabelledSet:
-    """The labelled images of a tar, a folder of class folders, a brace pattern of tars, or a list of tars.
+def labelled_set(records: Sequence[ImageRecord], outputs: int | None = None) -> LabelledSet:
+    """The labelled images `records`, at least one, in the order of their source.
 
-    `classes` asks for more outputs than there are classes. Raises DataError for images that cannot be listed or have no
-    label, UsageError for remote tars or for fewer `classes` than there are.
+    `outputs` asks for more outputs than there are classes. Raises DataError and UsageError as `output_names` does.
     """
-    records = read_records(source)
-    labels = labels_of(records, source)
-    names = class_names(labels, source)
-    if classes is not None and classes < len(names):
-        raise UsageError(f"model.classes {classes} is fewer than the {len(names)} classes of {source}; leave it out.")
-    names += tuple(f"unused {number}" for number in range(len(names), classes or 0))
+    labels = labels_of(records)
+    names = output_names(labels, outputs)
     keys = [record.key.encode() for record in records]
     rows = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
     images = np.empty_like(rows)
@@ -90,18 +86,19 @@ def read_labelled_set(source: str | Path | Sequence[str | Path], classes: int | 
     text = [record.key for record in records]
     return LabelledSet(
         names=names,
-        classes=class_indices(labels, names, source)[rows],
+        classes=output_indices(labels, names)[rows],
         images=images,
         rows=rows,
         shard_ends=_shard_ends(records),
         keys_sha256=keys_sha256(text),
-        labels_sha256=hashlib.sha256("\0".join([*names, labels_sha256(text, labels)]).encode()).hexdigest(),
+        labels_sha256=labels_sha256(names, text, labels),
         keys=b"".join(keys),
         key_ends=np.array(list(accumulate(map(len, keys))), dtype=np.int64),
         paths=tuple(paths),
         files=np.array([paths[str(record.path)] for record in records], dtype=np.int64),
         offsets=np.array([record.offset for record in records], dtype=np.int64),
         lengths=np.array([record.length for record in records], dtype=np.int64),
+        max_pixels=records[0].max_pixels,
     )
 
 

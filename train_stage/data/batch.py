@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ...shared.errors import DataError, UsageError
 from ...shared.images.fast_pixels import decode_pixels, replay_pixels
-from ...shared.images.records import ImageRecord
 from ...shared.images.views import CropBox, view_of_epoch
 from ...shared.randomness import generator
 from ...shared.runtime.loader import batches
+from ...shared.sources.records import ImageRecord
 from ...shared.tokens.store import TokenStore
 from ..objectives.permutations import draw_permutation
 from ..settings import ModelSettings, Settings
@@ -127,8 +127,13 @@ class LoadBatch:
         for place, (record, index) in enumerate(zip(records, indices.tolist(), strict=True)):
             content = self._read(record, index)
             name = f"{self.images.source(index)}: image {record.key!r}"
-            source = decode_pixels(content, name, self.images.is_plain(index, content, name))
-            pixels[place] = replay_pixels(source, CropBox(*boxes[place]), flips[place], size, interpolation)
+            source = decode_pixels(content, name, self.images.is_plain(index, content, name), self.images.max_pixels)
+            try:
+                pixels[place] = replay_pixels(source, CropBox(*boxes[place]), flips[place], size, interpolation)
+            except ValueError as error:
+                raise DataError(
+                    f"{name}: its stored view lies outside of it ({error}); encode its shard again."
+                ) from None
         return pixels
 
     def _read(self, record: ImageRecord, index: int) -> bytes:

@@ -1,5 +1,6 @@
 """Images joined with their rows of a token store, in columns that all processes of a node share."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...shared.images.fast_pixels import is_plain_jpeg
-from ...shared.images.records import ImageRecord, read_encoded
+from ...shared.labels.columns import NO_LABEL
+from ...shared.labels.parsing import Label
+from ...shared.sources.records import ImageRecord, read_encoded
 from ...shared.storage.remote import is_url
-from ...shared.tokens.rows import NO_LABEL
 from .image_set import RemoteTar
 from .shared_columns import text_at
 
@@ -30,7 +32,7 @@ class TokenisedImages:
     flips: NDArray[np.bool_]
     """(n, V) bool: mirrored left to right after the crop."""
     labels: NDArray[np.int64]
-    """(n,) int64, -1 where an image has none."""
+    """(n,) int64: number of the label in `classes`, -1 where an image has none."""
     crc32: NDArray[np.uint32]
     """(n,) uint32: of the image's bytes."""
     offsets: NDArray[np.int64]
@@ -47,6 +49,10 @@ class TokenisedImages:
     """(bytes,) uint8: the paths or URLs of all files, concatenated UTF-8."""
     paths_ends: NDArray[np.int64]
     """(files,) int64: where each path ends in `paths`."""
+    classes: NDArray[np.uint8]
+    """(bytes,) uint8: the different labels, class numbers or names, as concatenated JSON values in UTF-8."""
+    classes_ends: NDArray[np.int64]
+    """(classes,) int64: where each label ends in `classes`."""
     sizes: NDArray[np.int64]
     """(files,) int64: bytes of each file that is a known tar, 0 for others."""
     rows: NDArray[np.int64]
@@ -59,6 +65,8 @@ class TokenisedImages:
     """Digest of the set of keys, independent of their order (`records.keys_sha256`)."""
     plain: NDArray[np.uint8]
     """(n,) uint8, by image: `PLAIN` or `NOT_PLAIN`; the loader's processes fill it in."""
+    max_pixels: int | None = None
+    """The most pixels of an image; None is Pillow's limit."""
     folder: Path | None = None
     """Folder of remote tars while they are needed; None if all images are local."""
 
@@ -74,10 +82,13 @@ class TokenisedImages:
         """The key of an image."""
         return text_at(self.keys, self.keys_ends, self.rows[index])
 
-    def label(self, index: int) -> int | None:
-        """The label of an image; None if it has none."""
-        label = int(self.labels[self.rows[index]])
-        return None if label == NO_LABEL else label
+    def label(self, index: int) -> Label | None:
+        """The number or the name of an image's class; None if it has none."""
+        number = int(self.labels[self.rows[index]])
+        if number == NO_LABEL:
+            return None
+        label: Label = json.loads(text_at(self.classes, self.classes_ends, number))
+        return label
 
     @property
     def is_remote(self) -> bool:
@@ -107,7 +118,7 @@ class TokenisedImages:
     def is_plain(self, index: int, content: bytes, name: str) -> bool:
         """`fast_pixels.is_plain_jpeg`, computed once per image, as `read` checks that its bytes never change."""
         if not self.plain[index]:
-            self.plain[index] = PLAIN if is_plain_jpeg(content, name) else NOT_PLAIN
+            self.plain[index] = PLAIN if is_plain_jpeg(content, name, self.max_pixels) else NOT_PLAIN
         return bool(self.plain[index] == PLAIN)
 
     def read(self, record: ImageRecord, index: int) -> bytes:

@@ -1,6 +1,7 @@
 """The join by key: the tokens of each image, and where its bytes lie."""
 
 import hashlib
+import json
 import mmap
 import tempfile
 import uuid
@@ -12,12 +13,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ...shared.errors import DataError, UsageError
-from ...shared.images.records import ImageRecord
-from ...shared.images.sources import KeyLedger, SourceShard, open_source
+from ...shared.labels.columns import NO_LABEL
+from ...shared.labels.parsing import Label
 from ...shared.runtime.console import progress, say
 from ...shared.runtime.distributed import World
-from ...shared.storage.remote import is_url
-from ...shared.tokens.rows import NO_LABEL, ShardRows
+from ...shared.sources.keys import KeyLedger
+from ...shared.sources.records import ImageRecord
+from ...shared.sources.sources import SourceShard, open_source
+from ...shared.storage.compressed import is_compressed
+from ...shared.storage.remote import is_url, without_query
+from ...shared.tokens.rows import ShardRows
 from ...shared.tokens.store import TokenStore
 from .dataset import TokenisedImages
 from .shared_columns import ColumnWriter, Place, shared_columns
@@ -62,7 +67,9 @@ def join(
     columns, (digest, folder) = shared_columns(build, world or World())
     # An anonymous mapping is shared with the loader's workers.
     plain = np.frombuffer(mmap.mmap(-1, max(len(columns["rows"]), 1)), dtype=np.uint8)
-    return TokenisedImages(**columns, keys_sha256=digest, plain=plain, folder=folder)
+    return TokenisedImages(
+        **columns, keys_sha256=digest, plain=plain, max_pixels=store.source_options.max_pixels, folder=folder
+    )
 
 
 class _Join:
@@ -76,6 +83,7 @@ class _Join:
         self.shard_ends: list[int] = []
         self.paths: dict[str, int] = {}
         self.sizes: list[int] = []
+        self.classes: dict[Label, int] = {}
 
     def run(self, images: str | Path | Sequence[str | Path] | None) -> tuple[dict[str, Place], str]:
         tars, others = self._sources(images)
@@ -101,7 +109,7 @@ class _Join:
             tars = {name: str(self.store.tar_of(name)) for name in self.store.entries}
             self._refuse_full_shuffle(tars.values())
             return tars, []
-        shards = open_source(images)
+        shards = open_source(images, self.store.source_options)
         self._refuse_full_shuffle(str(shard.root) for shard in shards)
         known = {shard.name: str(shard.root) for shard in shards if self._is_known(shard)}
         return known, [shard for shard in shards if shard.name not in known]
@@ -110,26 +118,30 @@ class _Join:
         remote = next(filter(is_url, sources), None)
         if remote and self.shuffle != "shards":
             raise UsageError(
-                f"{remote} is remote, and data.shuffle={self.shuffle} reads images in any order; --set "
+                f"{without_query(remote)} is remote, and data.shuffle={self.shuffle} reads images in any order; --set "
                 "data.shuffle=shards, or copy the images here."
             )
 
     def _is_known(self, shard: SourceShard) -> bool:
         """Whether the offsets of the store's shard of this name belong to this tar."""
         if not shard.is_remote:
-            return shard.is_tar and shard.size() == self.store.tar_size(shard.name)
+            return shard.kind == "tar" and shard.size() == self.store.tar_size(shard.name)
+        if is_compressed(without_query(str(shard.root))):
+            raise DataError(
+                f"{shard.title} is compressed, and its images are read in any order; unpack it there or here."
+            )
         if not self.store.holds_images and self.store.tar_size(shard.name):  # its size is compared when it is fetched
             return True
         raise DataError(
-            f"{shard.root} has no tokens under its name in {self.store.path}; give remote tars that were encoded under "
-            "that name, or copy them here."
+            f"{shard.title} has no tokens under its name in {self.store.path}; give remote tars that were encoded "
+            "under that name, or copy them here."
         )
 
     def _records(self, shards: list[SourceShard]) -> dict[str, ImageRecord]:
         """The images of sources that must be listed, by key. Raises DataError for a duplicate key."""
         lenient = bool(self.store.skipped())
         ledger = KeyLedger()
-        by_shard = {shard.name: shard.index([] if lenient else None) for shard in shards}
+        by_shard = {shard.name: shard.index([] if lenient else None, []) for shard in shards}
         for name, records in by_shard.items():
             ledger.add(name, (record.key for record in records))
         ledger.refuse_doubles(lambda name: [record.key for record in by_shard[name]])
@@ -151,7 +163,13 @@ class _Join:
 
     def _append_all(self, name: str, rows: ShardRows, path: str) -> None:
         file = self._file(path, self.store.tar_size(name))
-        self._append(rows, slice(None), rows.offsets, rows.lengths, rows.labels, np.full(len(rows), file))
+        labels = self._numbered(map(rows.label, range(len(rows))))
+        self._append(rows, slice(None), rows.offsets, rows.lengths, labels, np.full(len(rows), file))
+
+    def _numbered(self, labels: Iterable[Label | None]) -> list[int]:
+        """Labels by the order in which they first occurred; shards may number their class names differently."""
+        classes = self.classes
+        return [NO_LABEL if label is None else classes.setdefault(label, len(classes)) for label in labels]
 
     def _append_matching(
         self, rows: ShardRows, records: dict[str, ImageRecord], unmatched: dict[str, ImageRecord]
@@ -162,7 +180,7 @@ class _Join:
             if unmatched.pop(rows.keys[place], None) is None:
                 raise DataError(f"{self.store.path} holds {rows.keys[place]!r} twice; encode each image once.")
         matching = [records[rows.keys[place]] for place in places]
-        labels = [NO_LABEL if record.label is None else record.label for record in matching]
+        labels = self._numbered(record.label for record in matching)
         self._append(
             rows,
             places,
@@ -231,7 +249,9 @@ class _Join:
         writer.add("images", images)
         writer.add("shard_ends", np.array(self.shard_ends, dtype=np.int64))
         writer.add_strings("keys", self.keys, lengths)
-        paths = [path.encode() for path in self.paths]
+        paths = [path.encode("utf-8", "surrogateescape") for path in self.paths]
+        classes = [json.dumps(label, ensure_ascii=False).encode() for label in self.classes]
+        writer.add_strings("classes", [b"".join(classes)], np.array([len(label) for label in classes], dtype=np.int64))
         writer.add("sizes", np.array(self.sizes, dtype=np.int64))
         writer.add_strings("paths", [b"".join(paths)], np.array([len(path) for path in paths], dtype=np.int64))
         return writer.finish(self.count, *fixed), _digest(keys, rows)

@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 
 from ...shared.errors import DataError, MapetError
 from ...shared.runtime.distributed import local_rank
-from ...shared.storage.remote import download
+from ...shared.storage.remote import download, without_query
 from ..settings import RunSettings
 from .batch_order import shard_groups
 from .image_set import ImageSet, RemoteTar
@@ -34,12 +34,20 @@ def _failure_note(path: Path) -> Path:
     return path.with_name(f"{path.name}.failed")
 
 
+def _write_failure_note(path: Path, message: str) -> None:
+    """Writes the note under its name only when it is whole: loaders read it as soon as it exists."""
+    note = _failure_note(path)
+    partial = note.with_name(f".{note.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    partial.write_text(message, encoding="utf-8")
+    os.replace(partial, note)
+
+
 def wait_for(path: Path) -> None:
     """Returns once the tar at `path` exists. Raises DataError if it could not be fetched."""
     parent, pause = os.getppid(), 0.01
     while not path.exists():
         with suppress(FileNotFoundError):
-            raise DataError(_failure_note(path).read_text())
+            raise DataError(_failure_note(path).read_text(encoding="utf-8"))
         if get_worker_info() and os.getppid() != parent:
             raise DataError(f"{path} will not arrive: the process that fetches it has ended.")
         time.sleep(pause)
@@ -172,7 +180,7 @@ class _Fetcher:
             except Exception as error:
                 self.failure = error if isinstance(error, MapetError) else _not_stored(tar, error)
                 with suppress(OSError):
-                    _failure_note(tar.path).write_text(str(self.failure))
+                    _write_failure_note(tar.path, str(self.failure))
 
     def _fetch(self, tar: RemoteTar) -> None:
         if tar.path.exists() and tar.path.stat().st_size == tar.size:
@@ -185,7 +193,8 @@ class _Fetcher:
             size = partial.stat().st_size
             if size != tar.size:
                 raise DataError(
-                    f"{tar.url} has {size} bytes and had {tar.size} when it was encoded; restore it or encode it again."
+                    f"{without_query(tar.url)} has {size} bytes and had {tar.size} when it was encoded; restore it or "
+                    "encode it again."
                 )
             os.replace(partial, tar.path)
         finally:
@@ -211,5 +220,6 @@ class _Fetcher:
 def _not_stored(tar: RemoteTar, error: Exception) -> DataError:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return DataError(
-        f"{tar.url} could not be stored in {tar.path.parent} ({reason}); make room there, or lower data.shuffle_shards."
+        f"{without_query(tar.url)} could not be stored in {tar.path.parent} ({reason}); make room there, or lower "
+        "data.shuffle_shards."
     )

@@ -80,7 +80,8 @@ class ColumnWriter:
 
 def text_at(text: NDArray[np.uint8], ends: NDArray[np.int64], index: int) -> str:
     """String number `index` of two columns that `ColumnWriter.add_strings` wrote."""
-    return bytes(text[ends[index - 1] if index else 0 : ends[index]]).decode()
+    # Keys are UTF-8; a path may hold other bytes.
+    return bytes(text[ends[index - 1] if index else 0 : ends[index]]).decode("utf-8", "surrogateescape")
 
 
 def shared_columns(

@@ -9,14 +9,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from ...shared.errors import DataError
 from ...shared.images.decode import read_image
 from ...shared.images.normalise import Normalise
-from ...shared.images.records import ImageRecord
 from ...shared.images.views import Preprocess, center_view, to_array
 from ...shared.runtime.loader import OneByOne, batches
+from ...shared.sources.records import ImageRecord
 from ..model.mapet import MaPeT
 from ..weights.weights import Weights
-from .labelled import LabelledImages
+from .labelled import LabelledImages, same_classes
 
 PRETRAINED = "pre-trained"
 """The name of the encoder made of the weights themselves."""
@@ -53,6 +54,15 @@ def embed(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         rows = model.forward_features(images)
     return model.forward_head(rows, pre_logits=True), rows[:, 1:]
+
+
+def refuse_not_finite(features: Tensor, records: Sequence[ImageRecord], what: str) -> None:
+    """Raises DataError, which names the image, if a row of `features` (B, ...) holds NaN or infinity; row i belongs to
+    `records[i]`, and `what` names the features in the message."""
+    finite = torch.isfinite(features).flatten(1).all(1)
+    if not finite.all():
+        record = records[int((~finite).nonzero()[0])]
+        raise DataError(f"{record.path}: {what} hold NaN or infinity for image {record.key!r}; check the weights.")
 
 
 @dataclass(frozen=True)
@@ -145,8 +155,10 @@ def extract_features(
     """The features of all images by each of the encoders, in one pass over the images.
 
     Raises:
-        DataError for an image that cannot be read.
+        DataError for an image that cannot be read, or whose features hold NaN or infinity; for classes that do not fit
+        (`labelled.same_classes`).
     """
+    train, val = same_classes(train, val)
     passes = [_encode_all(encoders, preprocess, images.records, execution) for images in (train, val)]
     labels = [images.labels.to(execution.device) for images in (train, val)]
     return [
@@ -160,7 +172,11 @@ def _encode_all(
 ) -> list[Tensor]:
     """For each encoder, the features (n, dim) of all records."""
     parts = []
+    done = 0
     for images in normalised_views(records, preprocess, execution.batch_size, execution.workers, execution.device):
         parts.append([encoder.encode(images) for encoder in encoders])
+        for encoder, features in zip(encoders, parts[-1], strict=True):
+            refuse_not_finite(features, records[done:], f"features of {encoder.name}")
+        done += len(images)
         execution.advance(len(images))
     return [torch.cat(column) for column in zip(*parts, strict=True)]

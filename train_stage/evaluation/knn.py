@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from .base import EvaluationResult, FrozenEvaluation
+from .classes import number_classes
 from .embed import FrozenFeatures
 
 _CHUNK = 1024
@@ -54,10 +55,13 @@ def knn_accuracy(
         test_labels: (m,) int64, their classes.
         k: the number of neighbours; all training images if there are fewer.
         temperature: a neighbour's vote weighs exp(similarity / temperature).
+
+    Raises:
+        DataError for a negative label. Only classes that occur get votes, whatever their numbers.
     """
     train, test = (normalize(features - train.mean(0), dim=1) for features in (train, test))
-    labels, test_labels = labels.to(train.device), test_labels.to(train.device)
-    one_hot_labels = one_hot(labels).float()
+    labels, test_labels, classes = number_classes(labels.to(train.device), test_labels.to(train.device))
+    one_hot_labels = one_hot(labels, classes).float()
     correct = 0
     for queries, truth in zip(torch.split(test, _CHUNK), torch.split(test_labels, _CHUNK), strict=True):
         similarity, nearest = (queries @ train.T).topk(min(k, len(train)), dim=1)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .base import EvaluationResult, FrozenEvaluation
+from .classes import number_classes
 from .embed import FrozenFeatures
 
 WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -53,11 +54,13 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tenso
         labels: (n,) int64, their classes.
         test: (m, dim) float, features of the test images.
         test_labels: (m,) int64, their classes.
+
+    Raises:
+        DataError for a negative label. Only classes that occur are fitted, whatever their numbers.
     """
     mean, scale = train.mean(0), train.std(0) + 1e-6
     train, test = (train - mean) / scale, (test - mean) / scale
-    labels, test_labels = labels.to(train.device), test_labels.to(train.device)
-    classes = int(max(labels.max(), test_labels.max())) + 1
+    labels, test_labels, classes = number_classes(labels.to(train.device), test_labels.to(train.device))
     weight_decay, start = _choose_weight_decay(train, labels, classes)
     classifier = _logistic_regression(train, labels, weight_decay, start)
     return LinearProbeFit(_accuracy(classifier, test, test_labels), weight_decay)

@@ -1,6 +1,5 @@
 """Predicts the tokens of images with the newest checkpoints of runs, for comparison with the true tokens."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec import Struct
 from numpy.typing import NDArray
 
+from ...shared.artifacts.fields import Text, read_json
 from ...shared.errors import DataError, FingerprintMismatch, UsageError
 from ...shared.images.normalise import Normalise
 from ...shared.images.views import to_array
@@ -17,6 +18,7 @@ from ...shared.randomness import generator
 from ...shared.report.pictures import data_uri
 from ...shared.runtime.console import progress
 from ...shared.runtime.devices import choose_device
+from ...shared.sources.sources import Images
 from ...shared.tokens.rows import ShardRows
 from ...shared.tokens.store import TokenStore
 from ...shared.tokens.stored_views import StoredViews, by_shard, choose_images
@@ -33,6 +35,12 @@ NOT_PREDICTED = -1
 """Stands in an image's predictions for a patch that was visible."""
 _BATCH = 32
 _PICTURE_SIDE = 224
+
+
+class _RunRecord(Struct):
+    """run.json, as far as it is read here."""
+
+    codebook_fingerprint: Text
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class _Collected:
     """The images that come with a picture, by their number."""
 
 
-def predict(folders: Sequence[Path], tokens: str, images: str | None, seed: int, device: str) -> dict[str, Any]:
+def predict(folders: Sequence[Path], tokens: str, images: Images | None, seed: int, device: str) -> dict[str, Any]:
     """Predicts the tokens of at most 256 images of a store with the newest checkpoint of each run.
 
     Each image is predicted once, with a permutation drawn by (seed, key), all hidden patches at once.
@@ -141,7 +149,11 @@ def _batches(store: TokenStore, view_of: dict[tuple[str, int], int]) -> Iterator
 
 def _open(folder: Path, store: TokenStore, device: str) -> _Run:
     weights = load_weights(folder)
-    objective = resolve(folder / "settings.yaml").objective
+    try:
+        objective = resolve(folder / "settings.yaml").objective
+    except UsageError as error:
+        reason = str(error).replace(f"--recipe {folder / 'settings.yaml'}", "")
+        raise DataError(f"{folder / 'settings.yaml'} does not hold a run's settings ({reason.strip(' :')})") from None
     fingerprint = _codebook_of(folder)
     if fingerprint != store.fingerprint:
         raise FingerprintMismatch(
@@ -159,10 +171,9 @@ def _open(folder: Path, store: TokenStore, device: str) -> _Run:
 
 def _codebook_of(folder: Path) -> str:
     """The fingerprint of the codebook whose tokens a run was trained on."""
-    try:
-        return str(json.loads((folder / "run.json").read_text())["codebook_fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / 'run.json'} does not name the run's codebook ({error}).") from None
+    return read_json(
+        folder / "run.json", _RunRecord, "the record of a run that names its codebook"
+    ).codebook_fingerprint
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from ..weights.weights import Input, Weights
 from .base import Evaluation, evaluate
 from .embed import Execution
 from .knn import KNearestNeighbours
-from .labelled import labelled_images
+from .labelled import labelled_pair
 from .linear_probe import LinearProbe
 
 
@@ -28,8 +28,16 @@ class RunProbe:
         if probe.images is None or probe.val is None:
             raise UsageError("probe.images and probe.val must be set to probe a run.")
         self._settings = settings
-        self._train = labelled_images(probe.images).subset(probe.max_images)
-        self._val = labelled_images(probe.val).subset(max(probe.max_images // 4, 1))
+        train, val = labelled_pair(
+            probe.images,
+            probe.val,
+            labels=probe.labels,
+            val_labels=probe.val_labels,
+            label_field=probe.label_field,
+            classes=probe.classes,
+        )
+        self._train = train.subset(probe.max_images)
+        self._val = val.subset(max(probe.max_images // 4, 1))
         self._execution = Execution(workers=choose_workers(settings.data.workers, device), device=device)
         self._evaluations: list[Evaluation] = [KNearestNeighbours()]
         if probe.linear:

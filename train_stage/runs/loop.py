@@ -12,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 
 from ...shared.errors import DataError, Interrupted
-from ...shared.runtime.console import in_command, progress
+from ...shared.runtime.console import in_command, progress, stop_signals
 from ...shared.runtime.devices import choose_workers
 from ...shared.runtime.distributed import AsyncFlag, World
 from ..data.batch_order import global_batches
@@ -27,8 +27,8 @@ from .run import Run
 def train(run: Run[BatchT]) -> Path:
     """Trains to the last step and returns the folder of the last checkpoint.
 
-    Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint written, and DataError for a bad step, unless such
-    steps are skipped.
+    Raises Interrupted after Ctrl-C, SIGTERM or another of the `stop_signals`, with a checkpoint written, and DataError
+    for a bad step, unless such steps are skipped.
     """
     settings, plan = run.task.settings, run.plan
     loader = load_parts(run.task, plan, run.world, run.device, run.start)
@@ -75,12 +75,13 @@ def load_parts(task: Task[BatchT], plan: Plan, world: World, device: str, start:
 
 @contextmanager
 def _stop_requested() -> Iterator[threading.Event]:
-    """Yields an event that, in a command, Ctrl-C or SIGTERM sets, so that a step is never interrupted half-way."""
+    """Yields an event that, in a command, Ctrl-C, SIGTERM and the other `stop_signals` set, so that a step is never
+    interrupted half-way."""
     stop = threading.Event()
     if not in_command() or threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in stop_signals()}
     try:
         yield stop
     finally:

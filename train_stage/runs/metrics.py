@@ -1,6 +1,7 @@
 """The metrics of a run: one line of metrics.jsonl every few steps, and the same numbers for TensorBoard and others.
 
-The lines do not depend on where a run was stopped. To add a metric, compute it in `Logbook._line`.
+The lines do not depend on where a run was stopped, except for speed, waiting and memory, which are measured. To add a
+metric, see CONTRIBUTING.md.
 """
 
 import json

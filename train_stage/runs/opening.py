@@ -8,13 +8,13 @@ from omegaconf import OmegaConf
 from ...shared.runtime.console import say
 from ...shared.runtime.devices import peak_flops
 from ...shared.runtime.distributed import World
-from ...shared.storage.files import WriteLock, written_whole
+from ...shared.storage.files import written_whole
 from ..training.plan import Plan, make_plan
 from ..training.step_metrics import StepMetrics
 from ..training.task import BatchT, Task
 from ..training.trainer import Trainer
 from ..weights.checkpoint import EMA, MODEL, OPTIMIZER, Checkpoints, load_tensors
-from .jsonl import drop_lines_after
+from .jsonl import drop_lines_after, logs
 from .metric_writers import open_writers
 from .metrics import Logbook
 from .record import write_record
@@ -29,12 +29,11 @@ def open_run(
     init: str | Path | None,
     device: str,
     world: World,
-    lock: WriteLock,
 ) -> Run[BatchT]:
     """The run of a task in the folder `out`: new, started from the weights `init` if given, or resumed at `point`.
 
-    The first process must hold the `lock` of `out`, or takes it once the folder exists. Raises UsageError for settings
-    that do not fit together or other weights than the run was started from, DataError for other images.
+    The caller has held the lock of `out` (`sole_writer`) since before it looked for `point`. Raises UsageError for
+    settings that do not fit together or other weights than the run was started from, DataError for other images.
     """
     if point is not None:
         resumed = point
@@ -44,7 +43,7 @@ def open_run(
     evaluator = world.all_or_raise(lambda: task.evaluator(device) if world.is_first else None)
     trainer, source = _open_trainer(task, plan, point, init, device, world)
     start = 0 if point is None else int(point.metadata["step"])
-    world.on_rank_zero(lambda: _begin_folder(task, out, start, source, world, lock))
+    world.on_rank_zero(lambda: _begin_folder(task, out, start, source, world))
     train = task.settings.train
     run = Run(
         task=task,
@@ -78,12 +77,9 @@ def _open_trainer(
     return trainer, point.metadata["init"]
 
 
-def _begin_folder(
-    task: Task[BatchT], out: Path, start: int, source: dict[str, str] | None, world: World, lock: WriteLock
-) -> None:
+def _begin_folder(task: Task[BatchT], out: Path, start: int, source: dict[str, str] | None, world: World) -> None:
     """Writes settings.yaml and run.json, and drops what was logged after step `start`."""
     out.mkdir(parents=True, exist_ok=True)
-    lock.take()
     with written_whole(out / "settings.yaml") as partial:
         OmegaConf.save(OmegaConf.structured(task.settings), partial)
     metadata: dict[str, Any] = {
@@ -95,7 +91,7 @@ def _begin_folder(
         "processes": world.size,
     }
     write_record(out, start, metadata)
-    for path in (*(out / "keys").glob("*.jsonl"), *out.glob("bad-steps.jsonl"), *out.glob("probe.jsonl")):
+    for path in (*logs(out / "keys", "*.jsonl"), *logs(out, "bad-steps.jsonl"), *logs(out, "probe.jsonl")):
         drop_lines_after(path, start)
 
 

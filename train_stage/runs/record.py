@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from ...shared.errors import DataError
 from ...shared.storage.files import written_whole
+from ...shared.storage.remote import without_query
 
 _PACKAGE = Path(__file__).parents[2]
 _LIBRARIES = ("mapet", "torch", "torchvision", "timm", "numpy", "pillow")
@@ -30,7 +32,7 @@ def write_record(out: Path, step: int, metadata: dict[str, Any]) -> None:
     start = {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [without_query(word) for word in sys.argv],
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
@@ -41,13 +43,22 @@ def write_record(out: Path, step: int, metadata: dict[str, Any]) -> None:
         partial.write_text(json.dumps({**metadata, "starts": [*starts, start]}, indent=1) + "\n")
 
 
+def refuse_deleted(out: Path) -> None:
+    """DataError if the run's folder was deleted or moved: what is written later would lack what was written before."""
+    if not (out / "run.json").exists():
+        raise DataError(
+            f"{out} was deleted or moved while the run was writing to it, so it stopped; give the same command again "
+            "to begin a new run there, or move the folder back to resume it."
+        )
+
+
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit of the checkout at `folder` and the files that differ from it; None if `folder` is not a checkout."""
     if not (folder / ".git").exists():
         return None
     try:
         commit, changed = (
-            subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout
+            subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout  # noqa: S603, S607 (fixed words, no shell; git is whichever the user has)
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.CalledProcessError):

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...shared.artifacts.fields import checked
 from ...shared.errors import DataError, UsageError
 from ..data.image_set import ImageSet
 from ..settings import RunSettings
 from ..weights.checkpoint import newest_checkpoint, newest_whole_checkpoint
 from ..weights.read import load_weights
+from ..weights.schema import RunState
 
 RESUME = ("auto", "never")
 _TASK_BEFORE_TASKS = "pretraining"
@@ -53,6 +55,7 @@ def find_resume_point(
     if checkpoint is None:
         return None
     path, metadata = checkpoint
+    checked(metadata, RunState, path / "state.json", "delete this checkpoint to resume from an earlier one")
     before = metadata.get("task", _TASK_BEFORE_TASKS)
     if before != task:
         raise UsageError(f"{out} holds a run of another task ({before}, not {task}); choose another --out.")

@@ -12,6 +12,7 @@ from ..training.trainer import Trainer
 from ..weights.checkpoint import Checkpoints
 from .jsonl import append_line
 from .metrics import Logbook
+from .record import refuse_deleted
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +34,13 @@ class Run(Generic[BatchT]):
     """In the first process, if the settings ask for it."""
 
     def save(self, step: int) -> None:
-        """Starts writing a checkpoint; training continues meanwhile. Raises BadStep if a pending loss is not finite."""
+        """Starts writing a checkpoint; training continues meanwhile.
+
+        Raises BadStep if a pending loss is not finite, and DataError if the run's folder was deleted.
+        """
         pending, tensors = self.logbook.pending(step), self.trainer.tensors()
         if self.world.is_first:
+            refuse_deleted(self.out)
             self.checkpoints.save(step, tensors, self._metadata(pending))
 
     def _metadata(self, pending: list[dict[str, Any]]) -> dict[str, Any]:
@@ -76,3 +81,4 @@ class Run(Generic[BatchT]):
             numbers = self.evaluator.measure(weights)
             append_line(self.out / "probe.jsonl", {"step": step, **numbers})
             self.logbook.log_evaluation(step, numbers)
+        self.world.wait()  # the first process may take longer than a collective may

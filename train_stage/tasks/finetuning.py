@@ -1,26 +1,26 @@
 """Fine-tuning as a task: labelled images, a classifier on the pre-trained encoder, and soft cross-entropy."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...shared.errors import DataError, UsageError
-from ...shared.images.records import ImageRecord
 from ...shared.runtime.compat import fake_tensors
 from ...shared.runtime.console import say
 from ...shared.runtime.devices import choose_workers
 from ...shared.runtime.loader import batches
+from ...shared.sources.records import ImageRecord
 from ..classification.augment import Augment
 from ..classification.batch import LabelledBatch, LoadLabelled
 from ..classification.labelled_set import LabelledSet
 from ..classification.layer_decay import lr_scale, without_weight_decay
-from ..classification.logits import classify
-from ..classification.measures import loss_of, top_k
+from ..classification.logits import classify, top_k
 from ..evaluation.embed import Execution
 from ..model.classifier import Classifier
 from ..model.shape import Shape
@@ -112,7 +112,12 @@ class FinetuningTask(FinetuningModel, Task[LabelledBatch]):
     """Fine-tuning on labelled images, measured on others."""
 
     def __init__(
-        self, settings: FinetuneSettings, shape: Shape, images: LabelledSet, val: list[ImageRecord], val_classes: Tensor
+        self,
+        settings: FinetuneSettings,
+        shape: Shape,
+        images: LabelledSet,
+        val: Sequence[ImageRecord],
+        val_classes: Tensor,
     ) -> None:
         """`val_classes` are the classes of the validation images `val`, (m,) int64."""
         super().__init__(settings, shape, images.names)
@@ -179,7 +184,7 @@ class Validation:
         logits = classify(task.weights(tensors), task.val, self._execution)
         top1, top5 = (top_k(logits, task.val_classes, k).float().mean().item() for k in (1, 5))
         say(f"Validation: top-1 {top1:.2%}, top-5 {top5:.2%} of {len(task.val):,} images.")
-        return {"top1": top1, "top5": top5, "loss": loss_of(logits, task.val_classes)}
+        return {"top1": top1, "top5": top5, "loss": cross_entropy(logits, task.val_classes).item()}
 
 
 def refuse_other_labels(out: Path, before: dict[str, Any], images: LabelledSet) -> None:

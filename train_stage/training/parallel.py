@@ -1,11 +1,10 @@
 """Parallel training: DDP or FSDP2 around the loss, and unsharded tensors for checkpoints."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import DistBackendError, DistError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -45,6 +44,21 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def refuse_other_tensors(
+    path: str, names: Mapping[str, Tensor], tensors: Mapping[str, Tensor], slots: bool = False
+) -> None:
+    """Raises DataError unless `tensors` have the names and shapes of `names`, with `slots` as "PARAMETER/SLOT"."""
+    for name, tensor in tensors.items():
+        owner, _, slot = name.rpartition("/") if slots else (name, "", "")
+        expected = names.get(owner)
+        shape = () if slot == "step" else None if expected is None else tuple(expected.shape)
+        if expected is None or tuple(tensor.shape) != shape:
+            raise DataError(f"{path} has {name[:200]!r} of shape {tuple(tensor.shape)}, which is not of this model.")
+    missing = [] if slots else sorted(names.keys() - tensors.keys())
+    if missing:
+        raise DataError(f"{path} lacks {missing[0][:200]!r}, which the model has.")
+
+
 def fill(target: Tensor, values: Tensor) -> None:
     """Copies unsharded `values` into a tensor that may be sharded; each process copies its own shard."""
     if isinstance(target, DTensor):
@@ -73,23 +87,3 @@ def fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         else:
             optimizer.state[parameter][slot] = torch.empty_like(parameter, requires_grad=False)
             fill(optimizer.state[parameter][slot], values)
-
-
-@contextmanager
-def peers_explained(world: World) -> Iterator[None]:
-    """Turns the library errors of a process whose peer has ended into a DataError of one sentence."""
-    try:
-        yield
-    except (DistBackendError, DistError) as error:
-        raise _peer_gone(world) from error
-    except RuntimeError as error:
-        if world.size > 1 and any(word in str(error) for word in ("gloo", "Connection closed by peer", "NCCL")):
-            raise _peer_gone(world) from error
-        raise
-
-
-def _peer_gone(world: World) -> DataError:
-    return DataError(
-        f"Process {world.rank} of {world.size} cannot go on, since another one ended; its message says why. Give the "
-        "same command to resume from the last checkpoint (torchrun --max-restarts does so by itself)."
-    )

@@ -13,7 +13,15 @@ from ...shared.runtime.devices import refuse_missing_compiler
 from ...shared.runtime.distributed import World
 from ..weights.checkpoint import EMA, MODEL, OPTIMIZER, Tensors
 from .bad_steps import BadStep, LossMonitor
-from .parallel import fill, fill_optimizer, full_tensor, gradient_sync, optimizer_tensors, wrap_parallel
+from .parallel import (
+    fill,
+    fill_optimizer,
+    full_tensor,
+    gradient_sync,
+    optimizer_tensors,
+    refuse_other_tensors,
+    wrap_parallel,
+)
 from .plan import Plan
 from .step_metrics import StepMetrics
 from .task import BatchT, TaskModel
@@ -115,6 +123,9 @@ class Trainer(Generic[BatchT]):
     def restore(self, tensors: Tensors, monitor: dict[str, Any]) -> None:
         """Restores what `tensors` and `LossMonitor.to_json` gave, before the first step."""
         parameters = dict(self.model.named_parameters())
+        refuse_other_tensors(MODEL, self.model.state_dict(), tensors[MODEL])
+        refuse_other_tensors(EMA, self.ema, tensors[EMA] if self.ema else {})
+        refuse_other_tensors(OPTIMIZER, parameters, tensors[OPTIMIZER], slots=True)
         for target, name in ((parameters, MODEL), (self.ema, EMA)):
             for key in target:
                 fill(target[key], tensors[name][key])

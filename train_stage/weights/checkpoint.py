@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...shared.artifacts.fields import checked
+from ...shared.artifacts.tensors import FLOATS, read_shapes, tensor_errors
 from ...shared.errors import DataError
 from ...shared.runtime.console import say
+from ...shared.storage.bounded import file_inside
 from ...shared.storage.files import read_sealed_json, sha256_file, write_sealed_json, written_whole
+from .schema import CheckpointState
 
 FORMAT, VERSION = "mapet-checkpoint", 1
 MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
@@ -119,10 +123,10 @@ def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
     Raises:
         DataError if the file cannot be read.
     """
-    try:
+    remedy = "use another checkpoint"
+    read_shapes(path / name, remedy, (*FLOATS, "I64"))
+    with tensor_errors(path / name, remedy):
         return load_file(path / name)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path / name} is damaged ({str(error).splitlines()[0]}); use another checkpoint.") from None
 
 
 def count_parameters(path: Path) -> int:
@@ -135,9 +139,14 @@ def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's metadata, with its "step" and "files".
 
     Raises:
-        DataError if state.json is missing or was changed.
+        DataError if state.json is missing, was changed, or does not hold what a checkpoint needs.
     """
-    return read_sealed_json(path / _STATE, format=FORMAT, version=VERSION)
+    state = read_sealed_json(path / _STATE, format=FORMAT, version=VERSION)
+    fields = checked(state, CheckpointState, path / _STATE, "use another checkpoint")
+    stated = _step_of(path)
+    if stated is not None and fields.step != stated:
+        raise DataError(f"{path / _STATE} is of step {fields.step}; use another checkpoint.")
+    return state
 
 
 def check_whole(path: Path) -> dict[str, Any]:
@@ -148,7 +157,7 @@ def check_whole(path: Path) -> dict[str, Any]:
     """
     state = read_state(path)
     for name, written in state["files"].items():
-        file = path / name
+        file = Path(str(file_inside(path, name)))
         if not file.is_file() or file.stat().st_size != written["bytes"] or sha256_file(file) != written["sha256"]:
             raise DataError(f"{file} is damaged: it was changed after it was written (its digest does not match).")
     return state
@@ -156,7 +165,18 @@ def check_whole(path: Path) -> dict[str, Any]:
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint folder of a run, or None."""
-    return max((run / "checkpoints").glob("step-*"), default=None)
+    return max(_checkpoints(run), default=None)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, the oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if _step_of(path) is not None)
+
+
+def _step_of(path: Path) -> int | None:
+    """The number of steps in the name of a checkpoint folder; None for another name."""
+    number = path.name.removeprefix("step-")
+    return int(number) if path.name != number and number.isascii() and number.isdigit() and len(number) < 16 else None
 
 
 def newest_whole_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -167,7 +187,7 @@ def newest_whole_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         DataError if there are checkpoints and all of them are damaged.
     """
-    checkpoints = sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    checkpoints = _checkpoints(run)[::-1]
     for path in checkpoints:
         try:
             return path, check_whole(path)
@@ -182,6 +202,6 @@ def newest_whole_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def prune(run: Path, keep_last: int, keep_every: int | None = None) -> None:
     """Deletes all but the newest `keep_last` checkpoints and those at multiples of `keep_every` steps."""
-    for path in sorted((run / "checkpoints").glob("step-*"))[:-keep_last]:
+    for path in _checkpoints(run)[:-keep_last]:
         if keep_every is None or int(path.name.removeprefix("step-")) % keep_every:
             shutil.rmtree(path)

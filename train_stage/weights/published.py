@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,22 +18,31 @@ from ..model.mapet import MaPeT
 from ..model.shape import SIZES, Shape
 from .weights import Weights
 
+_DAMAGE = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError),
+    *(ValueError, SafetensorError),
+)
+"""What PyTorch and safetensors raise for content that is incomplete or impossible."""
 
-def load_published(path: str | Path) -> MaPeT:
+
+def load_published(path: str | Path, *, heads: int | None = None) -> MaPeT:
     """Reads the pre-training model from a published checkpoint.
 
     Only tensors, plain containers and `argparse.Namespace` are read; no code in the file is executed.
 
     Args:
         path: The published `.pth.tar`.
+        heads: Attention heads of a model whose size is not one of vit-tiny, vit-small, vit-base and vit-large; nothing
+            in such a file tells them.
 
     Returns:
         The model, float32 on the CPU.
 
     Raises:
-        DataError if the file is missing, holds anything else, or is not a pre-training checkpoint.
+        DataError if the file is missing, holds anything else, or is not a pre-training checkpoint; UsageError if
+        `heads` does not fit its weights.
     """
-    return read_published(Path(path)).mapet()
+    return read_published(Path(path), heads).mapet()
 
 
 @contextmanager
@@ -40,30 +50,43 @@ def damage_explained(path: Path, verdict: str) -> Iterator[None]:
     """Turns the errors of reading incomplete or impossible content into a DataError: "`path` is `verdict` (...)"."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, SafetensorError) as error:
+    except _DAMAGE as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise DataError(f"{path} is {verdict} ({reason}).") from None
     except UsageError as error:
         raise DataError(f"{path} is {verdict} ({error})") from None
 
 
-def read_published(path: Path) -> Weights:
+def read_published(path: Path, heads: int | None = None) -> Weights:
     """The weights in a published checkpoint, pre-trained or fine-tuned.
 
     Raises:
-        DataError as `load_published` does.
+        DataError and UsageError as `load_published` does.
     """
     checkpoint = _unpickled(path)
     with damage_explained(path, "not a published checkpoint"):
-        tensors = {name.removeprefix("module."): tensor.float() for name, tensor in checkpoint["state_dict"].items()}
+        state = checkpoint["state_dict"]
+        _refuse_expanded(state)
+        tensors = {name.removeprefix("module."): tensor.float() for name, tensor in state.items()}
         architecture = str(checkpoint.get("arch", ""))
     with damage_explained(path, "not a checkpoint with the weights of a MaPeT model"):
-        return Weights(path, _published_shape(tensors, architecture, path), tensors)
+        dim, depth = _size(tensors)
+    heads = _heads(path, architecture, dim, depth, heads)
+    with damage_explained(path, "not a checkpoint with the weights of a MaPeT model"):
+        return Weights(path, _published_shape(tensors, heads, path), tensors)
+
+
+def _refuse_expanded(tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError for a tensor that claims more values than the file stores."""
+    for name, tensor in tensors.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{str(name)[:200]} has more values than the file")
 
 
 def _unpickled(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{path} does not exist; give a published .pth.tar.")
+    _refuse_compressed(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -77,20 +100,54 @@ def _unpickled(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _published_shape(tensors: dict[str, Tensor], architecture: str, path: Path) -> Shape:
-    # Nothing in the weights tells the number of heads; only the architecture's name does.
+def _refuse_compressed(path: Path) -> None:
+    """Raises DataError for a zip file with compressed parts, which torch.save never writes and which may be bombs."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return  # another format, or damaged, which torch.load finds out
+    if compressed:
+        raise DataError(f"{path} is not a published checkpoint: torch.save did not write its {compressed[0][:200]!r}.")
+
+
+def _size(tensors: dict[str, Tensor]) -> tuple[int, int]:
+    """(dim, depth) of a model."""
+    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    return len(tensors["patch_embed.proj.weight"]), depth
+
+
+def _heads(path: Path, architecture: str, dim: int, depth: int, given: int | None) -> int:
+    """The number of attention heads: nothing in the weights tells it, only the name of a published size does."""
     size = re.search("|".join(SIZES), architecture)
-    if not size:
-        raise DataError(f"{path} names architecture {architecture!r}; expected a name with one of {', '.join(SIZES)}.")
-    dim, _, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+    published = SIZES[size[0]] if size else None
+    if given is None:
+        if published is None:
+            raise DataError(
+                f"{path} names architecture {architecture!r}; expected a name with one of {', '.join(SIZES)}. Nothing "
+                "else in it tells its attention heads, so give them by --heads."
+            )
+        return published[2]
+    if published and published[:2] == (dim, depth) and given != published[2]:
+        raise UsageError(f"--heads {given} is not the {published[2]} heads of {architecture} in {path}.")
+    if given < 1 or dim % given:
+        raise UsageError(
+            f"--heads {given} does not divide dim {dim} of {path}; give the heads that it was trained with."
+        )
+    return given
+
+
+def _published_shape(tensors: dict[str, Tensor], heads: int, path: Path) -> Shape:
+    dim, depth = _size(tensors)
+    patch_size = tensors["patch_embed.proj.weight"].shape[2]
     positions = tensors["pos_embed"].shape[1] - 1
     grid = round(positions**0.5)
     if grid**2 != positions:
         raise DataError(f"{path} has positions of {positions} patches, which do not form a square grid.")
     return Shape(
         dim=dim,
-        depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
-        heads=SIZES[size[0]][2],
+        depth=depth,
+        heads=heads,
         patch_size=patch_size,
         image_size=grid * patch_size,
         k=len(tensors.get("decoder.weight", ())),

@@ -1,41 +1,50 @@
 """Reads weights from a run, a checkpoint, an import, an export or a published file."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from msgspec import UNSET, UnsetType
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...shared.errors import DataError
+from ...shared.artifacts.fields import checked, read_json
+from ...shared.artifacts.tensors import read_shapes
+from ...shared.errors import DataError, UsageError
+from ...shared.runtime.console import say
+from ...shared.storage.bounded import refuse_irregular
 from ...shared.storage.files import read_sealed_json, sha256_file
-from ..model.shape import Shape
 from .checkpoint import EMA, newest_checkpoint, read_state
 from .published import damage_explained, read_published
+from .schema import CheckpointState, ExportConfig, ImportedWeights
 from .weights import Input, Weights, published_names
 from .write import FORMAT, TENSORS, VERSION
 
+_RESTORE = "restore it or make it again"
 
-def load_weights(path: str | Path) -> Weights:
+
+def load_weights(path: str | Path, heads: int | None = None) -> Weights:
     """Reads weights; no code in the file is executed.
 
     A run gives its newest checkpoint. A run that keeps a moving average of its weights gives the average.
 
     Args:
         path: A run, a checkpoint folder, a folder that `import_weights` or `export` wrote, or a published `.pth.tar`.
+        heads: Attention heads of a published `.pth.tar` of an unpublished size, as `load_published` takes them.
 
     Returns:
         The weights, float32 on the CPU.
 
     Raises:
-        DataError if `path` is none of these, was changed, or its tensors are not those of its shape.
+        DataError if `path` is none of these, was changed, or its tensors are not those of its shape; UsageError if
+        `heads` does not fit.
     """
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path} does not exist; give a run, a checkpoint, an import or export, or a .pth.tar.")
     if path.is_file():
-        return read_published(path)
+        return read_published(path, heads)
+    if heads is not None:
+        raise UsageError(f"--heads is for published .pth.tar files; {path} is a folder that states its heads itself.")
     folder = newest_checkpoint(path) or path
     descriptions = [name for name in _READERS if (folder / name).is_file() and (folder / TENSORS).is_file()]
     if not descriptions:
@@ -46,55 +55,54 @@ def load_weights(path: str | Path) -> Weights:
     return _READERS[descriptions[0]](folder)
 
 
-def _read_tensors(folder: Path, name: str = TENSORS) -> dict[str, Tensor]:
-    with damage_explained(folder / name, "damaged"):
-        return {key: tensor.float() for key, tensor in load_file(folder / name).items()}
+def _read_tensors(path: Path, digest: str | UnsetType) -> dict[str, Tensor]:
+    """The tensors of a file of weights, float32, whose SHA-256 must be `digest`."""
+    refuse_irregular(path)
+    if digest is UNSET:
+        say(f"{path} carries no digest: it was written before exports had one, so damage would not be noticed.")
+    elif sha256_file(path) != digest:
+        raise DataError(f"{path} was changed since it was written (its digest does not match); {_RESTORE}.")
+    read_shapes(path, _RESTORE)  # before anything is loaded
+    with damage_explained(path, "damaged"):
+        return {key: tensor.float() for key, tensor in load_file(path).items()}
 
 
 def _read_checkpoint(folder: Path) -> Weights:
-    state = read_state(folder)
-    with damage_explained(folder, "damaged"):
-        name = EMA if EMA in state["files"] else TENSORS
-        shape, model_input = Shape(**state["model"]), Input.from_json(state["input"])
-        if sha256_file(folder / name) != state["files"][name]["sha256"]:
-            raise ValueError(f"the digest of {name} does not match")
-        names = _class_names(state.get("class_names"))
-        return Weights(folder / name, shape, _read_tensors(folder, name), model_input, state["seed"], names)
+    content = read_state(folder)
+    state = checked(content, CheckpointState, folder / "state.json", "use another checkpoint")
+    if state.model is UNSET or state.input is UNSET or state.seed is UNSET:
+        raise DataError(f"{folder / 'state.json'} lacks the model, its input or its seed; use another checkpoint.")
+    name = EMA if EMA in state.files else TENSORS
+    digests = {str(file): stored.sha256 for file, stored in state.files.items()}
+    tensors = _read_tensors(folder / name, digests[name])
+    model_input = Input.from_json(content["input"])
+    return Weights(folder / name, state.model.to_shape(), tensors, model_input, state.seed, _names(state.class_names))
 
 
 def _read_imported(folder: Path) -> Weights:
-    metadata = read_sealed_json(folder / "weights.json", format=FORMAT, version=VERSION)
-    if sha256_file(folder / TENSORS) != metadata["sha256"]:
-        raise DataError(f"{folder / TENSORS} was changed since it was written (its digest does not match).")
-    shape, model_input = Shape(**metadata["shape"]), Input.from_json(metadata["input"])
-    names = _class_names(metadata.get("class_names"))
-    return Weights(folder / TENSORS, shape, _read_tensors(folder), model_input, metadata["seed"], names)
+    content = read_sealed_json(folder / "weights.json", format=FORMAT, version=VERSION)
+    metadata = checked(content, ImportedWeights, folder / "weights.json", "import the weights again")
+    tensors = _read_tensors(folder / TENSORS, metadata.sha256)
+    model_input, names = Input.from_json(content["input"]), _names(metadata.class_names)
+    return Weights(folder / TENSORS, metadata.shape.to_shape(), tensors, model_input, metadata.seed, names)
 
 
 def _read_exported(folder: Path) -> Weights:
-    tensors, config = published_names(_read_tensors(folder)), folder / "config.json"
-    with damage_explained(config, "not a description of a ViT that mapet exported"):
-        metadata = json.loads(config.read_text())
-        arguments = metadata["model_args"]
-        shape = Shape(
-            dim=arguments["embed_dim"],
-            depth=arguments["depth"],
-            heads=arguments["num_heads"],
-            patch_size=arguments["patch_size"],
-            image_size=arguments["img_size"],
-            k=0,
-            mlp_ratio=arguments["mlp_ratio"],
-        )
-        names, config_input = _class_names(metadata.get("label_names")), metadata["pretrained_cfg"]
-        model_input = Input.from_json({**config_input, "crop_pct": config_input.get("crop_pct") if names else None})
-        return Weights(folder / TENSORS, shape, tensors, model_input, class_names=names)
+    config = read_json(folder / "config.json", ExportConfig, "a description of a ViT that mapet exported")
+    tensors = _read_tensors(folder / TENSORS, config.model_sha256)
+    with damage_explained(folder / "config.json", "not a description of a ViT that mapet exported"):
+        shape = config.model_args.to_shape()
+        size = config.pretrained_cfg
+        names = _names(config.label_names)
+        fields = {"mean": size.mean, "std": size.std, "interpolation": size.interpolation}
+        # Exports of encoders state timm's default, which no classifier was evaluated with.
+        crop = {"crop_pct": size.crop_pct} if names and size.crop_pct is not UNSET else {}
+        model_input = Input.from_json({**fields, **crop})
+        return Weights(folder / TENSORS, shape, published_names(tensors), model_input, class_names=names)
 
 
-def _class_names(names: Any) -> tuple[str, ...] | None:
-    """Class names as JSON has them: a list, or an object from output to name; None without any."""
-    if isinstance(names, dict):
-        names = [names[str(output)] for output in range(len(names))]
-    return tuple(map(str, names)) if names else None
+def _names(names: list[str] | UnsetType) -> tuple[str, ...] | None:
+    return None if names is UNSET else tuple(names)
 
 
 # The description beside the tensors tells what wrote the folder.

@@ -16,6 +16,7 @@ from ...shared.images.views import Preprocess
 from ...shared.storage.files import sha256_file
 from ..model.mapet import MaPeT
 from ..model.shape import SIZES, Shape
+from .schema import refuse_other_sizes
 
 _PRETRAINING_ONLY = ("mask_positional_token", "decoder.weight", "decoder.bias")
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -77,6 +78,10 @@ class Weights:
     """Of a classifier: the name of each output; None where nothing says so."""
 
     def __post_init__(self) -> None:
+        refuse_other_sizes(self.shape, {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}, self.file)
+        for name, tensor in self.tensors.items():
+            if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+                raise DataError(f"{self.file} holds numbers that are not finite, in {name[:200]}; use other weights.")
         _ = self.mapet() if self.kind == "pretraining" else self.vit()
         if self.class_names is not None and len(self.class_names) != self.classes:
             raise DataError(f"{self.file} has {self.classes} outputs and {len(self.class_names)} class names.")
@@ -192,8 +197,11 @@ class Weights:
                 renamed[name] = tensor
         return renamed
 
-    def timm_config(self) -> dict[str, Any]:
-        """The `config.json` from which timm opens a folder (`timm.models._hub.save_config_for_hf` writes the same)."""
+    def timm_config(self, model_sha256: str) -> dict[str, Any]:
+        """The `config.json` from which timm opens a folder (`timm.models._hub.save_config_for_hf` writes the same).
+
+        `model_sha256`, the digest of the tensors' file, is mapet's own; timm leaves it alone.
+        """
         size = (self.shape.dim, self.shape.depth, self.shape.heads)
         name = next((name for name, known in SIZES.items() if known == size), "base")
         side = self.shape.image_size
@@ -215,6 +223,7 @@ class Weights:
                 "first_conv": "patch_embed.proj",
                 "classifier": "head",
             },
+            "model_sha256": model_sha256,
         }
 
 

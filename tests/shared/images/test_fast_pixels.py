@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from mapet.shared.errors import DataError
 from mapet.shared.images.decode import decode
 from mapet.shared.images.fast_pixels import decode_pixels, replay_pixels
-from mapet.shared.images.records import read_bytes as bytes_of
-from mapet.shared.images.sources import read_records
 from mapet.shared.images.views import CropBox, Preprocess, ViewPolicy, center_box, replay, to_array
+from mapet.shared.sources.records import read_bytes as bytes_of
+from mapet.shared.sources.sources import read_records
 from PIL import Image
 
 RESEARCH_DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -101,7 +101,7 @@ def test_a_truncated_or_damaged_jpeg_is_an_error_exactly_when_it_is_for_pillow(k
 
 
 def test_bytes_that_are_not_an_image_are_an_error_that_names_them():
-    with pytest.raises(DataError, match="x: image 'k' is not a JPEG, PNG or WebP image"):
+    with pytest.raises(DataError, match="x: image 'k' is not an image of a format that is read"):
         decode_pixels(b"no image", "x: image 'k'")
     with pytest.raises(DataError, match=r"x: image 'k' cannot be decoded .*truncated"):
         decode_pixels(KINDS["plain"][:900], "x: image 'k'")

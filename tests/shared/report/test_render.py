@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from jinja2 import UndefinedError
 from mapet.shared.errors import DataError
+from mapet.shared.printable import printable
 from mapet.shared.report.pictures import data_uri, golden_colours, hex_colours
 from mapet.shared.report.render import render, write_page
 from PIL import Image
 
 REPORT = Path(mapet.shared.report.render.__file__).parent
-HOSTILE = "</script><script>alert('x')</script>\u2028<!-- & -->"
+HOSTILE = "</script><script>alert('x')</script>\u2028<!-- & -->\x1b[2J\u202e\udcff"
 ORIGIN = ("tower", "library", "pretrained", "weights_sha256", "layer", "dim", "precision", "metric")
 MADE_BY = {**dict.fromkeys(ORIGIN, HOSTILE), "preprocess": {"image_size": 64, "resize": HOSTILE}}
 ABOUT = {
@@ -49,8 +50,9 @@ def test_all_text_is_escaped():
     # The scripts and the data; no other text begins or ends a script.
     assert len(re.findall(r"<script\b", page)) == len(re.findall(r"</script", page)) == 5
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert json.loads(data[1])["text"] == HOSTILE
+    assert json.loads(data[1])["text"] == printable(HOSTILE)
     assert not set("<>&\u2028") & set(data[1])
+    assert not set("\u2028\x1b\u202e\udcff") & set(page)
 
 
 def test_the_page_loads_nothing_and_forbids_loading():

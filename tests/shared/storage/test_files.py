@@ -159,7 +159,7 @@ def test_after_a_failure_the_old_file_stays_and_nothing_is_left(tmp_path: Path, 
 def test_nothing_is_left_when_the_final_name_cannot_be_taken(tmp_path: Path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "a").touch()
-    with pytest.raises(DataError, match=r"taken could not be written \(.*\); make it writable or choose another place"):
+    with pytest.raises(DataError, match=r"taken could not be written \(.*\); choose another place and give"):
         write_text(tmp_path / "taken", "new")
     assert os.listdir(tmp_path) == ["taken"]
 

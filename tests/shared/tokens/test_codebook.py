@@ -21,13 +21,24 @@ DESCRIPTION = {
     "layer": -1,
     "final_norm": False,
     "precision": "float32",
-    "preprocess": {"image_size": 64, "mean": [0.5, 0.25, 0.125]},
+    "preprocess": {
+        "image_size": 64,
+        "resize": "shortest",
+        "resize_size": 64,
+        "interpolation": "bicubic",
+        "mean": [0.5, 0.25, 0.125],
+        "std": [0.5, 0.25, 0.125],
+    },
     "grid": [4, 6],
     "metric": "l2",
     "tower": "local-dir:somewhere",
+    "pretrained": None,
+    "image_size": None,
     "seed": 0,
     "k": 24,
-    "sample": {"images": 3},
+    "dim": 10,
+    "sample": {"images": 3, "patches": 72},
+    "versions": {"faiss": "1.15.1"},
     "objective": [[3.5, 2.25]],
 }
 
@@ -69,11 +80,14 @@ def other_value(value):
         return {**value, "more": 1}
     if isinstance(value, list):
         return [*value, 5]
+    if value is None:
+        return 5
     return not value if isinstance(value, bool) else f"{value}x" if isinstance(value, str) else value + 1
 
 
 def test_the_fields_that_change_tokens():
-    assert set(TOKEN_FIELDS) == set(DESCRIPTION) - {"tower", "seed", "k", "sample", "objective"}
+    others = {"tower", "pretrained", "image_size", "seed", "k", "dim", "sample", "versions", "objective"}
+    assert set(TOKEN_FIELDS) == set(DESCRIPTION) - others
 
 
 @pytest.mark.parametrize("name", TOKEN_FIELDS)

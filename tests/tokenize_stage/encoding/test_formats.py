@@ -8,16 +8,15 @@ import subprocess
 import sys
 import tarfile
 import zlib
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.images.records import ImageRecord, read_bytes
-from mapet.shared.images.sources import open_source, read_records
-from mapet.shared.tokens.rows import NO_LABEL, ShardRows
+from mapet.shared.sources.records import ImageRecord, read_bytes
+from mapet.shared.sources.sources import open_source, read_records
+from mapet.shared.tokens.rows import COLUMNS, NO_LABEL, ShardRows
 from mapet.shared.tokens.store import TokenStore, write_shard
 from mapet.tokenize_stage.encode_shards import encode_shards, encode_shards_dry_run, show_estimate
 from mapet.tokenize_stage.inspect import inspect
@@ -37,11 +36,12 @@ def files_of(store: Path) -> dict[str, bytes]:
 
 
 def assert_same_rows(one: ShardRows, other: ShardRows, *, besides: tuple[str, ...] = ()) -> None:
-    for field in fields(ShardRows):
-        left, right = getattr(one, field.name), getattr(other, field.name)
-        assert left.dtype == right.dtype, field.name
-        if field.name not in besides:
-            assert np.array_equal(left, right), field.name
+    for name in COLUMNS:
+        left, right = getattr(one, name), getattr(other, name)
+        assert left.dtype == right.dtype, name
+        if name not in besides:
+            assert np.array_equal(left, right), name
+    assert one.classes == other.classes
 
 
 @pytest.fixture(scope="module")

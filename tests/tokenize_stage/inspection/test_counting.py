@@ -333,5 +333,5 @@ def test_a_token_beyond_the_codebook_is_refused_with_its_shard(chain, faulty):
         tokens[4, 0, 2, 1] = 16
         return replace(rows, tokens=tokens)
 
-    with pytest.raises(DataError, match=rf"{chain.tars[0].stem} has token 16 and K is 16; delete the shard"):
+    with pytest.raises(DataError, match=rf"{chain.tars[0].stem} has token 16, and K is 16; delete shards"):
         inspect(faulty(chain.tokens, change))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from mapet.shared.errors import DataError, FingerprintMismatch
 from mapet.shared.images.decode import read_image
-from mapet.shared.images.records import ImageRecord
-from mapet.shared.images.sources import read_records
+from mapet.shared.sources.records import ImageRecord
+from mapet.shared.sources.sources import read_records
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.build_codebook import build_codebook

@@ -8,8 +8,9 @@ import pytest
 import torch
 from mapet.shared.errors import DataError, FingerprintMismatch
 from mapet.shared.images.decode import read_image
-from mapet.shared.images.sources import KeyLedger, open_source
 from mapet.shared.images.views import Preprocess, ViewPolicy, center_view, to_array
+from mapet.shared.sources.keys import KeyLedger
+from mapet.shared.sources.sources import open_source
 from mapet.shared.storage.files import read_sealed_json
 from mapet.shared.tokens.codebook import FORMAT, VERSION
 from mapet.shared.tokens.store import TokenStore

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.images.sources import read_records
 from mapet.shared.images.views import view_of_epoch
 from mapet.shared.runtime.loader import batches
+from mapet.shared.sources.sources import read_records
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards

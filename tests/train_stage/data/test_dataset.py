@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.images.sources import open_source
+from mapet.shared.sources.sources import open_source
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.data.batch import LoadBatch

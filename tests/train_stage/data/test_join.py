@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from mapet.shared.errors import DataError
-from mapet.shared.images.records import keys_sha256, read_bytes
-from mapet.shared.images.sources import read_records
+from mapet.shared.sources.records import keys_sha256, read_bytes
+from mapet.shared.sources.sources import read_records
 from mapet.shared.tokens.store import TokenStore
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.data.batch import LoadBatch

@@ -30,8 +30,8 @@ IMAGES = 8
 @pytest.fixture(scope="module")
 def many(chain, tmp_path_factory: pytest.TempPathFactory, write_tar) -> Path:
     """The chain's 96 images in 12 tars, and their tokens in both formats."""
-    from mapet.shared.images.records import read_bytes
-    from mapet.shared.images.sources import read_records
+    from mapet.shared.sources.records import read_bytes
+    from mapet.shared.sources.sources import read_records
 
     root, records = tmp_path_factory.mktemp("many"), read_records(chain.images)
     (root / "images").mkdir()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.storage.files import WriteLock
+from mapet.shared.storage.lock import sole_writer
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.probe import probe
 from mapet.train_stage.runs.metrics import Logbook
@@ -139,12 +139,12 @@ def test_a_probe_of_images_without_labels_is_refused_before_training(chain, tmp_
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(chain, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("mapet.shared.storage.files._LONGEST_WAIT_FOR_LOCK", 0.5)
-    other = WriteLock(tmp_path)
-    other.take()
-    with pytest.raises(UsageError, match=r"Another process is writing to .*; wait until it ends"):
+    monkeypatch.setattr("mapet.shared.storage.lock._LONGEST_WAIT", 0.5)
+    with (
+        sole_writer(tmp_path),
+        pytest.raises(UsageError, match=r"Another process is writing to .*; wait until it ends"),
+    ):
         run(chain, tmp_path)
-    other.release()
     run(chain, tmp_path)
     run(chain, tmp_path, "train.log_every=5")  # it was let go
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from mapet.shared.runtime.distributed import World
-from mapet.train_stage.classification.labelled_set import read_labelled_set
+from mapet.train_stage.classification.labelled_set import labelled_set
 from mapet.train_stage.classification.mixup import draw_mix
+from mapet.train_stage.evaluation.labelled import labelled_images
 from mapet.train_stage.model.shape import Shape
 from mapet.train_stage.settings import FinetuneSettings, resolve_finetuning
 from mapet.train_stage.tasks.finetuning import FinetuningTask
@@ -31,7 +32,7 @@ SETTINGS = [
 
 def task_of(chain, *overrides: str) -> FinetuningTask:
     settings: FinetuneSettings = resolve_finetuning(None, [*SETTINGS, *overrides], 32, Input().to_json())
-    images = read_labelled_set(chain.images)
+    images = labelled_set(labelled_images(chain.images).records)
     return FinetuningTask(settings, SHAPE, images, [images.record(0)], torch.zeros(1, dtype=torch.int64))
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from mapet.shared.errors import UsageError
-from mapet.shared.images.records import read_bytes
 from mapet.shared.runtime.distributed import World
-from mapet.shared.storage.files import WriteLock
+from mapet.shared.sources.records import read_bytes
 from mapet.shared.tokens.store import TokenStore
 from mapet.train_stage.data.dataset import TokenisedImages
 from mapet.train_stage.data.join import join
@@ -121,15 +120,12 @@ class SizeTask(Task[SizeBatch]):
 
 
 def run_task(images: TokenisedImages, out: Path, *overrides: str) -> Path:
-    settings, lock = resolve(overrides=[*SETTINGS, *overrides]), WriteLock(out)
+    settings = resolve(overrides=[*SETTINGS, *overrides])
     task = SizeTask(settings, images)
     point = find_resume_point(out, "auto", task.name, settings, resolve(), lambda before: None)
-    try:
-        run = open_run(task, out, point, None, "cpu", World(), lock)
-        with run.logbook:
-            return train(run)
-    finally:
-        lock.release()
+    run = open_run(task, out, point, None, "cpu", World())
+    with run.logbook:
+        return train(run)
 
 
 @pytest.fixture(scope="module")

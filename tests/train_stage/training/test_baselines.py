@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from mapet.shared.images.decode import read_image
-from mapet.shared.images.sources import read_records
 from mapet.shared.images.views import Preprocess, center_view, to_array
+from mapet.shared.sources.sources import read_records
 from mapet.tokenize_stage.import_tokens import import_tokens
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.settings import resolve

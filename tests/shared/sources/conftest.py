@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from mapet.shared.errors import DataError
-from mapet.shared.images.sources import open_source, read_records
+from mapet.shared.sources.sources import open_source, read_records
 
 
 def _index_and_skipped(source: Path) -> tuple[list[str], list[tuple[str, str]]]:
@@ -50,7 +50,7 @@ def list_source() -> str:
 _LIST_SOURCE = """
 import json, sys
 from mapet.shared.errors import DataError
-from mapet.shared.images.sources import open_source, read_records
+from mapet.shared.sources.sources import open_source, read_records
 skipped = []
 images = [(record.key, record.label) for shard in open_source(sys.argv[1]) for record in shard.index(skipped)]
 digests = [shard.sha256(skip=True) for shard in open_source(sys.argv[1])]

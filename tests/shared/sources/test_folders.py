@@ -7,15 +7,20 @@ from pathlib import Path
 
 import pytest
 from mapet.shared.errors import DataError
-from mapet.shared.images.folders import FOLDER_SHARD_IMAGES
-from mapet.shared.images.sources import open_source, read_records
+from mapet.shared.sources.folders import FOLDER_SHARD_IMAGES
+from mapet.shared.sources.options import SourceOptions
+from mapet.shared.sources.sources import open_source, read_records
 
 
-def test_labels_come_from_class_folders_in_sorted_order(tmp_path: Path, write_folder, png):
+def test_labels_are_the_names_of_class_folders(tmp_path: Path, write_folder, png):
     data = png()
     root = write_folder(tmp_path / "f", {"dog/1.png": data, "cat/1.png": data, "ant/x/2.png": data})
     (shard,) = open_source(root)
-    assert {record.key: record.label for record in shard.index()} == {"ant/x/2": 0, "cat/1": 1, "dog/1": 2}
+    assert {record.key: record.label for record in shard.index()} == {
+        "ant/x/2": "ant",
+        "cat/1": "cat",
+        "dog/1": "dog",
+    }
 
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path, write_folder, png):
@@ -54,6 +59,18 @@ def test_a_folders_digest_depends_on_names_and_bytes(tmp_path: Path, write_folde
     digests = [open_source(root)[0].sha256() for root in roots]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
+
+
+def test_a_folder_of_an_old_store_is_read_as_it_was(tmp_path: Path, write_folder, png):
+    names = ["train/a.small.png", "train/a.large.png", "val/b.jfif", "val/c.gif", "val/d.png"]
+    root = write_folder(tmp_path / "f", {name: png() for name in names})
+    skipped: list[tuple[str, str]] = []
+    (shard,) = open_source(root, SourceOptions(key_until="first-dot", is_old=True))
+    assert [(record.key, record.label) for record in shard.index(skipped)] == [("train/a", "train"), ("val/d", "val")]
+    both = "holds 'train/a.large.png' and 'train/a.small.png', which have the same key 'train/a'; rename one"
+    gif = "holds 'val/c.gif', which is not one of jpg, jpeg, png, webp; convert it"
+    assert skipped == [("train/a", both), ("val/c", gif)]
+    assert "options" not in shard.describe()
 
 
 def test_an_empty_folder_is_an_error_that_names_it(tmp_path: Path):
@@ -101,8 +118,7 @@ def make_loop(path: Path) -> None:
         ("b.png", lambda path: path.symlink_to("/dev/zero"), "holds 'b.png', which is not a regular file"),
         ("b.png", make_loop, "holds 'b.png', which cannot be read"),
         ("b.png", lambda path: path.symlink_to("nowhere"), "holds 'b.png', a link to nowhere"),
-        ("b.bmp", Path.touch, "holds 'b.bmp', which is not one of jpg, jpeg, png, webp"),
-        ("a.webp", Path.touch, "holds 'a.png' and 'a.webp', which have the same key 'a'"),
+        ("b.heic", Path.touch, "holds 'b.heic', which is not one of jpg, jpeg, png, webp"),
         (os.fsdecode(b"b\xff.png"), Path.touch, "and that name is not UTF-8"),
     ],
 )
@@ -112,6 +128,11 @@ def test_an_unusable_file_in_a_folder_is_an_error_or_listed(
     root = write_folder(tmp_path / "f", {"a.png": png(), "z.png": png()})
     make(root / name)
     expect_unusable(root, ["a", "z"], name.partition(".")[0].replace("\udcff", "\\udcff"), words)
+
+
+def test_a_key_with_two_pictures_is_an_error_or_left_out(tmp_path: Path, write_folder, png, expect_unusable):
+    root = write_folder(tmp_path / "f", {"a.png": png(), "a.webp": png(), "z.png": png()})
+    expect_unusable(root, ["z"], "a", "holds 'a.png' and 'a.webp', which have the same key 'a'")
 
 
 def test_a_link_to_a_parent_folder_is_not_followed(tmp_path: Path, write_folder, png, expect_unusable):
@@ -127,14 +148,14 @@ def test_a_linked_folder_is_followed(tmp_path: Path, write_folder, png, index_an
     root = write_folder(tmp_path / "f", {"cat/a.png": png()})
     (root / "dog").symlink_to(write_folder(tmp_path / "elsewhere", {"b.png": png()}))
     assert index_and_skipped(root) == (["cat/a", "dog/b"], [])
-    assert [record.label for record in read_records(root)] == [0, 1]
+    assert [record.label for record in read_records(root)] == ["cat", "dog"]
 
 
 def test_an_unreadable_folder_is_an_error_or_listed(tmp_path: Path, write_folder, png, run_as_owner, list_source):
     root = write_folder(tmp_path / "f", {f"{name}/1.png": png() for name in ("ant", "cat", "dog")})
     os.chmod(root / "cat", 0)
     images, skipped, _, message = json.loads(run_as_owner(list_source, root).stdout)
-    assert images == [["ant/1", 0], ["dog/1", 2]]  # labels do not change
+    assert images == [["ant/1", "ant"], ["dog/1", "dog"]]
     assert skipped == [["cat/", "holds 'cat/', a folder that cannot be listed (Permission denied)"]]
     assert message == f"{root} {skipped[0][1]}."
 

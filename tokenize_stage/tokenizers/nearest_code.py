@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...shared.errors import FingerprintMismatch
-from ...shared.tokens.codebook import TOKEN_FIELDS, Codebook
+from ...shared.tokens.codebook import INNER_PRODUCT, TOKEN_FIELDS, Codebook
 from ..towers.opening import open_tower
 from ..towers.tower import Tower, TowerSettings
 from .base import Tokenizer, pixels_in_255
@@ -18,8 +18,9 @@ from .base import Tokenizer, pixels_in_255
 _ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-class KClip(Tokenizer):
-    """The nearest centroid of each patch feature, by Euclidean distance or cosine (arXiv 2306.07346, section 3)."""
+class NearestCode(Tokenizer):
+    """The nearest centroid of each patch feature: by Euclidean distance or cosine (arXiv 2306.07346, section 3), or the
+    largest inner product plus bias."""
 
     def __init__(self, tower: Tower, codebook: Codebook, description: dict[str, Any]):
         """`description` is the JSON of the codebook's folder (`shared.tokens.codebook.read_description`)."""
@@ -27,6 +28,8 @@ class KClip(Tokenizer):
         self.preprocess, self.grid, self.dim, self.device = tower.preprocess, tower.grid, tower.dim, tower.device
         self.k, self.fingerprint = codebook.k, codebook.fingerprint
         self.unit_length = codebook.description["metric"] == "cosine"
+        architecture: Any = tower.identity["architecture"]
+        self.stride = architecture.get("stride")
 
     def features(self, pixels: Tensor) -> Tensor:
         return self.tower.features(pixels_in_255(pixels))
@@ -38,9 +41,16 @@ class KClip(Tokenizer):
         self, features: NDArray[np.float32], tokens: NDArray[np.uint16], nearest: NDArray[np.uint16]
     ) -> NDArray[np.bool_]:
         points, centroids = features.astype(np.float64), self.codebook.centroids.astype(np.float64)
+        rounding = _ROUNDING[self.codebook.description["precision"]]
+        if self.codebook.description["metric"] == INNER_PRODUCT:
+            bias = np.zeros(self.k) if self.codebook.bias is None else self.codebook.bias.astype(np.float64)
+            low, high = ((points * centroids[codes]).sum(-1) + bias[codes] for codes in (tokens, nearest))
+            lengths = np.linalg.norm(points, axis=-1) * np.linalg.norm(centroids[nearest], axis=-1)
+            close: NDArray[np.bool_] = high - low <= rounding * (lengths + abs(bias[nearest]))
+            return close
         far, near = (((points - centroids[codes]) ** 2).sum(-1) for codes in (tokens, nearest))
         scale = (points**2).sum(-1) + (centroids[nearest] ** 2).sum(-1)
-        ties: NDArray[np.bool_] = far - near <= _ROUNDING[self.codebook.description["precision"]] * scale
+        ties: NDArray[np.bool_] = far - near <= rounding * scale
         return ties
 
 

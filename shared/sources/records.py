@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,7 @@ from pathlib import Path
 from zlib_ng import zlib_ng
 
 from ..errors import DataError
+from ..labels.parsing import Label
 
 crc32: Callable[[bytes], int] = zlib_ng.crc32
 """The same as `zlib.crc32`, in a tenth of the time."""
@@ -19,15 +21,17 @@ crc32: Callable[[bytes], int] = zlib_ng.crc32
 class ImageRecord:
     """Where the encoded bytes of one image are: `length` bytes from `offset` in the file at `path`.
 
-    `label` is None for an image without one; `extension` is its file name's, in lower case.
+    `label` is a class number or a class name, None for an image without one; `extension` is its file name's, in lower
+    case; `max_pixels` is the most pixels that it may have, Pillow's limit if None.
     """
 
     key: str
     path: Path
     offset: int
     length: int
-    label: int | None
+    label: Label | None
     extension: str = "jpg"
+    max_pixels: int | None = None
 
 
 def keys_sha256(keys: Iterable[str]) -> str:
@@ -56,7 +60,10 @@ def read_bytes(record: ImageRecord) -> bytes:
     try:
         # The inode is part of the cache's key because a tar may be replaced by another one of its name, the process
         # because a forked worker must not close its parent's descriptor.
-        descriptor = _descriptor(record.path, os.stat(record.path).st_ino, os.getpid())
+        status = os.stat(record.path)
+        if record.offset + record.length > status.st_size or not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{record.path} ends inside the image of key {record.key!r}; it changed or was cut.")
+        descriptor = _descriptor(record.path, status.st_ino, os.getpid())
         data = os.pread(descriptor.number, record.length, record.offset)
     except OSError as error:
         raise DataError(f"{record.path} cannot be read ({error.strerror}) for key {record.key!r}.") from None

@@ -1,6 +1,6 @@
 """The index of keys says where each one is, in 16 bytes per key."""
 
-from mapet.shared.images.keys import KeyIndex
+from mapet.shared.sources.keys import KeyIndex
 
 SHARDS = [["a", "b/ö"], [], [f"key {number}" for number in range(1000)], ["日本", ""]]
 

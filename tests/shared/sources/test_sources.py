@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import webdataset
 from mapet.shared.errors import DataError, UsageError
-from mapet.shared.images.records import read_bytes
-from mapet.shared.images.sources import KeyLedger, open_source, read_records
+from mapet.shared.sources.keys import KeyLedger
+from mapet.shared.sources.records import read_bytes
+from mapet.shared.sources.sources import open_source, read_records
 
 
 def read_with_webdataset(path: Path) -> dict[str, dict]:
@@ -117,9 +118,14 @@ def test_an_empty_list_of_sources_is_a_usage_error():
         open_source([])
 
 
-def test_a_folder_among_tars_is_a_usage_error(tars: list[Path]):
-    with pytest.raises(UsageError, match="is a folder"):
-        open_source([tars[0], tars[0].parent])
+def test_a_folder_of_images_among_tars_is_a_usage_error(tars: list[Path], tmp_path: Path, write_folder, png):
+    folder = write_folder(tmp_path / "photos", {"a.png": png()})
+    with pytest.raises(UsageError, match="photos is a folder of images"):
+        open_source([tars[0], folder])
+
+
+def test_a_tar_that_is_named_twice_is_taken_once(tars: list[Path]):
+    assert [shard.name for shard in open_source([tars[0], tars[0].parent])] == ["t-00", "t-01", "t-02"]
 
 
 def test_a_missing_path_is_an_error_that_names_it(tmp_path: Path):
@@ -134,12 +140,14 @@ def test_a_key_twice_across_tars_is_an_error_that_names_all(tmp_path: Path, writ
         read_records(paths)
 
 
-def test_two_tars_of_one_base_name_are_an_error(tmp_path: Path, write_tar, png):
+def test_two_tars_of_one_base_name_are_named_by_their_folders(tmp_path: Path, write_tar, png):
     for side in ("l", "r"):
         (tmp_path / side).mkdir()
         write_tar(tmp_path / side / "same.tar", {f"{side}.png": png()})
-    with pytest.raises(DataError, match="same base name"):
-        read_records([tmp_path / "l/same.tar", tmp_path / "r/same.tar"])
+    expected = [("l__same", ["l"]), ("r__same", ["r"])]
+    assert names_and_keys([tmp_path / "l/same.tar", tmp_path / "r/same.tar"]) == expected
+    assert names_and_keys(tmp_path) == expected
+    assert names_and_keys(tmp_path / "*" / "same.tar") == expected
 
 
 def ledger_of(**keys: list[str]) -> KeyLedger:

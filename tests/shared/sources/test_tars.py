@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mapet.shared.errors import DataError
-from mapet.shared.images.sources import open_source, read_records
+from mapet.shared.sources.records import read_bytes
+from mapet.shared.sources.sources import open_source, read_records
 
 
 def test_a_tar_of_no_bytes_is_an_error_that_names_it(tmp_path: Path):
@@ -88,10 +89,10 @@ def test_a_key_twice_in_a_tar_is_an_error_that_names_both(tmp_path: Path, write_
         read_records(tar)
 
 
-@pytest.mark.parametrize("text", [b"cat", b"", b"1.5", b"\xff\xfe", b"1 2", b"9" * 19, b"9" * 9999])
-def test_a_label_that_is_not_an_integer_is_an_error_that_names_it(tmp_path: Path, text: bytes, write_tar, png):
+@pytest.mark.parametrize("text", [b"", b"1.5", b"\xff\xfe", b"1 2", b"9" * 19, b"9" * 9999])
+def test_a_label_that_is_no_number_or_name_is_an_error_that_names_it(tmp_path: Path, text: bytes, write_tar, png):
     tar = write_tar(tmp_path / "x.tar", {"a.png": png(), "a.cls": text})
-    with pytest.raises(DataError, match=r"x\.tar holds .* in 'a\.cls', not a class number"):
+    with pytest.raises(DataError, match=r"x\.tar has an unreadable label .* in 'a\.cls' \(.+\)"):
         read_records(tar)
 
 
@@ -114,9 +115,8 @@ def tar_with(path: Path, png, **fields) -> Path:
         ({"name": "../b.png"}, "../b", "holds '../b.png', a name that leaves its folder"),
         ({"name": "x/../../b.png"}, "x/../../b", "holds 'x/../../b.png', a name that leaves its folder"),
         ({"name": "b\udcff.png"}, "b\\udcff", r"holds 'b\udcff.png', and that name is not UTF-8"),
-        ({"name": "a.jpg"}, "a", "holds key 'a' twice"),
-        ({"name": "b.gif"}, "b", "holds 'b.gif', which is not one of jpg, jpeg, png, webp"),
-        ({"name": "b.TIFF"}, "b", "holds 'b.TIFF', which is not one of jpg, jpeg, png, webp"),
+        ({"name": "b.heic"}, "b", "holds 'b.heic', which is not one of jpg, jpeg, png, webp"),
+        ({"name": "b.JXL"}, "b", "holds 'b.JXL', which is not one of jpg, jpeg, png, webp"),
         ({"type": tarfile.SYMTYPE, "linkname": "a.png"}, "b", "holds 'b.png', a link to 'a.png'"),
         ({"type": tarfile.LNKTYPE, "linkname": "a.png"}, "b", "holds 'b.png', a link to 'a.png'"),
         ({"type": tarfile.FIFOTYPE}, "b", "holds 'b.png', which is not a regular file"),
@@ -127,6 +127,18 @@ def test_an_unusable_member_is_an_error_or_listed(
     tmp_path: Path, png, fields: dict, key: str, words: str, expect_unusable
 ):
     expect_unusable(tar_with(tmp_path / "x.tar", png, **fields), ["a", "z"], key, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.png", "holds key 'a' twice"),
+        ("a.jpg", "holds 'a.png' and 'a.jpg', which have the same key 'a'; choose one with --image-field png"),
+        ("a.small.png", "keys end at the first dot: give --key-until last-dot, or choose one with --image-field png"),
+    ],
+)
+def test_a_key_with_two_pictures_is_an_error_or_left_out(tmp_path: Path, png, name: str, words: str, expect_unusable):
+    expect_unusable(tar_with(tmp_path / "x.tar", png, name=name), ["z"], "a", words)
 
 
 def test_a_folder_in_a_tar_is_ignored_whatever_its_name(tmp_path: Path, png, index_and_skipped):
@@ -189,3 +201,48 @@ def test_an_unreadable_tar_is_an_error_or_listed(tmp_path: Path, write_tar, png,
     os.chmod(tar, 0)
     reason = "cannot be read (Permission denied); make it readable"
     assert json.loads(run_as_owner(list_source, tar).stdout) == [[], [["", reason]], ["unreadable"], f"{tar} {reason}."]
+
+
+def tar_of_tars(folder: Path, write_tar, png) -> Path:
+    """`x.tar` with `ant.tar` (a.png, b.png) and `bee.tar` (c.png)."""
+    ant = write_tar(folder / "ant.tar", {"a.png": png(0), "b.png": png(1)}).read_bytes()
+    bee = write_tar(folder / "bee.tar", {"c.png": png(2)}).read_bytes()
+    return write_tar(folder / "x.tar", {"./README": b"-", "ant.tar": ant, "sub/bee.tar": bee})
+
+
+def test_a_tar_of_tars_is_read_in_place(tmp_path: Path, write_tar, png):
+    outer = tar_of_tars(tmp_path, write_tar, png)
+    shards = open_source(outer)
+    assert [(shard.name, shard.kind) for shard in shards] == [("ant", "tar in tar"), ("sub__bee", "tar in tar")]
+    records = read_records(outer)
+    assert [(record.key, record.label, record.path) for record in records] == [
+        ("a", "ant", outer),
+        ("b", "ant", outer),
+        ("c", "bee", outer),
+    ]
+    assert [read_bytes(record) for record in records] == [png(0), png(1), png(2)]
+    (alone,) = open_source(tmp_path / "ant.tar")
+    assert shards[0].sha256() == alone.sha256()
+    assert shards[0].size() == alone.size()
+
+
+def test_a_damaged_tar_in_a_tar_is_an_error_that_names_both(tmp_path: Path, write_tar, png):
+    outer = tar_of_tars(tmp_path, write_tar, png)
+    first = read_records(outer)[0].offset
+    data = bytearray(outer.read_bytes())
+    data[first - 512 + 150] ^= 1  # in the checksum of the inner tar's first header
+    outer.write_bytes(data)
+    with pytest.raises(DataError, match=r"x\.tar \(ant\.tar\) is"):
+        read_records(outer)
+
+
+def test_images_beside_tars_in_a_tar_are_an_error(tmp_path: Path, write_tar, png):
+    inner = write_tar(tmp_path / "ant.tar", {"a.png": png()}).read_bytes()
+    tar = write_tar(tmp_path / "x.tar", {"ant.tar": inner, "b.png": png(1)})
+    with pytest.raises(DataError, match=r"x\.tar holds tars such as 'ant\.tar', beside images"):
+        read_records(tar)
+
+
+def test_of_an_image_and_a_picture_of_another_format_the_image_is_taken(tmp_path: Path, write_tar, png):
+    tar = write_tar(tmp_path / "x.tar", {"a.depth.tif": b"-", "a.png": png(), "b.tif": b"-"})
+    assert [(record.key, record.extension) for record in read_records(tar)] == [("a", "png"), ("b", "tif")]

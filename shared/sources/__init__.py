@@ -1,0 +1,1 @@
+"""Sources of images: tars and folders, their images' keys, and where the bytes of each image are."""
