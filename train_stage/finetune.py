@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,21 @@ def finetune(
         finite, Interrupted after Ctrl-C or SIGTERM, with a checkpoint written.
     """
     options = SourceOptions(key_until, key_prefix, image_field, max_pixels, label_from)
-    lists = {"labels": labels, "val_labels": val_labels, "label_field": label_field, "classes": classes}
+    read_pair = partial(
+        labelled_pair,
+        images,
+        val,
+        options,
+        labels=labels,
+        val_labels=val_labels,
+        label_field=label_field,
+        classes=classes,
+    )
     settings, shape = _settings(weights, recipe, overrides, from_scratch, freeze)
-    given = {"weights": weights, "images": images, "val": val, "resume": resume, "out": out, **lists}
+    given = {"weights": weights, "images": images, "val": val, "resume": resume, "out": out}
     device, out = choose_device(device), Path(out)
     with joined_world(device, {**given, **flat(settings)}) as world, sole_writer(out, world):
-        task = world.all_or_raise(lambda: _task(settings, shape, *labelled_pair(images, val, options, **lists)))
+        task = world.all_or_raise(lambda: _task(settings, shape, *read_pair()))
         world.refuse_differences({"the images or labels of --images": task.images.labels_sha256})
         point = world.on_rank_zero(
             lambda: find_resume_point(
@@ -162,12 +172,21 @@ def finetune_dry_run(
         UsageError and DataError as `finetune` does.
     """
     options = SourceOptions(key_until, key_prefix, image_field, max_pixels, label_from)
-    lists = {"labels": labels, "val_labels": val_labels, "label_field": label_field, "classes": classes}
+    read_pair = partial(
+        labelled_pair,
+        images,
+        val,
+        options,
+        labels=labels,
+        val_labels=val_labels,
+        label_field=label_field,
+        classes=classes,
+    )
     settings, shape = _settings(weights, recipe, overrides, from_scratch, freeze)
-    given = {"weights": weights, "images": images, "val": val, **lists}
+    given = {"weights": weights, "images": images, "val": val}
     device = choose_device(device)
     with joined_world(device, {**given, **flat(settings)}) as world:
-        task = world.all_or_raise(lambda: _task(settings, shape, *labelled_pair(images, val, options, **lists)))
+        task = world.all_or_raise(lambda: _task(settings, shape, *read_pair()))
         return _estimate(task, world, device)
 
 

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
-from timm.data.transforms import str_to_pil_interp
 from torch import Tensor
 
 from ...shared.errors import UsageError
@@ -105,7 +104,8 @@ class Augment:
             for values in (self.settings.data.mean, self.settings.data.std)
         )
         noise = drawn.standard_normal((3, height, width), dtype=np.float32)
-        return np.rint((noise * std + mean) * 255).clip(0, 255).astype(np.uint8)
+        pixels: NDArray[np.uint8] = np.rint((noise * std + mean) * 255).clip(0, 255).astype(np.uint8)
+        return pixels
 
 
 def _rand_augment(settings: FinetuneSettings) -> Callable[[Image.Image], Image.Image] | None:
@@ -116,7 +116,7 @@ def _rand_augment(settings: FinetuneSettings) -> Callable[[Image.Image], Image.I
     parameters: dict[str, Any] = {
         "translate_const": int(settings.model.image_size * 0.45),
         "img_mean": tuple(min(255, round(255 * value)) for value in data.mean),
-        "interpolation": str_to_pil_interp(data.interpolation),
+        "interpolation": Image.Resampling[data.interpolation.upper()],
     }
     try:
         transform: Callable[[Image.Image], Image.Image] = rand_augment_transform(policy, parameters)

@@ -46,7 +46,7 @@ def mix_from(augment: AugmentSettings, size: int, drawn: np.random.Generator) ->
 
 def neighbours(values: Tensor) -> Tensor:
     """The values (B, ...) of each image's neighbour; B is even."""
-    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return values.reshape(-1, 2, *values.shape[1:]).flip(1).flatten(0, 1)
 
 
 def mix_images(images: Tensor, mix: Mix) -> Tensor:

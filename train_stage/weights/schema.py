@@ -110,8 +110,8 @@ class RunState(CheckpointState, kw_only=True):
         needed = (self.model, self.input, self.codebook_fingerprint, self.view)
         if self.task == "pretraining" and any(field is UNSET for field in needed):
             raise ValueError("a pre-training names its model, input, codebook_fingerprint and view")
-        needed = (self.model, self.input, self.class_names, self.labels_sha256)
-        if self.task == "finetuning" and any(field is UNSET for field in needed):
+        of_classifier = (self.model, self.input, self.class_names, self.labels_sha256)
+        if self.task == "finetuning" and any(field is UNSET for field in of_classifier):
             raise ValueError("a fine-tuning names its model, input, class_names and labels_sha256")
 
 
