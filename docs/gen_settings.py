@@ -1,4 +1,4 @@
-"""Writes the tables of docs/settings.md and docs/finetune.md from the source of train_stage/settings.py, without importing it.
+"""Writes the tables of settings in docs/ from the source of train_stage/settings.py, without importing it.
 
 python docs/gen_settings.py           # rewrites the part of each page between its markers
 python docs/gen_settings.py --check   # exits with 1 if a page is not what it would write
