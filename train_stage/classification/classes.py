@@ -56,23 +56,6 @@ def output_indices(labels: Sequence[Label], names: Sequence[str]) -> NDArray[np.
     return np.array([positions[str(label)] for label in labels], dtype=np.int64)
 
 
-def subset_indices(
-    labels: Sequence[Label], names: Sequence[str], outputs: Sequence[int], source: object
-) -> NDArray[np.int64]:
-    """(n,) int64: the position of each label's class in the list `outputs`.
-
-    Numbered labels are outputs if all of them are listed, else positions in the list. Raises DataError as
-    `class_indices` does.
-    """
-    numbers = [label for label in labels if isinstance(label, int)]
-    if len(numbers) == len(labels) and set(numbers) <= set(outputs):
-        positions = {output: position for position, output in enumerate(outputs)}
-        return np.array([positions[number] for number in numbers], dtype=np.int64)
-    if len(numbers) == len(labels) and all(0 <= number < len(outputs) for number in numbers):
-        return np.array(numbers, dtype=np.int64)
-    return class_indices(labels, [names[output] for output in outputs], source)
-
-
 def labels_sha256(names: Sequence[str], keys: Sequence[str], labels: Sequence[Label]) -> str:
     """Hex SHA-256 of the class names in order, and of the label of each key in any order of the keys."""
     lines = sorted(f"{key}\t{label}" for key, label in zip(keys, labels, strict=True))
