@@ -117,6 +117,14 @@ COMMANDS: dict[str, dict[str, Command]] = {
             renamed={"overrides": "--set"},
             dry_run=("train_stage.pretrain:pretrain_dry_run", "train_stage.training.dry_run:show_estimate"),
         ),
+        "finetune": Command(
+            "Fine-tune pre-trained weights for classification.",
+            "train_stage.finetune:finetune",
+            arguments=("weights",),
+            renamed={"overrides": "--set"},
+            at_least={"freeze": 0},
+            dry_run=("train_stage.finetune:finetune_dry_run", "train_stage.training.dry_run:show_estimate"),
+        ),
         "probe": Command(
             "Measure frozen features with a linear probe and k-NN.",
             "train_stage.probe:probe",

@@ -1,7 +1,7 @@
-"""Writes the tables of docs/settings.md from the source of train_stage/settings.py, without importing it.
+"""Writes the tables of settings in docs/ from the source of train_stage/settings.py, without importing it.
 
-python docs/gen_settings.py           # rewrites the part of the page between its markers
-python docs/gen_settings.py --check   # exits with 1 if the page is not what it would write
+python docs/gen_settings.py           # rewrites the part of each page between its markers
+python docs/gen_settings.py --check   # exits with 1 if a page is not what it would write
 """
 
 import ast
@@ -12,7 +12,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "train_stage" / "settings.py"
-PAGE = ROOT / "docs" / "settings.md"
+PAGES = {"settings.md": "Settings", "finetune.md": "FinetuneSettings"}
+"""The pages in docs/, and the dataclass whose groups each one shows."""
 BEGIN, END = "<!-- settings -->", "<!-- end -->"
 
 
@@ -35,17 +36,30 @@ class Group:
     settings: list[Setting]
 
 
-def read_groups(source: str) -> list[Group]:
-    """The groups of the dataclass `Settings`, in its order. Raises KeyError if it names a class that is missing."""
+def read_groups(source: str, settings: str = "Settings") -> list[Group]:
+    """The groups of a dataclass of settings, in its order. Raises KeyError if it names a class that is missing."""
     tree = ast.parse(source)
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     choices = _choices(tree)
     return [
         Group(
-            field.name, ast.get_docstring(classes[field.type]) or "", _fields(classes[field.type], field.name, choices)
+            field.name,
+            ast.get_docstring(classes[field.type]) or "",
+            _inherited(classes, field.type, field.name, choices),
         )
-        for field in _fields(classes["Settings"], "", {})
+        for field in _fields(classes[settings], "", {})
     ]
+
+
+def _inherited(
+    classes: dict[str, ast.ClassDef], name: str, group: str, choices: dict[str, tuple[str, ...]]
+) -> list[Setting]:
+    """The fields of a dataclass and of those that it extends, whose order they keep."""
+    fields: dict[str, Setting] = {}
+    for base in classes[name].bases:
+        if isinstance(base, ast.Name) and base.id in classes:
+            fields |= {field.name: field for field in _inherited(classes, base.id, group, choices)}
+    return list((fields | {field.name: field for field in _fields(classes[name], group, choices)}).values())
 
 
 def _fields(node: ast.ClassDef, group: str, choices: dict[str, tuple[str, ...]]) -> list[Setting]:
@@ -119,13 +133,15 @@ def page_with(page: str, tables: str) -> str:
 
 
 def main() -> None:
-    """Writes the page, or with --check compares it."""
-    page = PAGE.read_text(encoding="utf-8")
-    wanted = page_with(page, as_markdown(read_groups(SOURCE.read_text(encoding="utf-8"))))
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(wanted, encoding="utf-8")
-    elif page != wanted:
-        sys.exit("docs/settings.md is out of date; run python docs/gen_settings.py.")
+    """Writes the pages, or with --check compares them."""
+    for name, settings in PAGES.items():
+        path = ROOT / "docs" / name
+        page = path.read_text(encoding="utf-8")
+        wanted = page_with(page, as_markdown(read_groups(SOURCE.read_text(encoding="utf-8"), settings)))
+        if "--check" not in sys.argv[1:]:
+            path.write_text(wanted, encoding="utf-8")
+        elif page != wanted:
+            sys.exit(f"docs/{name} is out of date; run python docs/gen_settings.py.")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import mapet
 import pytest
 import typer
 from mapet import cli
-from mapet.train_stage.settings import Settings, resolve
+from mapet.train_stage.settings import FinetuneSettings, Settings, resolve
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -142,7 +142,9 @@ def test_the_pages_show_every_command():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_options_and_settings_in_the_text_exist(page: str):
-    groups = {field.name: {inner.name for inner in fields(field.default_factory)} for field in fields(Settings)}
+    groups: dict[str, set[str]] = {}
+    for field in [*fields(Settings), *fields(FinetuneSettings)]:
+        groups.setdefault(field.name, set()).update(inner.name for inner in fields(field.default_factory))
     text = read(page)
     names = re.findall(rf"`(?:--set )?({'|'.join(groups)})\.(?!safetensors|onnx)(\w+)(?:=[^`]*)?`", text)
     assert [f"{group}.{name}" for group, name in names if name not in groups[group]] == []

@@ -28,9 +28,9 @@ LAYERS = {
         ["towers"],
     ],
     "train_stage": [
-        ["pretrain", "probe", "features", "report", "export", "import_weights"],
+        ["pretrain", "finetune", "probe", "features", "report", "export", "import_weights"],
         ["runs", "tasks"],
-        ["training"],
+        ["training", "classification"],
         ["data", "evaluation"],
         ["objectives"],
         ["settings", "weights"],

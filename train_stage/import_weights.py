@@ -42,6 +42,7 @@ def import_weights(
             "version": VERSION,
             "kind": loaded.kind,
             "classes": loaded.classes,
+            **({} if loaded.class_names is None else {"class_names": list(loaded.class_names)}),
             "shape": loaded.shape.to_json(),
             "input": loaded.input.to_json(),
             "seed": loaded.seed,

@@ -1,11 +1,12 @@
-"""The settings of pre-training: one documented structure, filled from a recipe and overrides and checked as a whole.
+"""The settings of pre-training and of fine-tuning: one documented structure, filled from a recipe and
+overrides and checked as a whole.
 
 The defaults are the paper's for ViT-B/16 at 224 pixels (arXiv 2306.07346, section 4). A default of MISSING is derived
 from other settings by `resolve`; a resolved structure has a value everywhere.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -307,6 +308,155 @@ class Settings:
         return asdict(self)
 
 
+@dataclass
+class ClassifierSettings:
+    """The fine-tuned model. Width, depth, heads and patch size are those of the weights that it starts from."""
+
+    image_size: int = MISSING
+    """Pixels, a multiple of the patch size; positions are resampled. Derived from the weights."""
+    drop_path: float = 0.1
+    """Drop path rate of the last block, rising linearly from 0 in the first."""
+    classes: int | None = None
+    """Outputs of the head; null is one per class of the training images."""
+    freeze: int = 0
+    """Leave the embedding and so many of the first blocks as they are; 0 trains everything."""
+    from_scratch: bool = False
+    """Start from fresh weights of the same shape, as a control."""
+
+    def __post_init__(self) -> None:
+        check_numbers("model", self)
+        _require(0 <= self.drop_path < 1, f"model.drop_path {self.drop_path} must lie in [0, 1).")
+        _require(self.freeze >= 0, f"model.freeze {self.freeze} must not be negative.")
+        _require(self.classes is None or self.classes >= 1, "model.classes must be at least 1, or null.")
+        _require(
+            not (self.freeze and self.from_scratch),
+            "model.freeze would keep blocks of fresh weights; set one of the two.",
+        )
+
+
+@dataclass
+class AugmentSettings:
+    """Augmentation of the training images, drawn for each (seed, epoch, key); Mixup and CutMix for each step."""
+
+    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    """Lowest and highest area of the random crop, as a fraction of the image's."""
+    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    """Lowest and highest ratio of its width to its height."""
+    flip: float = 0.5
+    """Probability of mirroring left to right."""
+    rand_augment: str | None = "rand-m9-mstd0.5"
+    """timm's name of a RandAugment policy, such as rand-m9-mstd0.5-inc1; null applies none."""
+    erasing: float = 0.25
+    """Probability of random erasing: a rectangle becomes normal noise, pixel by pixel."""
+    mixup: float = 0.8
+    """Alpha of Mixup's beta distribution; 0 switches it off."""
+    cutmix: float = 1.0
+    """Alpha of CutMix's beta distribution; 0 switches it off."""
+    mix_probability: float = 1.0
+    """Share of the steps that are mixed."""
+    mix_switch: float = 0.5
+    """Share of the mixed steps that get CutMix, if Mixup is on as well."""
+    label_smoothing: float = 0.1
+    """Share of a target that is spread over all classes."""
+
+    def __post_init__(self) -> None:
+        check_numbers("augment", self)
+        for name in ("flip", "erasing", "mix_probability", "mix_switch"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"augment.{name} {value} must be a probability from 0 to 1.")
+        _require(0 <= self.label_smoothing < 1, "augment.label_smoothing must lie in [0, 1).")
+        _require(self.mixup >= 0 and self.cutmix >= 0, "augment.mixup and augment.cutmix must not be negative.")
+        low, high = self._pair("crop_scale")
+        _require(0 < low <= high <= 1, "augment.crop_scale must be two fractions, the lower one first.")
+        low, high = self._pair("crop_ratio")
+        _require(
+            0 < low <= high < float("inf"), "augment.crop_ratio must be two positive numbers, the lower one first."
+        )
+
+    def _pair(self, name: str) -> tuple[float, float]:
+        values = getattr(self, name)
+        _require(len(values) == 2, f"augment.{name} must have two numbers.")
+        return values[0], values[1]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in any step."""
+        return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+
+@dataclass
+class FinetuneOptimizerSettings(OptimizerSettings):
+    """AdamW. No weight decay on 1-D parameters, positions and class token."""
+
+    lr: float = 5e-4
+    """Peak learning rate of the head, for the whole global batch."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the cosine."""
+    warmup_epochs: float = 20.0
+    """Linear warm-up; fractions of an epoch are fine."""
+    clip_grad: float | None = None
+    """Largest norm of all gradients together; null does not clip."""
+    layer_decay: float = 0.65
+    """Each layer's learning rate is this share of that of the layer above it; 1 gives all the same."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(0 < self.layer_decay <= 1, f"optimizer.layer_decay {self.layer_decay} must lie in (0, 1].")
+
+
+@dataclass
+class FinetuneDataSettings(DataSettings):
+    color_jitter: float = 0.0
+    """Not used in fine-tuning: RandAugment has it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(not self.color_jitter, "data.color_jitter is of pre-training; set augment.rand_augment instead.")
+        _require(self.cache is None and self.cache_gb is None, "data.cache is of pre-training on remote tars.")
+
+
+@dataclass
+class FinetuneTrainSettings(TrainSettings):
+    epochs: int = 100
+    """Passes over all training images."""
+    batch_size: int = 512
+    """Global batch: images per optimizer step, whatever the number of processes."""
+
+
+@dataclass
+class ValidationSettings:
+    """Accuracy on the validation images during the run, written to RUN/probe.jsonl."""
+
+    every: int | None = None
+    """Steps between evaluations; null is once per epoch. One more is made at the end."""
+    crop: float = 0.9
+    """The centre crop's share of the resized image; also recorded in the weights, as timm's crop_pct."""
+    batch_size: int = 128
+    """Images per forward pass."""
+
+    def __post_init__(self) -> None:
+        check_numbers("validation", self)
+        _require(self.every is None or self.every >= 1, f"validation.every {self.every} must be at least 1, or null.")
+        _require(0 < self.crop <= 1, f"validation.crop {self.crop} must lie in (0, 1].")
+        _require(self.batch_size >= 1, f"validation.batch_size {self.batch_size} must be at least 1.")
+
+
+@dataclass
+class FinetuneSettings:
+    """The settings of fine-tuning; their defaults are the published ones of ViT-B/16."""
+
+    model: ClassifierSettings = field(default_factory=ClassifierSettings)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    optimizer: FinetuneOptimizerSettings = field(default_factory=FinetuneOptimizerSettings)
+    data: FinetuneDataSettings = field(default_factory=FinetuneDataSettings)
+    train: FinetuneTrainSettings = field(default_factory=FinetuneTrainSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    execution: ExecutionSettings = field(default_factory=ExecutionSettings)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def flat(settings: "RunSettings") -> dict[str, Any]:
     """All settings by key, such as "optimizer.lr"."""
     return {f"{group}.{name}": value for group, values in settings.to_json().items() for name, value in values.items()}
@@ -315,11 +465,14 @@ def flat(settings: "RunSettings") -> dict[str, Any]:
 class RunSettings(Protocol):
     """The groups of settings that every task has, and all that the machinery of a run knows of them."""
 
-    optimizer: OptimizerSettings
-    data: DataSettings
-    train: TrainSettings
-    probe: ProbeSettings
-    execution: ExecutionSettings
+    @property
+    def optimizer(self) -> OptimizerSettings: ...
+    @property
+    def data(self) -> DataSettings: ...
+    @property
+    def train(self) -> TrainSettings: ...
+    @property
+    def execution(self) -> ExecutionSettings: ...
 
     def to_json(self) -> dict[str, Any]: ...
 
@@ -329,24 +482,7 @@ def resolve(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> 
 
     Raises UsageError for an unknown recipe, an unknown key, or a value of the wrong type or range.
     """
-    schema = OmegaConf.structured(Settings)
-    for override in overrides:
-        _require("=" in override, f"--set {override}: write it as key=value, such as optimizer.lr=1e-3.")
-    source = f"--recipe {recipe}"
-    try:
-        layers = [_load_recipe(_recipe_path(recipe), recipe)] if recipe else []
-        merged = OmegaConf.merge(schema, *map(_without_nulls_of_derived, layers))
-        source = f"--set {' '.join(overrides)}"
-        overriding = _without_nulls_of_derived(OmegaConf.from_dotlist(list(overrides)))
-        merged = OmegaConf.merge(merged, overriding)
-        _derive(merged)
-        settings = cast(Settings, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{source}: {f'{key}: ' if key else ''}{reason}. {_known_keys(key)}") from None
-    except (OSError, TypeError, ValueError, OverflowError, RecursionError, YAMLError) as error:
-        raise UsageError(f"{source} cannot be read: {str(error).splitlines()[0]}.") from None
+    settings = cast(Settings, _filled(Settings, recipe, overrides, _derive))
     _check_model(settings.model)
     _check_visible(settings.objective, settings.model.shape(k=2).patches)
     _require(
@@ -356,7 +492,55 @@ def resolve(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> 
     return settings
 
 
-_DERIVED = {"model": ("dim", "depth", "heads"), "objective": ("visible",)}
+def resolve_finetuning(
+    recipe: str | Path | None, overrides: Sequence[str], image_size: int, model_input: Mapping[str, Any]
+) -> FinetuneSettings:
+    """The settings of fine-tuning, as `resolve` reads them.
+
+    `image_size` and `model_input` (mean, std, interpolation) are those of the weights, unless others are given.
+    Raises UsageError as `resolve` does.
+    """
+
+    def derive(merged: Any) -> None:
+        if OmegaConf.is_missing(merged.model, "image_size"):
+            merged.model.image_size = image_size
+
+    defaults = {"data": {name: model_input[name] for name in ("mean", "std", "interpolation")}}
+    return cast(FinetuneSettings, _filled(FinetuneSettings, recipe, overrides, derive, defaults))
+
+
+def _filled(
+    kind: type,
+    recipe: str | Path | None,
+    overrides: Sequence[str],
+    derive: Callable[[Any], None],
+    defaults: Mapping[str, Any] | None = None,
+) -> Any:
+    """A structure of settings, from its defaults, `defaults`, a recipe and overrides."""
+    schema = OmegaConf.structured(kind)
+    for override in overrides:
+        _require("=" in override, f"--set {override}: write it as key=value, such as optimizer.lr=1e-3.")
+    source = f"--recipe {recipe}"
+    try:
+        layers = [_load_recipe(_recipe_path(recipe), recipe)] if recipe else []
+        merged = OmegaConf.merge(
+            schema, OmegaConf.create(dict(defaults or {})), *map(_without_nulls_of_derived, layers)
+        )
+        source = f"--set {' '.join(overrides)}"
+        overriding = _without_nulls_of_derived(OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(merged, overriding)
+        derive(merged)
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{source}: {f'{key}: ' if key else ''}{reason}. {_known_keys(kind, key)}") from None
+    except (OSError, TypeError, ValueError, OverflowError, RecursionError, YAMLError) as error:
+        raise UsageError(f"{source} cannot be read: {str(error).splitlines()[0]}.") from None
+
+
+_SIZES = ("dim", "depth", "heads")
+_DERIVED = {"model": (*_SIZES, "image_size"), "objective": ("visible",)}
 """Settings that `_derive` fills in; a null in a recipe or an override means that it should."""
 
 
@@ -376,10 +560,10 @@ def _derive(merged: Any) -> None:
     if model.name is not None:
         known = [f"vit-{size}" for size in SIZES]
         _require(model.name in known, f"model.name {model.name!r} is unknown; choose from {', '.join(known)}.")
-        for key, value in zip(_DERIVED["model"], SIZES[model.name.removeprefix("vit-")], strict=True):
+        for key, value in zip(_SIZES, SIZES[model.name.removeprefix("vit-")], strict=True):
             if OmegaConf.is_missing(model, key):
                 model[key] = value
-    absent = [key for key in _DERIVED["model"] if OmegaConf.is_missing(model, key)]
+    absent = [key for key in _SIZES if OmegaConf.is_missing(model, key)]
     _require(not absent, f"model.{', model.'.join(absent)} must be given where model.name is null.")
     if OmegaConf.is_missing(merged.objective, "visible"):
         patches = (model.image_size // model.patch_size) ** 2 if model.patch_size > 0 else 0
@@ -422,8 +606,8 @@ def _recipe_path(recipe: str | Path) -> Path:
     return path
 
 
-def _known_keys(key: str | None) -> str:
-    defaults = asdict(Settings())
+def _known_keys(kind: type, key: str | None) -> str:
+    defaults = asdict(kind())
     group = (key or "").split(".")[0]
     keys = [f"{group}.{name}" for name in defaults[group]] if group in defaults else list(defaults)
     return f"Known: {', '.join(keys)}."

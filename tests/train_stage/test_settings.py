@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mapet.shared.errors import UsageError
-from mapet.train_stage.settings import RECIPES, resolve
+from mapet.train_stage.settings import RECIPES, resolve, resolve_finetuning
 from mapet.train_stage.training.plan import make_plan
+from mapet.train_stage.weights.weights import Input
 
 
 @pytest.mark.parametrize(("size", "dim", "heads"), [("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12)])
@@ -25,12 +26,24 @@ def test_the_base_recipe_says_what_the_defaults_are():
 
 
 def test_every_shipped_recipe_resolves():
-    assert {path.stem: resolve(path).model.name for path in RECIPES.glob("*.yaml")} == {
+    assert {path.stem: resolve(path).model.name for path in RECIPES.glob("vit-*.yaml")} == {
         "vit-base-16": "vit-base",
         "vit-small-16": "vit-small",
         "vit-small-16-one-gpu": "vit-small",
         "vit-tiny-16": "vit-tiny",
     }
+    of_fine_tuning = {path.stem for path in RECIPES.glob("*.yaml")} - {path.stem for path in RECIPES.glob("vit-*.yaml")}
+    assert all(resolve_finetuning(name, [], 224, Input().to_json()) for name in of_fine_tuning)
+
+
+def test_the_published_recipes_of_fine_tuning_have_the_published_settings():
+    recipes = {
+        name: resolve_finetuning(f"finetune-vit-{name}-16", [], 224, Input().to_json())
+        for name in ["tiny", "small", "base"]
+    }
+    values = {name: (r.optimizer.lr, r.train.epochs, r.optimizer.layer_decay) for name, r in recipes.items()}
+    assert values == {"tiny": (2.5e-4, 300, 1.0), "small": (5e-4, 200, 0.65), "base": (5e-4, 100, 0.65)}
+    assert recipes["base"] == resolve_finetuning(None, [], 224, Input().to_json())
 
 
 def test_the_recipe_for_one_gpu_scales_the_published_learning_rate_with_the_batch():

@@ -17,7 +17,7 @@ from .layout import Layout
 from .shape import Shape
 
 _LAYER_SCALE = 0.1
-_NORM_EPS = 1e-6
+NORM_EPS = 1e-6
 
 
 class PatchEmbed(nn.Module):
@@ -72,10 +72,10 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape):
         super().__init__()
-        self.norm1 = nn.LayerNorm(shape.dim, eps=_NORM_EPS)
+        self.norm1 = nn.LayerNorm(shape.dim, eps=NORM_EPS)
         self.attn = Attention(shape.dim, shape.heads)
         self.ls1 = LayerScale(shape.dim)
-        self.norm2 = nn.LayerNorm(shape.dim, eps=_NORM_EPS)
+        self.norm2 = nn.LayerNorm(shape.dim, eps=NORM_EPS)
         self.mlp = Mlp(shape.dim, int(shape.dim * shape.mlp_ratio))
         self.ls2 = LayerScale(shape.dim)
 
@@ -132,7 +132,7 @@ class MaPeT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + shape.patches, shape.dim))
         self.mask_positional_token = nn.Parameter(torch.zeros(1, 1, shape.dim))
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.depth))
-        self.norm = nn.LayerNorm(shape.dim, eps=_NORM_EPS)
+        self.norm = nn.LayerNorm(shape.dim, eps=NORM_EPS)
         self.decoder = nn.Linear(shape.dim, shape.k)
         self.grad_checkpointing = False
         """Whether the backward pass computes each block again instead of keeping its activations."""

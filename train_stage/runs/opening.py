@@ -39,7 +39,7 @@ def open_run(
         resumed = point
         world.all_or_raise(lambda: refuse_other_images(resumed, task.images))
         world.all_or_raise(lambda: refuse_other_start(resumed, init))
-    plan = world.all_or_raise(lambda: make_plan(task.settings, len(task.images), world.size))
+    plan = world.all_or_raise(lambda: make_plan(task.settings, len(task.images), world.size, task.computed_together))
     evaluator = world.all_or_raise(lambda: task.evaluator(device) if world.is_first else None)
     trainer, source = _open_trainer(task, plan, point, init, device, world)
     start = 0 if point is None else int(point.metadata["step"])

@@ -83,9 +83,7 @@ def refuse_other_start(point: ResumePoint, init: str | Path | None) -> None:
     before = point.metadata["init"]
     if init is not None and (before is None or before["sha256"] != load_weights(init).sha256()):
         start = f"from {before['file']}" if before else "from fresh weights"
-        raise UsageError(
-            f"{point.path} belongs to a run that started {start}, not from --init {init}; choose another --out."
-        )
+        raise UsageError(f"{point.path} belongs to a run that started {start}, not from {init}; choose another --out.")
 
 
 # These change how a run is executed or logged, never what is computed.
@@ -95,7 +93,7 @@ _FREE_TO_CHANGE = {
     # How to treat a bad step may be decided once one has occurred.
     *("train.on_bad_step", "train.spike"),
 }
-_FREE_GROUPS = ("execution", "probe")
+_FREE_GROUPS = ("execution", "probe", "validation")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> list[str]:

@@ -71,8 +71,8 @@ class Run(Generic[BatchT]):
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the weights are evaluated after `step` steps."""
-        probe = self.task.settings.probe
-        return probe.images is not None and (step % probe.every == 0 or step == self.plan.steps)
+        every = self.task.evaluation_interval(self.plan.steps_per_epoch)
+        return every is not None and (step % every == 0 or step == self.plan.steps)
 
     def evaluate(self, step: int) -> None:
         """Evaluates the current weights and adds the numbers to RUN/probe.jsonl."""

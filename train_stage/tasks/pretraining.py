@@ -122,6 +122,11 @@ class PretrainingTask(PretrainingModel, Task[Batch]):
         """`weights.init.start_from`."""
         return start_from(cast(MaPeT, model), weights)
 
+    def evaluation_interval(self, steps_per_epoch: int) -> int | None:
+        """`probe.every`, if there are images to probe on."""
+        probe = self.settings.probe
+        return None if probe.images is None else probe.every
+
     def evaluator(self, device: str) -> "ProbeOfRun | None":
         """k-NN, and the linear probe if asked for, on the labelled images of `probe.images` and `probe.val`."""
         return ProbeOfRun(self.settings, device, self.k) if self.settings.probe.images is not None else None

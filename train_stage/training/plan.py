@@ -26,8 +26,11 @@ class Plan:
         return self.share // self.parts
 
 
-def make_plan(settings: RunSettings, images: int, processes: int = 1) -> Plan:
-    """The plan of a run on `images` images. Raises UsageError for sizes that do not fit together."""
+def make_plan(settings: RunSettings, images: int, processes: int = 1, together: int = 1) -> Plan:
+    """The plan of a run on `images` images, of which a process computes multiples of `together` at once.
+
+    Raises UsageError for sizes that do not fit together.
+    """
     train, optimizer = settings.train, settings.optimizer
     steps_per_epoch = images // train.batch_size
     if not steps_per_epoch:
@@ -42,5 +45,12 @@ def make_plan(settings: RunSettings, images: int, processes: int = 1) -> Plan:
         )
     share = train.batch_size // processes
     largest = min(settings.execution.micro_batch or share, share)
-    parts = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= largest)
+    fitting = (parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= largest)
+    parts = next((parts for parts in fitting if share // parts % together == 0), None)
+    if parts is None:
+        raise UsageError(
+            f"train.batch_size {train.batch_size} cannot be computed in parts of at most {largest} images that are "
+            f"multiples of {together}, as Mixup and CutMix need; choose another train.batch_size or "
+            "execution.micro_batch, or set augment.mixup=0 and augment.cutmix=0."
+        )
     return Plan(images, steps_per_epoch, steps, warmup, share, parts)

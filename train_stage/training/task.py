@@ -76,6 +76,8 @@ class TaskModel(ABC, Generic[BatchT]):
     """As it stands in checkpoints and run.json."""
     settings: RunSettings
     bands = Bands()
+    computed_together = 1
+    """A process computes multiples of so many images at once: 2 where an image is mixed with its neighbour."""
 
     @abstractmethod
     def new_model(self) -> nn.Module:
@@ -92,6 +94,10 @@ class TaskModel(ABC, Generic[BatchT]):
     @abstractmethod
     def without_weight_decay(self, name: str, parameter: Tensor) -> bool:
         """Whether a parameter is exempt from weight decay."""
+
+    def lr_scale(self, name: str) -> float:
+        """The factor of a parameter's learning rate; the largest one is 1."""
+        return 1.0
 
     @abstractmethod
     def example_batch(self, count: int) -> BatchT:
@@ -126,6 +132,10 @@ class Task(TaskModel[BatchT]):
     @abstractmethod
     def start_from(self, model: nn.Module, weights: str | Path) -> dict[str, str]:
         """Copies weights into a fresh model. Returns the "file" that they were read from and its "sha256"."""
+
+    @abstractmethod
+    def evaluation_interval(self, steps_per_epoch: int) -> int | None:
+        """Steps between evaluations by `evaluator`, which also follows the last step; None for none at all."""
 
     @abstractmethod
     def evaluator(self, device: str) -> "RunEvaluator | None":

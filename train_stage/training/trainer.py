@@ -88,7 +88,7 @@ class Trainer(Generic[BatchT]):
             if self.ema:
                 self._update_ema(list(self.ema.values()), [p.detach() for p in self.model.parameters()], None)
         self.optimizer.zero_grad(set_to_none=True)
-        lr, images = self.optimizer.param_groups[0]["lr"], self.settings.train.batch_size
+        lr, images = max(group["lr"] for group in self.optimizer.param_groups), self.settings.train.batch_size
         guesses = [images * count for count in inputs.predictions]
         return StepMetrics(loss, right, guesses, norm, images, lr, problem)
 
@@ -133,11 +133,28 @@ class Trainer(Generic[BatchT]):
         self.monitor.restore(monitor)
 
     def _adamw(self) -> torch.optim.AdamW:
-        settings = self.settings.optimizer
-        decayed: list[nn.Parameter] = []
-        exempt: list[nn.Parameter] = []
-        for name, parameter in self.model.named_parameters():
-            (exempt if self.task.without_weight_decay(name, parameter) else decayed).append(parameter)
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+        """AdamW over the parameters that are trained, in groups of one weight decay and one scale of the learning rate.
+
+        The schedule multiplies the learning rate of each group by its "lr_scale" (timm's `Scheduler.update_groups`).
+        """
+        settings, task = self.settings.optimizer, self.task
+        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        for name, parameter in trained:
+            group = (task.without_weight_decay(name, parameter), task.lr_scale(name))
+            groups.setdefault(group, []).append(parameter)
         beta1, beta2 = settings.betas
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=(beta1, beta2), eps=settings.eps, fused=True)
+        return torch.optim.AdamW(
+            [
+                {
+                    "params": groups[exempt, scale],
+                    "weight_decay": 0.0 if exempt else settings.weight_decay,
+                    "lr_scale": scale,
+                }
+                for exempt, scale in sorted(groups)
+            ],
+            lr=settings.lr,
+            betas=(beta1, beta2),
+            eps=settings.eps,
+            fused=True,
+        )

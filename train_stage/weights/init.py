@@ -1,22 +1,27 @@
 """Starts a new run from existing weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
+
+from torch import nn
 
 from ...shared.errors import UsageError
 from ...shared.runtime.console import say
-from ..model.mapet import MaPeT
+from ..model.shape import Shape
 from .read import load_weights
 from .weights import Weights
 
 
-def start_from(model: MaPeT, path: str | Path) -> dict[str, str]:
+def start_from(model: nn.Module, path: str | Path, leave_out: Sequence[str] = ()) -> dict[str, str]:
     """Copies weights into a fresh model, in place: every tensor that both have in the same size.
 
     Positions are resampled to the model's grid. A line on stderr names the tensors that keep their initial values.
 
     Args:
-        model: the model of the new run, on any device.
+        model: the model of the new run, with a `shape`, on any device.
         path: whatever `load_weights` takes.
+        leave_out: names of tensors that are not copied.
 
     Returns:
         The "file" that the weights were read from and its "sha256".
@@ -25,11 +30,14 @@ def start_from(model: MaPeT, path: str | Path) -> dict[str, str]:
         DataError as `load_weights` does; UsageError if the encoders differ in anything but the image size.
     """
     weights = load_weights(path)
-    _refuse_other_shape(weights, model, path)
-    tensors = weights.resized(model.shape.image_size).tensors
+    shape = cast(Shape, model.shape)
+    _refuse_other_shape(weights, shape, path)
+    tensors = weights.resized(shape.image_size).tensors
     initial = model.state_dict()
     shared = {
-        name: tensor for name, tensor in tensors.items() if name in initial and initial[name].shape == tensor.shape
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in initial and initial[name].shape == tensor.shape and name not in leave_out
     }
     model.load_state_dict(shared, strict=False)
     fresh = ", ".join(name for name in initial if name not in shared)
@@ -37,8 +45,8 @@ def start_from(model: MaPeT, path: str | Path) -> dict[str, str]:
     return {"file": str(weights.file), "sha256": weights.sha256()}
 
 
-def _refuse_other_shape(weights: Weights, model: MaPeT, path: str | Path) -> None:
+def _refuse_other_shape(weights: Weights, shape: Shape, path: str | Path) -> None:
     for name in ("dim", "depth", "heads", "patch_size", "mlp_ratio"):
-        stored, wanted = getattr(weights.shape, name), getattr(model.shape, name)
+        stored, wanted = getattr(weights.shape, name), getattr(shape, name)
         if stored != wanted:
             raise UsageError(f"--init {path} has {name} {stored} and the run's model {wanted}; set the model to fit.")

@@ -75,16 +75,16 @@ def _read_checkpoint(folder: Path) -> Weights:
     name = EMA if EMA in state.files else TENSORS
     digests = {str(file): stored.sha256 for file, stored in state.files.items()}
     tensors = _read_tensors(folder / name, digests[name])
-    return Weights(folder / name, state.model.to_shape(), tensors, Input.from_json(content["input"]), state.seed)
+    model_input = Input.from_json(content["input"])
+    return Weights(folder / name, state.model.to_shape(), tensors, model_input, state.seed, _names(state.class_names))
 
 
 def _read_imported(folder: Path) -> Weights:
     content = read_sealed_json(folder / "weights.json", format=FORMAT, version=VERSION)
     metadata = checked(content, ImportedWeights, folder / "weights.json", "import the weights again")
     tensors = _read_tensors(folder / TENSORS, metadata.sha256)
-    return Weights(
-        folder / TENSORS, metadata.shape.to_shape(), tensors, Input.from_json(content["input"]), metadata.seed
-    )
+    model_input, names = Input.from_json(content["input"]), _names(metadata.class_names)
+    return Weights(folder / TENSORS, metadata.shape.to_shape(), tensors, model_input, metadata.seed, names)
 
 
 def _read_exported(folder: Path) -> Weights:
@@ -93,8 +93,16 @@ def _read_exported(folder: Path) -> Weights:
     with damage_explained(folder / "config.json", "not a description of a ViT that mapet exported"):
         shape = config.model_args.to_shape()
         size = config.pretrained_cfg
-        model_input = Input.from_json({"mean": size.mean, "std": size.std, "interpolation": size.interpolation})
-        return Weights(folder / TENSORS, shape, published_names(tensors), model_input)
+        names = _names(config.label_names)
+        fields = {"mean": size.mean, "std": size.std, "interpolation": size.interpolation}
+        # Exports of encoders state timm's default, which no classifier was evaluated with.
+        crop = {"crop_pct": size.crop_pct} if names and size.crop_pct is not UNSET else {}
+        model_input = Input.from_json({**fields, **crop})
+        return Weights(folder / TENSORS, shape, published_names(tensors), model_input, class_names=names)
+
+
+def _names(names: list[str] | UnsetType) -> tuple[str, ...] | None:
+    return None if names is UNSET else tuple(names)
 
 
 # The description beside the tensors tells what wrote the folder.

@@ -11,6 +11,7 @@ from ...shared.errors import DataError
 from ..model.shape import Shape
 
 Depth = Annotated[int, Meta(ge=1, le=4096)]
+ClassNames = Annotated[list[Text], Meta(min_length=1)]
 
 
 class ShapeFields(Struct):
@@ -38,6 +39,7 @@ class InputFields(Struct):
     mean: Triple
     std: PositiveTriple
     interpolation: Literal["bicubic", "bilinear"]
+    crop_pct: Annotated[float, Meta(gt=0, le=1)] | UnsetType = UNSET
 
 
 class StoredFile(Struct):
@@ -81,6 +83,7 @@ class CheckpointState(Struct):
     seed: int | UnsetType = UNSET
     input: InputFields | UnsetType = UNSET
     model: ShapeFields | UnsetType = UNSET
+    class_names: ClassNames | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if "model.safetensors" not in self.files:
@@ -100,12 +103,16 @@ class RunState(CheckpointState, kw_only=True):
     task: Text = "pretraining"
     codebook_fingerprint: Text | UnsetType = UNSET
     view: dict[str, Any] | UnsetType = UNSET
+    labels_sha256: Sha256 | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         CheckpointState.__post_init__(self)
         needed = (self.model, self.input, self.codebook_fingerprint, self.view)
         if self.task == "pretraining" and any(field is UNSET for field in needed):
             raise ValueError("a pre-training names its model, input, codebook_fingerprint and view")
+        of_classifier = (self.model, self.input, self.class_names, self.labels_sha256)
+        if self.task == "finetuning" and any(field is UNSET for field in of_classifier):
+            raise ValueError("a fine-tuning names its model, input, class_names and labels_sha256")
 
 
 class ImportedWeights(Struct):
@@ -115,6 +122,7 @@ class ImportedWeights(Struct):
     input: InputFields
     seed: int
     sha256: Sha256 | UnsetType = UNSET
+    class_names: ClassNames | UnsetType = UNSET
 
 
 class TimmArguments(Struct):
@@ -138,6 +146,7 @@ class ExportConfig(Struct):
     model_args: TimmArguments
     pretrained_cfg: InputFields
     model_sha256: Sha256 | UnsetType = UNSET
+    label_names: ClassNames | UnsetType = UNSET
 
 
 def refuse_other_sizes(shape: Shape, sizes: Mapping[str, tuple[int, ...]], file: object) -> None:

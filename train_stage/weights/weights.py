@@ -31,10 +31,12 @@ class Input:
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
     interpolation: str = "bicubic"
     """bicubic or bilinear."""
+    crop_pct: float | None = None
+    """Of a classifier: the share of the resized image that its evaluation crops; None where nothing says so."""
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Input":
-        """Reads `mean`, `std` and `interpolation`; ignores other fields.
+        """Reads `mean`, `std`, `interpolation` and, if it is there, `crop_pct`; ignores other fields.
 
         Raises:
             KeyError, TypeError or ValueError if one of them is missing or not valid.
@@ -42,10 +44,14 @@ class Input:
         (red, green, blue), (red_std, green_std, blue_std) = (map(float, fields[name]) for name in ("mean", "std"))
         if fields["interpolation"] not in ("bicubic", "bilinear"):
             raise ValueError(f"input {fields}")
-        return cls((red, green, blue), (red_std, green_std, blue_std), fields["interpolation"])
+        crop = fields.get("crop_pct")
+        if crop is not None and not 0 < float(crop) <= 1:
+            raise ValueError(f"input {fields}")
+        means, deviations = (red, green, blue), (red_std, green_std, blue_std)
+        return cls(means, deviations, fields["interpolation"], None if crop is None else float(crop))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +74,8 @@ class Weights:
     input: Input = field(default_factory=Input)
     seed: int = 0
     """The seed of the run that trained the weights; 0 if it is not known."""
+    class_names: tuple[str, ...] | None = None
+    """Of a classifier: the name of each output; None where nothing says so."""
 
     def __post_init__(self) -> None:
         refuse_other_sizes(self.shape, {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}, self.file)
@@ -75,6 +83,8 @@ class Weights:
             if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
                 raise DataError(f"{self.file} holds numbers that are not finite, in {name[:200]}; use other weights.")
         _ = self.mapet() if self.kind == "pretraining" else self.vit()
+        if self.class_names is not None and len(self.class_names) != self.classes:
+            raise DataError(f"{self.file} has {self.classes} outputs and {len(self.class_names)} class names.")
 
     @property
     def kind(self) -> str:
@@ -87,6 +97,11 @@ class Weights:
     def classes(self) -> int:
         """The number of classes of the head; 0 without a head."""
         return len(self.tensors["head.weight"]) if self.kind == "classifier" else 0
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The class names; numbers from 0 where they are not known."""
+        return self.class_names or tuple(map(str, range(self.classes)))
 
     @property
     def grid(self) -> int:
@@ -195,6 +210,7 @@ class Weights:
             "num_classes": self.classes,
             "num_features": self.shape.dim,
             "global_pool": "avg",
+            **({} if self.class_names is None else {"label_names": list(self.class_names)}),
             "model_args": self.timm_arguments(),
             "pretrained_cfg": {
                 "custom_load": False,

@@ -112,6 +112,9 @@ class SizeTask(Task[SizeBatch]):
     def start_from(self, model: nn.Module, weights: str | Path) -> dict[str, str]:
         raise UsageError("this task starts fresh")
 
+    def evaluation_interval(self, steps_per_epoch: int) -> None:
+        return None
+
     def evaluator(self, device: str) -> None:
         return None
 
