@@ -333,6 +333,7 @@ def under_torchrun(words: list[str], per_rank: str) -> tuple[int, str]:
     return ran.returncode, ran.stderr
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(
     ("name", "per_rank", "sentence"),
     [

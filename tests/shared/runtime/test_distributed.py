@@ -117,6 +117,7 @@ def in_two(tmp_path: Path, task: str, minutes: float) -> subprocess.Popen:
     )
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(
     ("task", "sentence"),
     [
@@ -130,6 +131,7 @@ def test_processes_that_disagree_or_do_not_answer_end_with_one_sentence(tmp_path
     assert text.count(sentence) == 1, text
 
 
+@pytest.mark.campaign
 def test_a_process_that_lives_is_waited_for_longer_than_a_collective_may_take(tmp_path: Path):
     process = in_two(tmp_path, "slow", 0.04)
     _, text = process.communicate(timeout=60)
@@ -137,6 +139,7 @@ def test_a_process_that_lives_is_waited_for_longer_than_a_collective_may_take(tm
     assert {path.name for path in tmp_path.iterdir()} == {"two.py", "0", "1"}
 
 
+@pytest.mark.campaign
 def test_processes_whose_torchrun_was_killed_end_soon_also_inside_a_collective(tmp_path: Path):
     process = in_two(tmp_path, "orphan", 10)
     deadline = time.monotonic() + 60
