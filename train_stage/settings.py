@@ -1,5 +1,5 @@
-"""The settings of pre-training and of fine-tuning: documented structures, filled from a recipe and overrides and checked
-as a whole.
+"""The settings of pre-training and of fine-tuning: documented structures, filled from a recipe and overrides and
+checked as a whole.
 
 The defaults are the paper's for ViT-B/16 at 224 pixels (arXiv 2306.07346, section 4). A default of MISSING is derived
 from other settings by `resolve`; a resolved structure has a value everywhere.

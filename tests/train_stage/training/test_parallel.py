@@ -152,6 +152,7 @@ def test_two_processes_that_were_asked_to_stop_are_gone_on_with_by_one(
     assert keys_of_steps(out) == keys_of_steps(alone)
 
 
+@pytest.mark.campaign
 def test_torchrun_restarts_what_a_killed_process_ended_and_it_ends_bit_identical(chain, two: Path, tmp_path: Path):
     out = tmp_path / "run"
     process = torchrun(2, arguments(chain, out, "train.checkpoint_every=3"), "--max-restarts", "1")
@@ -163,6 +164,7 @@ def test_torchrun_restarts_what_a_killed_process_ended_and_it_ends_bit_identical
     assert metrics(out) == metrics(two)
 
 
+@pytest.mark.campaign
 def test_processes_whose_torchrun_was_killed_stop_before_others_go_on(chain, two: Path, tmp_path: Path):
     out = tmp_path / "run"
     words = arguments(chain, out, "train.checkpoint_every=3", "train.epochs=7")
