@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import torch
 
 from ..shared.errors import UsageError
-from ..shared.runtime.console import say, table
+from ..shared.runtime.console import table
 from ..shared.runtime.devices import choose_device
-from ..shared.runtime.distributed import World, joined_world
-from ..shared.runtime.memory import as_text
+from ..shared.runtime.distributed import joined_world
 from ..shared.sources.options import SourceOptions
 from ..shared.storage.lock import sole_writer
 from .classification.classes import labels_of, output_indices
@@ -21,15 +19,13 @@ from .classification.labelled_set import labelled_set
 from .evaluation.labelled import LabelledImages, labelled_pair
 from .model.shape import SIZES, Shape
 from .runs.jsonl import read_lines
-from .runs.loop import load_parts
+from .runs.loop import dry_run
 from .runs.loop import train as train_run
 from .runs.opening import open_run
 from .runs.resume import find_resume_point
 from .settings import FinetuneSettings, flat, resolve_finetuning
 from .tasks.finetuning import FinetuningTask, refuse_other_labels
-from .training.dry_run import RunEstimate, estimate_run, measure_steps
-from .training.plan import make_plan
-from .training.trainer import Trainer
+from .training.dry_run import RunEstimate
 from .weights.checkpoint import count_parameters
 from .weights.read import load_weights
 from .weights.weights import Input
@@ -187,21 +183,7 @@ def finetune_dry_run(
     device = choose_device(device)
     with joined_world(device, {**given, **flat(settings)}) as world:
         task = world.all_or_raise(lambda: _task(settings, shape, *read_pair()))
-        return _estimate(task, world, device)
-
-
-def _estimate(task: FinetuningTask, world: World, device: str) -> RunEstimate:
-    plan = world.all_or_raise(lambda: make_plan(task.settings, len(task.images), world.size, task.computed_together))
-    estimate = estimate_run(task, plan, world, device)
-    if estimate.memory.device > estimate.free_memory:
-        say(
-            f"No steps were measured: about {as_text(estimate.memory.device)} are needed and "
-            f"{as_text(estimate.free_memory)} are free. Lower execution.micro_batch, or set "
-            "execution.grad_checkpointing=true."
-        )
-        return estimate
-    trainer = Trainer(task, task.new_model(), plan, world, device)
-    return replace(estimate, steps=measure_steps(trainer, load_parts(task, plan, world, device, 0)))
+        return dry_run(task, world, device)
 
 
 def _settings(

@@ -2,28 +2,23 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..shared.runtime.console import say, table
+from ..shared.runtime.console import table
 from ..shared.runtime.devices import choose_device
 from ..shared.runtime.distributed import joined_world
-from ..shared.runtime.memory import as_text
 from ..shared.storage.lock import sole_writer
 from ..shared.tokens.store import TokenStore
 from .data.batch import check_grid
-from .data.remote_tars import fetched_tars
 from .runs.jsonl import read_lines
-from .runs.loop import load_parts, train
+from .runs.loop import dry_run, train
 from .runs.opening import open_run
 from .runs.resume import find_resume_point
 from .settings import Settings, flat, resolve
 from .tasks.pretraining import PretrainingTask, join_images, refuse_other_tokens
-from .training.dry_run import RunEstimate, estimate_run, measure_steps
-from .training.plan import make_plan
-from .training.trainer import Trainer
+from .training.dry_run import RunEstimate
 from .weights.checkpoint import count_parameters
 
 
@@ -115,18 +110,7 @@ def pretrain_dry_run(
         store = TokenStore(tokens)
         check_grid(store, settings.model)
         task = PretrainingTask(settings, store, join_images(images, store, settings, world))
-        plan = world.all_or_raise(lambda: make_plan(settings, len(task.images), world.size))
-        estimate = estimate_run(task, plan, world, device)
-        if estimate.memory.device > estimate.free_memory:
-            say(
-                f"No steps were measured: about {as_text(estimate.memory.device)} are needed and "
-                f"{as_text(estimate.free_memory)} are free. Lower execution.micro_batch, or set "
-                "execution.grad_checkpointing=true."
-            )
-            return estimate
-        trainer = Trainer(task, task.new_model(), plan, world, device)
-        with fetched_tars(task.images, settings, 0):
-            return replace(estimate, steps=measure_steps(trainer, load_parts(task, plan, world, device, 0)))
+        return dry_run(task, world, device)
 
 
 def _settings(recipe: str | Path | None, overrides: Sequence[str], objective: str | None) -> Settings:

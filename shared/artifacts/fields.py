@@ -9,6 +9,7 @@ from msgspec import Meta
 from upath import UPath
 
 from ..errors import DataError
+from ..printable import printable
 from ..storage.bounded import read_bounded
 
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -70,7 +71,7 @@ def read_json(path: Path, schema: type[_T], what: str) -> _T:
     except msgspec.ValidationError as error:
         raise DataError(f"{path} is not {what}: {explained_field(error)}; make it again.") from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise DataError(f"{path} is not {what} ({_printable(str(error))}); make it again.") from None
+        raise DataError(f"{path} is not {what} ({_shortened(str(error))}); make it again.") from None
 
 
 def explained_field(error: Exception) -> str:
@@ -81,11 +82,10 @@ def explained_field(error: Exception) -> str:
     field = place.rstrip("`").removeprefix("$").removeprefix(".")
     missing = re.fullmatch(r"Object missing required field `(.+)`", reason)
     if missing:
-        return f"the field {_printable('.'.join(filter(None, (field, missing[1]))))} is missing"
-    reason = _printable(reason.replace("`", "")[:1].lower() + reason.replace("`", "")[1:])
-    return f"the field {_printable(field)} is wrong ({reason})" if field else f"its content is wrong ({reason})"
+        return f"the field {_shortened('.'.join(filter(None, (field, missing[1]))))} is missing"
+    reason = _shortened(reason.replace("`", "")[:1].lower() + reason.replace("`", "")[1:])
+    return f"the field {_shortened(field)} is wrong ({reason})" if field else f"its content is wrong ({reason})"
 
 
-def _printable(text: str) -> str:
-    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[:_LONGEST_REASON])
-    return shown + ("..." if len(text) > _LONGEST_REASON else "")
+def _shortened(text: str) -> str:
+    return printable(text[:_LONGEST_REASON]) + ("..." if len(text) > _LONGEST_REASON else "")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,11 @@ def read_shapes(path: Path, remedy: str, dtypes: tuple[str, ...] = FLOATS) -> Sh
     with tensor_errors(path, remedy), safe_open(path, "numpy") as file:
         slices: Mapping[str, Any] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    for name, (shape, dtype) in found.items():
+    for name, (_, dtype) in found.items():
         if dtype not in dtypes:
             raise DataError(
                 f"{path} has the tensor {name[:200]!r} of type {dtype}; expected {' or '.join(dtypes)}; {remedy}."
             )
-        prod(shape)
     return {name: shape for name, (shape, _) in found.items()}
 
 

@@ -1,5 +1,6 @@
 """IMAGES as they are typed -> tars and folders: braces, globs, `~`, `$VAR`, `a::b`, URLs."""
 
+import errno
 import glob
 import os
 from collections.abc import Iterator, Sequence
@@ -139,7 +140,7 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError as error:
-        if error.errno in (36, 22):  # a pattern longer than a name may be
+        if error.errno in (errno.ENAMETOOLONG, errno.EINVAL):  # a pattern longer than a name may be
             return False
         raise DataError(f"{path} cannot be read ({error.strerror}).") from None
     except ValueError:  # a zero byte

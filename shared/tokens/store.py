@@ -11,6 +11,7 @@ TOKENS is a local folder or a URL. Code outside this room reads and writes store
 """
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +91,7 @@ def write_manifest(store: Path | UPath, description: dict[str, Any], entries: li
     write_sealed_json(store / "manifest.json", content)
 
 
-def refuse_mixture(
-    store: Path | UPath, fingerprint: str, storage: str | None, entries: Iterable[dict[str, Any]]
-) -> None:
+def refuse_mixture(store: Path | UPath, fingerprint: str, storage: str, entries: Iterable[dict[str, Any]]) -> None:
     """Raises FingerprintMismatch or DataError for a shard made with another codebook, other views or another format.
 
     `fingerprint` and `storage` are those of the manifest; the views of the first shard are those of the store, as the
@@ -106,7 +105,7 @@ def refuse_mixture(
                 f"{store} is mixed: shard {name} was made with codebook {made_with[:12]} and the store with "
                 f"{fingerprint[:12]}; delete shards/{name}.json and give the encode-shards command of the store again."
             )
-        if storage is not None and entry["storage"] != storage:
+        if entry["storage"] != storage:
             raise DataError(
                 f"{store} is mixed: shard {name} has format {entry['storage']} and the store {storage}; delete "
                 f"shards/{name}.json and give the encode-shards command of the store again."
@@ -175,7 +174,7 @@ class TokenStore:
         """The same as `tokenizer`, under its name in earlier versions."""
         self.entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in self.manifest["shards"]}
         """The manifest's entry of each shard, by the shard's name."""
-        refuse_mixture(self.path, self.fingerprint, self.manifest.get("storage"), self.entries.values())
+        refuse_mixture(self.path, self.fingerprint, manifest.storage, self.entries.values())
         _refuse_inconsistent(self.path, manifest, self.codebook)
         self._index: KeyIndex | None = None
         self._cached: dict[str, ShardRows] = {}
@@ -228,7 +227,7 @@ class TokenStore:
     def _any_entry(self) -> dict[str, Any]:
         return next(iter(self.entries.values()))
 
-    @property
+    @cached_property
     def source_options(self) -> SourceOptions:
         """How the images of its shards were read: where keys end, and which picture of a key is its image."""
         return SourceOptions.of_store(entry["source"] for entry in self.entries.values())

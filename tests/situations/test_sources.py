@@ -7,10 +7,7 @@ import os
 import shutil
 import sys
 import tarfile
-import threading
 from collections.abc import Callable
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -545,21 +542,6 @@ def test_a_huge_scan(mapet, lab, tmp_path: Path, write_tar, picture, encode, ref
 
 
 # Remote
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_) -> None:
-        pass
-
-
-@pytest.fixture
-def served(tmp_path: Path):
-    """The URL of `tmp_path`."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
 
 
 SIGNATURE = "X-Amz-Signature=0123456789abcdef"

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ...shared.artifacts.pickled import refuse_compressed, refuse_expanded
 from ...shared.errors import DataError
 from .legacy import read_legacy
 
@@ -48,6 +49,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist or is not a file; give a published file of weights.")
+    refuse_compressed(path, "a published file of weights")
     try:
         content: Any = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
         model = getattr(content.get("args"), "model", None) if isinstance(content, dict) else None
@@ -56,6 +58,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
         tensors = dict(_walk(content)) if isinstance(content, _Inert) else dict(content)
         if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
             raise DataError(f"{path} holds no weights by name; give a published file of VQ-KD or of DALL-E's encoder.")
+        refuse_expanded(tensors)
     except DataError:
         raise
     except pickle.UnpicklingError:

@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 from ...shared.errors import DataError, UsageError
 from ...shared.labels.parsing import Label, sorted_labels
 from ...shared.sources.records import ImageRecord
+from ..evaluation.classes import some_classes
 
 _MOST_OUTPUTS = 100_000
-_NAMED = 3
-"""How many classes a message names."""
 
 
 def labels_of(records: Sequence[ImageRecord]) -> list[Label]:
@@ -48,10 +47,9 @@ def output_indices(labels: Sequence[Label], names: Sequence[str]) -> NDArray[np.
     positions = {name: position for position, name in enumerate(names)}
     unknown = sorted_labels([label for label in labels if str(label) not in positions])
     if unknown:
-        some = ", ".join(map(str, unknown[:_NAMED])) + (" ..." if len(unknown) > _NAMED else "")
         raise DataError(
-            f"{len(unknown)} classes of the validation images are not among the training images ({some}); give "
-            "validation images of the training images' classes."
+            f"{len(unknown)} classes of the validation images are not among the training images "
+            f"({some_classes(unknown)}); give validation images of the training images' classes."
         )
     return np.array([positions[str(label)] for label in labels], dtype=np.int64)
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ...shared.errors import DataError, UsageError
-from ...shared.labels.columns import NO_LABEL
+from ...shared.labels.columns import NO_LABEL, from_column
 from ...shared.labels.parsing import Label
 from ...shared.runtime.console import progress, say
 from ...shared.runtime.distributed import World
@@ -163,7 +163,10 @@ class _Join:
 
     def _append_all(self, name: str, rows: ShardRows, path: str) -> None:
         file = self._file(path, self.store.tar_size(name))
-        labels = self._numbered(map(rows.label, range(len(rows))))
+        # Labels are looked up once per class and not once per image.
+        values, places = np.unique(rows.labels, return_inverse=True)
+        numbers = self._numbered(from_column(value, rows.classes) for value in values)
+        labels = np.array(numbers, dtype=np.int64)[places]
         self._append(rows, slice(None), rows.offsets, rows.lengths, labels, np.full(len(rows), file))
 
     def _numbered(self, labels: Iterable[Label | None]) -> list[int]:

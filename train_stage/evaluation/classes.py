@@ -51,8 +51,9 @@ def refuse_other_classes(train: Collection[Label], val: Collection[Label], *, nu
     if numbers[0] != numbers[1] and not train & val:
         sides = ["numbers" if of_side else "names" for of_side in numbers]
         raise DataError(
-            f"The training images have class {sides[0]} ({_some(train)}) and the validation images class {sides[1]} "
-            f"({_some(val)}); give --classes FILE (probe.classes) with the name of class i in line i, counted from 0."
+            f"The training images have class {sides[0]} ({some_classes(train)}) and the validation images class "
+            f"{sides[1]} ({some_classes(val)}); give --classes FILE (probe.classes) with the name of class i in line "
+            "i, counted from 0."
         )
     if all(numbers) and not numbers_are_given and not val <= train:
         shift = next((step for step in (1, -1) if {int(label) - step for label in val} <= train), None)
@@ -64,8 +65,8 @@ def refuse_other_classes(train: Collection[Label], val: Collection[Label], *, nu
             )
     if not train & val:
         raise DataError(
-            f"No class of the validation images ({_some(val)}) is one of the training images ({_some(train)}); give "
-            "images with the same classes."
+            f"No class of the validation images ({some_classes(val)}) is one of the training images "
+            f"({some_classes(train)}); give images with the same classes."
         )
     for missing, have, lack, effect in (
         (val - train, "validation", "training", "; their images count as wrong"),
@@ -74,11 +75,12 @@ def refuse_other_classes(train: Collection[Label], val: Collection[Label], *, nu
         if missing:
             say(
                 f"{len(missing)} of the {len(val if have == 'validation' else train)} classes of the {have} images are "
-                f"not among the {lack} images ({_some(missing)}){effect}."
+                f"not among the {lack} images ({some_classes(missing)}){effect}."
             )
 
 
-def _some(labels: Collection[Label]) -> str:
+def some_classes(labels: Collection[Label]) -> str:
+    """The first few of some classes in order, for a message."""
     ordered = sorted_labels(labels)
     return ", ".join(str(label) for label in ordered[:_NAMED]) + (" ..." if len(ordered) > _NAMED else "")
 

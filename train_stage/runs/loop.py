@@ -6,21 +6,25 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
 from ...shared.errors import DataError, Interrupted
-from ...shared.runtime.console import in_command, progress, stop_signals
+from ...shared.runtime.console import in_command, progress, say, stop_signals
 from ...shared.runtime.devices import choose_workers
 from ...shared.runtime.distributed import AsyncFlag, World
+from ...shared.runtime.memory import as_text
 from ..data.batch_order import global_batches
 from ..data.remote_tars import fetched_tars
 from ..training.bad_steps import BadStep
-from ..training.plan import Plan
+from ..training.dry_run import RunEstimate, estimate_run, measure_steps
+from ..training.plan import Plan, make_plan
 from ..training.step_metrics import StepMetrics
 from ..training.task import BatchT, Places, Task
+from ..training.trainer import Trainer
 from .run import Run
 
 
@@ -59,6 +63,26 @@ def train(run: Run[BatchT]) -> Path:
     checkpoint = run.world.on_rank_zero(run.checkpoints.finish)
     assert checkpoint is not None  # the last step writes one
     return checkpoint
+
+
+def dry_run(task: Task[BatchT], world: World, device: str) -> RunEstimate:
+    """The estimate of a run of `task`, with measured steps if its memory suffices for them. Nothing is written.
+
+    Raises UsageError for settings that do not fit together, DataError for images that cannot be read.
+    """
+    settings = task.settings
+    plan = world.all_or_raise(lambda: make_plan(settings, len(task.images), world.size, task.computed_together))
+    estimate = estimate_run(task, plan, world, device)
+    if estimate.memory.device > estimate.free_memory:
+        say(
+            f"No steps were measured: about {as_text(estimate.memory.device)} are needed and "
+            f"{as_text(estimate.free_memory)} are free. Lower execution.micro_batch, or set "
+            "execution.grad_checkpointing=true."
+        )
+        return estimate
+    trainer = Trainer(task, task.new_model(), plan, world, device)
+    with fetched_tars(task.images, settings, 0):
+        return replace(estimate, steps=measure_steps(trainer, load_parts(task, plan, world, device, 0)))
 
 
 def load_parts(task: Task[BatchT], plan: Plan, world: World, device: str, start: int) -> Iterator[BatchT]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from ...shared.errors import DataError, UsageError
 from .weights import Weights
@@ -24,18 +23,6 @@ def require_onnx() -> None:
         raise UsageError(f'--onnx needs {", ".join(missing)}: pip install "mapet[onnx]", or export without --onnx.')
 
 
-class _Pooled(nn.Module):
-    """Images to logits; without a head to the pooled features."""
-
-    def __init__(self, weights: Weights):
-        super().__init__()
-        self.vit = weights.vit()
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        logits: Tensor = self.vit(pixels)
-        return logits
-
-
 def write_onnx(weights: Weights, file: Path) -> float:
     """Writes `weights.vit()` as ONNX, runs the file with ONNX Runtime, and compares it with PyTorch.
 
@@ -51,7 +38,7 @@ def write_onnx(weights: Weights, file: Path) -> float:
     require_onnx()
     import onnxruntime
 
-    model, side = _Pooled(weights).eval(), weights.shape.image_size
+    model, side = weights.vit(), weights.shape.image_size
     output = "logits" if weights.kind == "classifier" else "features"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecated calls
@@ -61,7 +48,7 @@ def write_onnx(weights: Weights, file: Path) -> float:
             None,
             input_names=["pixels"],
             output_names=[output],
-            dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
             verbose=False,
         )

@@ -3,7 +3,6 @@
 import argparse
 import pickle
 import re
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ...shared.artifacts.pickled import refuse_compressed, refuse_expanded
 from ...shared.errors import DataError, UsageError
 from ..model.mapet import MaPeT
 from ..model.shape import SIZES, Shape
@@ -66,7 +66,7 @@ def read_published(path: Path, heads: int | None = None) -> Weights:
     checkpoint = _unpickled(path)
     with damage_explained(path, "not a published checkpoint"):
         state = checkpoint["state_dict"]
-        _refuse_expanded(state)
+        refuse_expanded(state)
         tensors = {name.removeprefix("module."): tensor.float() for name, tensor in state.items()}
         architecture = str(checkpoint.get("arch", ""))
     with damage_explained(path, "not a checkpoint with the weights of a MaPeT model"):
@@ -76,17 +76,10 @@ def read_published(path: Path, heads: int | None = None) -> Weights:
         return Weights(path, _published_shape(tensors, heads, path), tensors)
 
 
-def _refuse_expanded(tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError for a tensor that claims more values than the file stores."""
-    for name, tensor in tensors.items():
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{str(name)[:200]} has more values than the file")
-
-
 def _unpickled(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{path} does not exist; give a published .pth.tar.")
-    _refuse_compressed(path)
+    refuse_compressed(path, "a published checkpoint")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -98,17 +91,6 @@ def _unpickled(path: Path) -> dict[str, Any]:
     except Exception as error:  # other bytes make the unpickler fail in any way
         raise DataError(f"{path} is not a published checkpoint ({type(error).__name__}).") from None
     return checkpoint
-
-
-def _refuse_compressed(path: Path) -> None:
-    """Raises DataError for a zip file with compressed parts, which torch.save never writes and which may be bombs."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            compressed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
-        return  # another format, or damaged, which torch.load finds out
-    if compressed:
-        raise DataError(f"{path} is not a published checkpoint: torch.save did not write its {compressed[0][:200]!r}.")
 
 
 def _size(tensors: dict[str, Tensor]) -> tuple[int, int]:

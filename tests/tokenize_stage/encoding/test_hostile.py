@@ -8,12 +8,9 @@ import struct
 import subprocess
 import sys
 import tarfile
-import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -399,21 +396,6 @@ def test_nothing_that_pillow_warns_of_is_printed_by_any_process(chain, tmp_path:
     ran = subprocess.run([sys.executable, "-c", ENCODE, *map(str, arguments)], capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, 2 * f"{arguments[0]}: took 1 tar (x.tar).\n")
     assert f"{len(UNSOUND)}, the first in x: named: holds 'named.heic'" in ran.stdout
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_) -> None:
-        pass
-
-
-@pytest.fixture
-def served(tmp_path: Path):
-    """The URL of `tmp_path`."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
 
 
 def test_what_is_wrong_with_a_downloaded_tar_names_its_url(chain, tmp_path: Path, served: str):
