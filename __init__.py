@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .tokenize_stage.verify import verify
     from .train_stage.export import export
     from .train_stage.features import features
+    from .train_stage.finetune import finetune, finetune_dry_run
     from .train_stage.import_weights import import_weights
     from .train_stage.model.mapet import MaPeT
     from .train_stage.pretrain import pretrain, pretrain_dry_run
@@ -43,6 +44,8 @@ _HOME = {
     "encode_shards_dry_run": ".tokenize_stage.encode_shards",
     "export": ".train_stage.export",
     "features": ".train_stage.features",
+    "finetune": ".train_stage.finetune",
+    "finetune_dry_run": ".train_stage.finetune",
     "import_codebook": ".tokenize_stage.import_tokens",
     "import_tokenizer": ".tokenize_stage.import_tokens",
     "import_tokens": ".tokenize_stage.import_tokens",
@@ -70,6 +73,8 @@ __all__ = [
     "encode_shards_dry_run",
     "export",
     "features",
+    "finetune",
+    "finetune_dry_run",
     "import_codebook",
     "import_tokenizer",
     "import_tokens",
