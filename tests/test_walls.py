@@ -25,7 +25,7 @@ LAYERS = {
         ["importing", "pages"],
         ["encoding"],
         ["kmeans", "tokenizers", "inspection"],
-        ["towers"],
+        ["towers", "counting"],
     ],
     "train_stage": [
         ["pretrain", "finetune", "probe", "features", "report", "export", "import_weights"],

@@ -12,9 +12,9 @@ from ..shared.storage.lock import sole_writer
 from ..shared.storage.remote import as_path, exists
 from ..shared.tokens.codebook import Codebook
 from ..shared.tokens.store import TokenStore
+from .counting.store import count_store
 from .inspection.centroids import codebook_statistics
 from .inspection.compare import KeptTokens, compare_codebooks, compare_stores
-from .inspection.counting import count_store
 from .inspection.faults import codebook_findings, store_findings
 from .inspection.terminal import show
 from .inspection.warnings import as_warnings, merged

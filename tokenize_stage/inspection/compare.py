@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from ...shared.tokens.codebook import TOKEN_FIELDS, Codebook
 from ...shared.tokens.rows import ShardRows
 from ...shared.tokens.store import TokenStore
+from ..counting.schema import code_usage
+from ..counting.store import Counter, count_store
 from .centroids import distances, nearest_others, spread
-from .counting import Counter, count_store
 from .faults import Fault, find_difference, find_fault
-from .schema import code_usage
 from .warnings import InspectionWarning, difference_warning, fault_warning
 
 # Tokens of A that are kept to be compared with those of B, not counting those of the rows around them.

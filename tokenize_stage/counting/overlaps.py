@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...shared.tokens.rows import ShardRows, take_rows
-from .faults import arrangements
 from .schema import Agreement, Overlaps, Supposition, agreement
 
 
@@ -40,6 +39,30 @@ def seen_in(
     inside = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None, :]
     patches: NDArray[np.int64] = np.where(inside, row[:, :, None] * width + column[:, None, :], -1)
     return patches.reshape(len(crops), -1)
+
+
+def arrangements(
+    tokens: NDArray[np.uint16], before: NDArray[np.uint16], after: NDArray[np.uint16], flips: NDArray[np.bool_]
+) -> dict[str, NDArray[np.uint16]]:
+    """The tokens as stored, and what they would have to be under each known fault.
+
+    Args:
+        tokens: (n, V, H, W) as stored.
+        before: (n, V, H, W) stored with the rows before.
+        after: (n, V, H, W) stored with the rows after.
+        flips: (n, V), whether each view is mirrored.
+
+    Returns:
+        Arrays (n, V, H, W) by sign: "as-stored", and the keys of `inspection.warnings.FAULTS` that can apply.
+    """
+    mirrored = tokens[..., ::-1]
+    # If each image has the tokens of the next one, its own are those stored with the image before.
+    arranged = {"as-stored": tokens, "next": before, "previous": after, "mirrored": mirrored}
+    if flips.any() and not flips.all():
+        arranged["flips-ignored"] = np.where(flips[:, :, None, None], mirrored, tokens)
+    if tokens.shape[2] == tokens.shape[3]:
+        arranged["transposed"] = tokens.swapaxes(2, 3)
+    return arranged
 
 
 class OverlapCounter:
