@@ -23,7 +23,7 @@ LAYERS = {
     "tokenize_stage": [
         ["build_codebook", "encode_shards", "inspect", "verify", "import_tokens"],
         ["importing", "pages"],
-        ["encoding"],
+        ["encoding", "quality"],
         ["kmeans", "tokenizers", "inspection"],
         ["towers", "counting"],
     ],

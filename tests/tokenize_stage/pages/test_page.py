@@ -24,6 +24,7 @@ from mapet.tokenize_stage.import_tokens import import_codebook
 from mapet.tokenize_stage.inspect import inspect
 from mapet.tokenize_stage.pages.gallery import choose_codes, sample_patches
 from mapet.tokenize_stage.pages.page import StorePage
+from mapet.tokenize_stage.quality.pictures import StorePictures
 from mapet.tokenize_stage.tokenizers.nearest_code import open_same_tower
 from mapet.tokenize_stage.towers.features import extract
 from PIL import Image
@@ -373,7 +374,7 @@ def test_warnings_are_on_the_page_as_text(chain, tmp_path: Path, open_page):
     store = TokenStore(chain.tokens)
     about = inspect(chain.tokens)
     warning = {"sign": "collapsed", "what": f"Wrong {HOSTILE}", "why": "Because.", "do": "Do this."}
-    StorePage(store, tmp_path / "report.html").write({**about, "warnings": [warning]})
+    StorePage(tmp_path / "report.html", StorePictures(store)).write({**about, "warnings": [warning]})
     page = open_page(tmp_path / "report.html").page
     assert page.locator(".warnings article").inner_text().split("\n\n") == [f"Wrong {HOSTILE}", "Because.", "Do this."]
 
@@ -418,11 +419,11 @@ def test_figures_alone_do_not_wait_for_the_tower_library():
 
 def test_what_does_not_fit_is_told_before_anything_is_written(chain, tower: str, source: Path, tmp_path: Path):
     html = tmp_path / "report.html"
-    with pytest.raises(UsageError, match="--images belongs to a page; give --html"):
+    with pytest.raises(UsageError, match="--images belongs to a page or to --codebook; give --html"):
         inspect(chain.tokens, images=str(chain.images))
     with pytest.raises(UsageError, match=r"--html .* is a folder; give a file"):
         inspect(chain.tokens, html=tmp_path)
-    with pytest.raises(UsageError, match="belongs to the page of a token store"):
+    with pytest.raises(UsageError, match="belongs to a token store"):
         inspect(chain.codebook, html=html, images=str(chain.images))
     foreign = source.rename(tmp_path / "foreign")
     for number, tar in enumerate(sorted(foreign.glob("*.tar"))):
