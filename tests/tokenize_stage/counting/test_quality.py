@@ -265,12 +265,12 @@ def test_purity_rises_with_k_and_adjusted_purity_does_not():
 def test_codes_may_be_as_many_as_31_bits_hold():
     random = np.random.default_rng(0)
     codes = random.choice(2**31 - 1, 500, replace=False).astype(np.uint32)
-    small = random.integers(0, 500, (100, 1, 6, 6))
-    big = quality_of(sampled(codes[small], np.arange(100) % 3), 2**31)
-    labels = quality_of(sampled(small, np.arange(100) % 3), 500)["labels"]
+    small = random.integers(0, 500, (800, 1, 6, 6))
+    big = quality_of(sampled(codes[small], np.arange(800) % 3), 2**31)
+    labels = quality_of(sampled(small, np.arange(800) % 3), 500)["labels"]
     assert flattened(big["labels"]) == pytest.approx(flattened(labels))
     bits = big["bigrams"]["horizontal"]
-    assert math.log2(500) < bits["unigram_bits"] < math.log2(500) + 1
+    assert math.log2(500) < bits["unigram_bits"] < math.log2(500) + 0.2
     assert abs(bits["gain_bits"]) < 0.02
 
 
