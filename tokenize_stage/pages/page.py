@@ -13,7 +13,9 @@ from ...shared.report.render import write_page
 from ...shared.runtime.console import progress, say
 from ...shared.tokens.store import TokenStore
 from ...shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
-from ..inspection.terminal import comparison_rows, complete_description
+from ..inspection.comparison_text import compared_figures, comparison_rows
+from ..inspection.quality_figures import quality_figures
+from ..inspection.terminal import complete_description
 from ..quality.pictures import StorePictures
 from .gallery import Patch, choose_codes, nearest_patches, sample_patches
 from .token_maps import code_colours
@@ -104,6 +106,8 @@ def _content(report: dict[str, Any], colours: NDArray[np.uint8], galleries: dict
         "about": report,
         "made_by": made_by,
         "against": list(comparison_rows(report)),
+        "quality": quality_figures(report["quality"]) if "quality" in report else [],
+        "compared": compared_figures(report) if "quality" in report and "against" in report else [],
         "most_bits": float(np.log2(report["k"])),
         "poorest": perplexity and float(np.min(perplexity)),
         "richest": perplexity and float(np.max(perplexity)),
