@@ -23,8 +23,8 @@ class Score(TypedDict):
     chance: float | None
     """The same if images are unrelated; None where there is one image."""
     adjusted: float | None
-    """(value - chance) / (highest - chance): 0 for chance, 1 for the highest possible value. This one is comparable
-    between different K. None where chance is not known or leaves no room above it."""
+    """(value - chance) / (highest - chance): 0 for chance, 1 for the highest possible value, whatever K is. None where
+    chance is not known or leaves no room above it."""
 
 
 class Information(TypedDict):

@@ -43,7 +43,7 @@ def seen_in(
     inside_rows, inside_columns = (row >= 0) & (row < other_height), (column >= 0) & (column < other_width)
     inside = inside_rows[:, :, None] & inside_columns[:, None, :]
     patches: NDArray[np.int64] = np.where(inside, row[:, :, None] * other_width + column[:, None, :], -1)
-    return patches.reshape(len(crops), -1)
+    return patches.reshape(len(crops), height * width)
 
 
 def arrangements(
