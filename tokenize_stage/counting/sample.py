@@ -1,14 +1,14 @@
 """A uniform sample of a store's images that depends on their keys alone, in bounded memory."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...shared.labels.parsing import Label
+from ...shared.sources.keys import key_digests
 from ...shared.tokens.rows import NO_LABEL, ShardRows
 from ...shared.tokens.store import TokenStore
 from .count_table import Counter
@@ -21,7 +21,7 @@ class SampledImages:
     """n images with V views each, in the order of the hashes of their keys, which is a random order."""
 
     hashes: NDArray[np.uint64]
-    """(n,): `key_hashes`, ascending."""
+    """(n,): `key_digests`, ascending."""
     tokens: NDArray[Any]
     """(n, V, H, W), of any integer type."""
     crops: NDArray[np.float64]
@@ -50,7 +50,7 @@ class ImageSample(Counter):
         self._images = 0
 
     def add(self, rows: ShardRows) -> None:
-        hashes = key_hashes(rows.keys)
+        hashes = key_digests(rows.keys)
         labels = number_classes(rows.labels, rows.classes, self._classes)
         chosen = np.flatnonzero(hashes <= self._bound)
         # Indexing copies, so that the shard does not stay in memory.
@@ -71,11 +71,6 @@ class ImageSample(Counter):
         self._parts, self._images = [tuple(column[smallest] for column in columns)], len(smallest)
         if len(smallest) == self.most:
             self._bound = columns[0][smallest[-1]]
-
-
-def key_hashes(keys: Iterable[str]) -> NDArray[np.uint64]:
-    """A hash of each key (n,): all keys of a large store would fill the memory."""
-    return np.array([int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) for key in keys], np.uint64)
 
 
 def number_classes(

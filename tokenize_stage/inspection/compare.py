@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.sources.keys import key_digests
 from ...shared.tokens.codebook import TOKEN_FIELDS, Codebook
 from ...shared.tokens.rows import ShardRows
 from ...shared.tokens.store import TokenStore
 from ..counting.count_table import Counter
-from ..counting.sample import ImageSample, key_hashes
+from ..counting.sample import ImageSample
 from ..counting.schema import code_usage
 from ..counting.store import count_store
 from .centroids import distances, nearest_others, spread
@@ -48,7 +49,7 @@ class KeptTokens(Counter):
         self._seen = 0
 
     def add(self, rows: ShardRows) -> None:
-        self.key_hashes.append(key_hashes(rows.keys))
+        self.key_hashes.append(key_digests(rows.keys))
         for at in range(-self._seen % self.step, len(rows), self.step):
             # The neighbours of a shard's last row wrap around to its first.
             tokens = rows.tokens[[at, at - 1, (at + 1) % len(rows)]]
@@ -68,7 +69,7 @@ class _TokenComparison(Counter):
         self.differing: list[tuple[NDArray[Any], ...]] = []
 
     def add(self, rows: ShardRows) -> None:
-        self.key_hashes.append(key_hashes(rows.keys))
+        self.key_hashes.append(key_digests(rows.keys))
         if not self.comparable:
             return
         for at, key in enumerate(rows.keys):

@@ -77,7 +77,7 @@ def test_a_bigram_model_of_five_images():
 
 
 def key_hash(key: str) -> int:
-    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest())
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def entropy(counts) -> float:
