@@ -23,9 +23,9 @@ LAYERS = {
     "tokenize_stage": [
         ["build_codebook", "encode_shards", "inspect", "verify", "import_tokens"],
         ["importing", "pages"],
-        ["encoding"],
+        ["encoding", "quality"],
         ["kmeans", "tokenizers", "inspection"],
-        ["towers"],
+        ["towers", "counting"],
     ],
     "train_stage": [
         ["pretrain", "finetune", "probe", "features", "report", "export", "import_weights"],

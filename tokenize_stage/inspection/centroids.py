@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ...shared.runtime.console import progress
 from ...shared.tokens.codebook import Codebook
-from .schema import code_statistics
+from ..counting.schema import code_statistics
 
 _CLOSEST = 10
 _BLOCK = 4096

@@ -2,19 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.sources.keys import key_digests
 from ...shared.tokens.codebook import TOKEN_FIELDS, Codebook
 from ...shared.tokens.rows import ShardRows
 from ...shared.tokens.store import TokenStore
+from ..counting.count_table import Counter
+from ..counting.sample import ImageSample
+from ..counting.schema import code_usage
+from ..counting.store import count_store
 from .centroids import distances, nearest_others, spread
-from .counting import Counter, count_store
 from .faults import Fault, find_difference, find_fault
-from .schema import code_usage
+from .shared_information import shared_information
 from .warnings import InspectionWarning, difference_warning, fault_warning
 
 # Tokens of A that are kept to be compared with those of B, not counting those of the rows around them.
@@ -46,7 +49,7 @@ class KeptTokens(Counter):
         self._seen = 0
 
     def add(self, rows: ShardRows) -> None:
-        self.key_hashes.append(_hashes(rows))
+        self.key_hashes.append(key_digests(rows.keys))
         for at in range(-self._seen % self.step, len(rows), self.step):
             # The neighbours of a shard's last row wrap around to its first.
             tokens = rows.tokens[[at, at - 1, (at + 1) % len(rows)]]
@@ -66,7 +69,7 @@ class _TokenComparison(Counter):
         self.differing: list[tuple[NDArray[Any], ...]] = []
 
     def add(self, rows: ShardRows) -> None:
-        self.key_hashes.append(_hashes(rows))
+        self.key_hashes.append(key_digests(rows.keys))
         if not self.comparable:
             return
         for at, key in enumerate(rows.keys):
@@ -118,19 +121,23 @@ class _TokenComparison(Counter):
 
 
 def compare_stores(
-    store: TokenStore, statistics: Mapping[str, Any], kept: KeptTokens, other: TokenStore
+    store: TokenStore, statistics: Mapping[str, Any], sample: ImageSample, kept: KeptTokens, other: TokenStore
 ) -> tuple[dict[str, Any], list[InspectionWarning]]:
-    """Compares `store`, of which `statistics` and `kept` were collected before, with `other`.
+    """Compares `store`, of which `statistics`, `sample` and `kept` were collected before, with `other`.
 
     Returns what changed from `other` to `store` as JSON, and warnings about it.
     """
     notes = _not_comparable(store, other)
     same_codes = store.fingerprint == other.fingerprint
     comparison = _TokenComparison(kept, comparable=same_codes and store.grid == other.grid)
-    other_statistics = count_store(other, [comparison])
+    other_sample = ImageSample(other)
+    other_statistics = count_store(other, [comparison], other_sample)
     tokens = comparison.result(store.grid[0] * store.grid[1])
     if comparison.other_views:
         notes.append(f"tokens: {comparison.other_views:,} views of common images have another crop or flip there")
+    shared = shared_information(sample.images(), other_sample.images())
+    if shared is None:
+        notes.append("codes of the same patches: no sampled view of one store shows a patch of the other one")
     counts, other_counts = (np.array(counted["counts"]) for counted in (statistics, other_statistics))
     report = {
         "path": str(other.path),
@@ -143,6 +150,8 @@ def compare_stores(
         "usage": {"here": statistics["usage"], "there": other_statistics["usage"]},
         "drift": drift(counts, other_counts) if same_codes else None,
         "neighbours": {"here": statistics["neighbours"], "there": other_statistics["neighbours"]},
+        "quality": {"here": statistics["quality"], "there": other_statistics["quality"]},
+        "shared_information": shared,
         "tokens": tokens,
     }
     return report, _warnings(comparison, tokens, str(other.path))
@@ -173,11 +182,6 @@ def _not_comparable(store: TokenStore, other: TokenStore) -> list[str]:
 
 def _by(grid: tuple[int, int]) -> str:
     return f"{grid[0]}x{grid[1]}"
-
-
-def _hashes(rows: ShardRows) -> NDArray[np.uint64]:
-    """A hash of each key (n,), as all keys of a large store would fill the memory."""
-    return np.array([int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) for key in rows.keys], np.uint64)
 
 
 def _compare_keys(hashes: list[NDArray[np.uint64]], other_hashes: list[NDArray[np.uint64]]) -> dict[str, int]:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..counting.overlaps import arrangements
+
 # Rounding changes about 1 % of tokens at most (bfloat16), so that a fault must explain nearly all of the others.
 _EXPLAINED, _ROUNDED = 0.8, 0.02
 # CLIP features under k-means use half of K or more, weighted by frequency (perplexity). A store whose tokens would fit
@@ -206,30 +208,6 @@ def _label_fault(labels: Mapping[str, Any] | None) -> list[Finding]:
     if gain < _SPREADS * spread or gain_as_stored > _REMAINING * gain:
         return []
     return [LabelFault(sign, by_offset["0"], by_offset[offset], max(chances))]
-
-
-def arrangements(
-    tokens: NDArray[np.uint16], before: NDArray[np.uint16], after: NDArray[np.uint16], flips: NDArray[np.bool_]
-) -> dict[str, NDArray[np.uint16]]:
-    """The tokens as stored, and what they would have to be under each known fault.
-
-    Args:
-        tokens: (n, V, H, W) as stored.
-        before: (n, V, H, W) stored with the rows before.
-        after: (n, V, H, W) stored with the rows after.
-        flips: (n, V), whether each view is mirrored.
-
-    Returns:
-        Arrays (n, V, H, W) by sign: "as-stored", and the keys of `warnings.FAULTS` that can apply.
-    """
-    mirrored = tokens[..., ::-1]
-    # If each image has the tokens of the next one, its own are those stored with the image before.
-    arranged = {"as-stored": tokens, "next": before, "previous": after, "mirrored": mirrored}
-    if flips.any() and not flips.all():
-        arranged["flips-ignored"] = np.where(flips[:, :, None, None], mirrored, tokens)
-    if tokens.shape[2] == tokens.shape[3]:
-        arranged["transposed"] = tokens.swapaxes(2, 3)
-    return arranged
 
 
 def find_fault(

@@ -1,6 +1,6 @@
 """Prints the report of `inspect`: a table, a map of the grid, and warnings; or JSON."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,8 @@ from rich.text import Text
 
 from ...shared.runtime.console import foreign, results, table
 from .centroids import objective_of
+from .comparison_text import compared_figures, comparison_rows
+from .quality_figures import quality_figures
 
 _MOST_SKIPPED = 10
 _WIDEST_IN_NUMBERS = 16
@@ -30,8 +32,11 @@ def show(report: dict[str, Any], *, as_json: bool = False) -> None:
     table(f"{report['kind'].capitalize()} {report['path']}", rows)
     if is_store and report["tokens"]:
         _show_map("Perplexity over the grid", report["positions"]["perplexity"])
+        _show_quality(report["quality"])
     if "against" in report:
         table(f"Compared with {report['against']['path']}", list(comparison_rows(report)))
+        if is_store:
+            _show_grid("Quality compared", ("", "here", "there"), compared_figures(report))
     if "image" in report:
         _show_image(report["image"])
     for warning in report["warnings"]:
@@ -146,58 +151,23 @@ def _agree(agreement: Mapping[str, Any]) -> str:
     return f"{_percent(agreement['share'])} share a code (chance {_percent(agreement['chance'])})"
 
 
-def comparison_rows(report: Mapping[str, Any]) -> Rows:
-    """The result of `--against` as (name, value) rows of a table; none without that option."""
-    if "against" in report:
-        yield from _store_comparison(report) if report["kind"] == "token store" else _codebook_comparison(report)
+def _show_quality(quality: Mapping[str, Any]) -> None:
+    images = f"{quality['images']:,} images"
+    if quality["pictures"]:
+        images += f", {quality['pictures']['images']:,} of them encoded again"
+    rows = [figure[:4] for figure in quality_figures(quality)]
+    if rows:
+        results.print("")
+        _show_grid(f"Quality, over {images}", ("", "value", "chance", "adjusted"), rows)
 
 
-def _store_comparison(report: Mapping[str, Any]) -> Rows:
-    against = report["against"]
-    yield "codebook", "the same" if against["same_codebook"] else f"another: {against['fingerprint']}"
-    keys = against["keys"]
-    yield "keys", f"{keys['common']:,} common, {keys['only_here']:,} only here, {keys['only_there']:,} only there"
-    here, there = (against["usage"][side] for side in ("here", "there"))
-    yield (
-        "perplexity",
-        f"{here['perplexity']:.1f} of {here['codes']:,}; there {there['perplexity']:.1f} of {there['codes']:,}",
-    )
-    drift, tokens = against["drift"], against["tokens"]
-    if drift:
-        yield (
-            "drift of usage",
-            f"total variation {drift['total_variation']:.4f}, Jensen-Shannon distance {drift['jensen_shannon']:.4f}",
-        )
-        yield "codes", f"{len(drift['appeared']):,} appeared, {len(drift['vanished']):,} vanished"
-    if tokens:
-        part = "" if tokens["sampled_every"] == 1 else f" (every {tokens['sampled_every']}th image)"
-        yield "equal tokens", f"{tokens['share']:.2%} of {tokens['compared']:,}{part}"
-        yield "equal images", f"{tokens['equal_images']:,} of {tokens['images']:,}"
-    for note in against["not_compared"]:
-        yield "not compared", note
-
-
-def _codebook_comparison(report: Mapping[str, Any]) -> Rows:
-    against, k = report["against"], report["k"]
-    yield (
-        "codebook",
-        "the same" if against["same_codebook"] else f"another: {against['fingerprint']}, K={against['k']:,}",
-    )
-    if against["usage"]:
-        here, there = (against["usage"][side]["perplexity"] for side in ("here", "there"))
-        yield "perplexity", f"{here:.1f} of {k:,}; there {there:.1f} of {against['k']:,}"
-    match = against["centroids"]
-    if match:
-        yield "equal centroids", f"{match['equal']:,} of {k:,}"
-        yield "nearest there", f"of the same number {match['same_number']:,}, each other's nearest {match['mutual']:,}"
-        yield (
-            "moved",
-            f"{match['moved']:,} of {k:,} ({match['moved'] / k:.1%}): farther than half way to the next one here",
-        )
-        distance = match["distance"]
-        yield "distance", ", ".join(f"{name} {distance[name]:.4g}" for name in ("min", "median", "max"))
-    for note in against["not_compared"]:
-        yield "not compared", note
+def _show_grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    grid = Table(title=foreign(title), title_justify="left")
+    for name in header:
+        grid.add_column(name, overflow="fold")
+    for row in rows:
+        grid.add_row(*map(foreign, row))
+    results.print(grid)
 
 
 def _show_map(title: str, grid: list[list[float]]) -> None:

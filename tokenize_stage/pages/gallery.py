@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...shared.errors import FingerprintMismatch
 from ...shared.images.views import ViewPolicy
 from ...shared.randomness import generator
 from ...shared.runtime.console import Advance, progress
 from ...shared.runtime.devices import choose_workers
+from ...shared.tokens.codebook import INNER_PRODUCT
 from ...shared.tokens.rows import ShardRows
 from ...shared.tokens.store import TokenStore
 from ...shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
+from ..quality.pictures import refuse_other_codebook
 from ..tokenizers.base import Tokenizer
 from ..towers.features import extract
 
@@ -31,8 +32,9 @@ class Patch:
 
     place: Place
     at: int
-    distance: float | None = None
-    """Euclidean distance to its centroid; None where it was not computed."""
+    match: float | None = None
+    """How well it matches its code: its Euclidean distance to the centroid, or where the metric is an inner product its
+    logit (inner product plus bias); None where it was not computed."""
 
 
 def choose_codes(counts: NDArray[np.int64], most: int) -> list[int]:
@@ -83,6 +85,8 @@ class Nearest:
     images: int
     equal: float
     """Share of their tokens that are equal to the stored ones."""
+    by_logit: bool
+    """Whether `Patch.match` is a logit, the larger the nearer, and not a distance."""
 
 
 def nearest_patches(
@@ -98,6 +102,7 @@ def nearest_patches(
     Raises FingerprintMismatch if the tokenizer did not make the tokens of the store.
     """
     refuse_other_codebook(store, tokenizer.fingerprint)
+    by_logit = tokenizer.description.get("metric") == INNER_PRODUCT
     policy, workers = ViewPolicy.from_json(store.view), choose_workers(None, tokenizer.device.type)
     images = _images_of(candidates, choose_images(store, views.shards, _MOST_REENCODED, seed))
     patches: dict[int, list[tuple[float, Patch]]] = defaultdict(list)
@@ -114,19 +119,12 @@ def nearest_patches(
                     stored = rows.tokens[row].reshape(-1)
                     compared, equal = compared + len(stored), equal + int((stored == again).sum())
                     for code in candidates.keys() & set(stored[stored == again].tolist()):
-                        nearest = _nearest(Place(name, row, 0), rows, code, stored, again, squared)
+                        nearest = _nearest(Place(name, row, 0), rows, code, stored, again, squared, by_logit)
                         patches[code].append(nearest)
                 advance(len(batch.records))
     closest = {code: [patch for _, patch in sorted(pairs, key=_distance)[:most]] for code, pairs in patches.items()}
-    return Nearest({code: closest.get(code, []) for code in candidates}, len(images), equal / max(compared, 1))
-
-
-def refuse_other_codebook(store: TokenStore, fingerprint: str) -> None:
-    """Raises FingerprintMismatch unless the tokenizer of that fingerprint made the tokens of `store`."""
-    if fingerprint != store.fingerprint:
-        raise FingerprintMismatch(
-            f"{store.path} was made with codebook {store.fingerprint[:12]}, not {fingerprint[:12]}."
-        )
+    share = equal / max(compared, 1)
+    return Nearest({code: closest.get(code, []) for code in candidates}, len(images), share, by_logit)
 
 
 def _images_of(candidates: dict[int, list[Patch]], others: list[Place]) -> list[tuple[str, int]]:
@@ -146,12 +144,14 @@ def _nearest(
     stored: NDArray[np.uint16],
     again: NDArray[np.uint16],
     squared: NDArray[Any],
+    by_logit: bool,
 ) -> tuple[float, Patch]:
-    """(distance, patch) of the patch of one image, in any of its views, that is nearest the centroid of `code`.
+    """(order, patch) of the patch of one image, in any of its views, that is nearest the centroid of `code`.
 
-    `stored` and `again` are the image's tokens (V * H * W,), `squared` their squared distances.
+    `stored` and `again` are the image's tokens (V * H * W,), `squared` their squared distances, or negative logits.
     """
     at = int(np.where((stored == code) & (again == code), squared, np.inf).argmin())
     view, patch = divmod(at, rows.tokens[0, 0].size)
-    distance = float(max(squared[at], 0.0)) ** 0.5
-    return distance, Patch(Place(image.shard, image.row, view), patch, distance)
+    order = float(squared[at])
+    match = -order if by_logit else max(order, 0.0) ** 0.5
+    return order, Patch(Place(image.shard, image.row, view), patch, match)

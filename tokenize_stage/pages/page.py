@@ -13,9 +13,11 @@ from ...shared.report.render import write_page
 from ...shared.runtime.console import progress, say
 from ...shared.tokens.store import TokenStore
 from ...shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
-from ..inspection.terminal import comparison_rows, complete_description
-from ..tokenizers.opening import read_tokenizer
-from .gallery import Patch, choose_codes, nearest_patches, refuse_other_codebook, sample_patches
+from ..inspection.comparison_text import compared_figures, comparison_rows
+from ..inspection.quality_figures import quality_figures
+from ..inspection.terminal import complete_description
+from ..quality.pictures import StorePictures
+from .gallery import Patch, choose_codes, nearest_patches, sample_patches
 from .token_maps import code_colours
 
 IMAGES, CODES, PATCHES = 96, 48, 6
@@ -26,30 +28,10 @@ _IMAGE_SIDE, _PATCH_SIDE = 256, 112
 class StorePage:
     """The page of a token store. It is opened before the store is read, so that a wrong option is reported at once."""
 
-    def __init__(
-        self,
-        store: TokenStore,
-        html: str | Path,
-        *,
-        images: str | Path | Sequence[str | Path] | None = None,
-        codebook: str | Path | None = None,
-        tower: str | None = None,
-        seed: int = 0,
-        device: str = "auto",
-    ):
-        """Takes the options of `inspect`.
-
-        Raises:
-            DataError: the images are not those of the store.
-            FingerprintMismatch: the codebook is not that of the store.
-            UsageError: the page would replace a folder.
-        """
-        self.html, self.store, self.seed = _page_path(html), store, seed
-        self.views = StoredViews(store, images)
-        self.tokenizer = read_tokenizer(codebook) if codebook else None
-        self.tower, self.device = tower, device
-        if self.tokenizer:
-            refuse_other_codebook(store, self.tokenizer.fingerprint)
+    def __init__(self, html: str | Path, pictures: StorePictures, seed: int = 0):
+        """Raises UsageError if the page would replace a folder."""
+        self.html, self.pictures, self.seed = _page_path(html), pictures, seed
+        self.store, self.views = pictures.store, pictures.views
 
     def write(self, report: dict[str, Any]) -> Path:
         """Writes the page of a `report` by `inspect`; the image in its "image" comes first on the page.
@@ -59,7 +41,7 @@ class StorePage:
             FingerprintMismatch: the tower is not that of the codebook.
         """
         galleries = self._galleries(report) if self.views.shards else _NO_GALLERIES
-        colours = code_colours(self.tokenizer.codebook) if self.tokenizer else golden_colours(self.store.k)
+        colours = code_colours(self.pictures.saved.codebook) if self.pictures.saved else golden_colours(self.store.k)
         return _write(self.html, report, colours, galleries)
 
     def _galleries(self, report: dict[str, Any]) -> dict[str, Any]:
@@ -73,14 +55,13 @@ class StorePage:
         with progress("choosing patches", len(views.shards), "shards") as advance:
             patches = sample_patches(store, views.shards, codes, self.seed, advance)
         nearest = None
-        if self.tokenizer:
-            tokenizer = self.tokenizer.open(tower=self.tower, device=self.device)
-            nearest = nearest_patches(store, views, tokenizer, patches, PATCHES, self.seed)
+        if self.pictures.can_encode:
+            nearest = nearest_patches(store, views, self.pictures.tokenizer, patches, PATCHES, self.seed)
         patches = nearest.patches if nearest else {code: drawn[:PATCHES] for code, drawn in patches.items()}
         return {
             "images": _image_cards(store, views, places),
             "codes": _code_cards(report, store, views, patches),
-            "nearest": nearest and {"images": nearest.images, "equal": nearest.equal},
+            "nearest": nearest and {"images": nearest.images, "equal": nearest.equal, "by_logit": nearest.by_logit},
         }
 
 
@@ -125,6 +106,8 @@ def _content(report: dict[str, Any], colours: NDArray[np.uint8], galleries: dict
         "about": report,
         "made_by": made_by,
         "against": list(comparison_rows(report)),
+        "quality": quality_figures(report["quality"]) if "quality" in report else [],
+        "compared": compared_figures(report) if "quality" in report and "against" in report else [],
         "most_bits": float(np.log2(report["k"])),
         "poorest": perplexity and float(np.min(perplexity)),
         "richest": perplexity and float(np.max(perplexity)),
@@ -185,4 +168,4 @@ def _code_cards(
 
 def _patch_card(patch: Patch, key: str, picture: str, grid: tuple[int, int]) -> dict[str, Any]:
     row, column = divmod(patch.at, grid[1])
-    return {"key": key, "picture": picture, "row": row, "column": column, "distance": patch.distance}
+    return {"key": key, "picture": picture, "row": row, "column": column, "match": patch.match}

@@ -61,6 +61,23 @@ def test_the_table_has_the_figures_of_the_json(views_store: Path, capsys: pytest
     assert f"50% of patches: {about['coverage'][0]['codes']}," in said
 
 
+def test_quality_has_its_value_beside_chance(chain, capsys: pytest.CaptureFixture[str]):
+    about = inspect(chain.tokens, images=str(chain.images), codebook=chain.codebook, quality_images=6)
+    show(about)
+    said = capsys.readouterr().out
+    assert "Quality, over 96 images, 6 of them encoded again" in said
+    rows = {cells[1].strip(): cells[2:5] for cells in (line.split("│") for line in said.splitlines()) if len(cells) > 5}
+    quality, pictures = about["quality"], about["quality"]["pictures"]
+    purity, flips = quality["labels"]["purity"], pictures["flips"]
+    shares = [f"{purity['value']:.2%}", f"{purity['chance']:.2%}", f"{purity['adjusted']:.4f}"]
+    assert [cell.strip() for cell in rows["purity"]] == shares
+    shares = [f"{flips['share']:.2%}", f"{flips['chance']:.2%}", f"{flips['adjusted']:.4f}"]
+    assert [cell.strip() for cell in rows["stable if mirrored"]] == shares
+    gain = quality["bigrams"]["horizontal"]
+    assert f"{gain['gain_bits']:.3f} of {gain['unigram_bits']:.3f} bits" in rows["left tells"][0]
+    assert rows["reconstruction error"][0].strip() == f"{pictures['reconstruction']['error']:.1%}"
+
+
 def test_a_codebook_shows_distances_and_how_the_objective_fell(chain, capsys: pytest.CaptureFixture[str]):
     about = inspect(chain.codebook)
     show(about)

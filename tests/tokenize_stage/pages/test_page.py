@@ -20,11 +20,14 @@ from mapet.shared.tokens.store import TokenStore
 from mapet.shared.tokens.stored_views import StoredViews, choose_images
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.tokenize_stage.import_tokens import import_codebook
+from mapet.tokenize_stage.import_tokens import import_codebook, import_tokenizer
 from mapet.tokenize_stage.inspect import inspect
+from mapet.tokenize_stage.inspection.quality_figures import quality_figures
 from mapet.tokenize_stage.pages.gallery import choose_codes, sample_patches
 from mapet.tokenize_stage.pages.page import StorePage
+from mapet.tokenize_stage.quality.pictures import StorePictures
 from mapet.tokenize_stage.tokenizers.nearest_code import open_same_tower
+from mapet.tokenize_stage.tokenizers.opening import load_tokenizer
 from mapet.tokenize_stage.towers.features import extract
 from PIL import Image
 
@@ -256,6 +259,42 @@ def test_the_patches_of_a_code_are_those_nearest_its_centroid(chain, written: Wr
         assert [float(distance) for *_, distance in found] == pytest.approx(wanted, rel=6e-3)
 
 
+def test_patches_of_a_code_without_a_distance_are_those_of_the_largest_logit(
+    chain, dvae_files: dict[str, Path], open_page, tmp_path: Path
+):
+    """DALL-E's dVAE takes the largest inner product plus bias; its patches showed a distance of 0."""
+    book, tokens = tmp_path / "book", tmp_path / "tokens"
+    import_tokenizer(book, dvae=dvae_files["zip"], image_size=16)
+    encode_shards(chain.tars[0], book, tokens)
+    inspect(tokens, html=tmp_path / "report.html", images=str(chain.images), codebook=book, quality_images=0)
+    tokenizer, store = load_tokenizer(book), TokenStore(tokens)
+    views, largest = StoredViews(store, str(chain.images)), {code: [] for code in range(tokenizer.k)}
+    ((name, rows),) = store.shards()
+    records = [views.record(name, rows, row) for row in range(len(rows))]
+    for batch in extract(tokenizer, records, ViewPolicy.from_json(store.view), 32, 0, unit_length=False):
+        for features in batch.features[:, 0].astype(np.float64):
+            logits = features @ tokenizer.codebook.centroids.T + tokenizer.codebook.bias
+            for code in set(logits.argmax(1)):
+                largest[int(code)].append(logits[logits.argmax(1) == code, code].max())
+    page = open_page(tmp_path / "report.html").page
+    assert "This tokenizer has no distance" in page.locator("#codes + .about").inner_text()
+    patches = shown_patches(page)
+    assert patches
+    for code, found in patches.items():
+        wanted = sorted(largest[code], reverse=True)[:6]
+        assert [float(logit) for *_, logit in found] == pytest.approx(wanted, rel=6e-3, abs=6e-3)
+
+
+def test_quality_is_on_the_page_with_a_line_on_each_figure(written: Written, open_page):
+    page = open_page(written.path).page
+    rows = page.locator("[data-table=quality] tbody tr")
+    shown = [[cell.strip() for cell in row.locator("th, td").all_inner_texts()] for row in rows.all()]
+    wanted = quality_figures(written.about["quality"])
+    assert [[f"{one.name}\n{one.means}", one.value, one.chance, one.adjusted] for one in wanted] == shown
+    assert len(shown) == 9
+    assert "96 images, of which 96 were encoded again" in page.locator("#quality + .about").inner_text()
+
+
 def test_without_a_codebook_patches_are_a_seeded_sample_of_all(chain, open_page, tmp_path: Path):
     found = []
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
@@ -373,7 +412,7 @@ def test_warnings_are_on_the_page_as_text(chain, tmp_path: Path, open_page):
     store = TokenStore(chain.tokens)
     about = inspect(chain.tokens)
     warning = {"sign": "collapsed", "what": f"Wrong {HOSTILE}", "why": "Because.", "do": "Do this."}
-    StorePage(store, tmp_path / "report.html").write({**about, "warnings": [warning]})
+    StorePage(tmp_path / "report.html", StorePictures(store)).write({**about, "warnings": [warning]})
     page = open_page(tmp_path / "report.html").page
     assert page.locator(".warnings article").inner_text().split("\n\n") == [f"Wrong {HOSTILE}", "Because.", "Do this."]
 
@@ -383,6 +422,10 @@ def test_what_changed_from_another_store_is_on_the_page(chain, tmp_path: Path, o
     said = open_page(tmp_path / "report.html").page.inner_text("#against + dl")
     assert f"{about['against']['keys']['common']} common, 0 only here, 0 only there" in said
     assert "100.00%" in said
+    page = open_page(tmp_path / "report.html").page
+    rows = [row.split("\t") for row in page.locator("[data-table=compared] tbody tr").all_inner_texts()]
+    assert {row[0] for row in rows} >= {"codes", "perplexity", "purity", "left tells"}
+    assert all(here == there for _, here, there in rows)
 
 
 def test_a_codebook_has_a_page_too(chain, tmp_path: Path, open_page):
@@ -418,11 +461,11 @@ def test_figures_alone_do_not_wait_for_the_tower_library():
 
 def test_what_does_not_fit_is_told_before_anything_is_written(chain, tower: str, source: Path, tmp_path: Path):
     html = tmp_path / "report.html"
-    with pytest.raises(UsageError, match="--images belongs to a page; give --html"):
+    with pytest.raises(UsageError, match="--images belongs to a page or to --codebook; give --html"):
         inspect(chain.tokens, images=str(chain.images))
     with pytest.raises(UsageError, match=r"--html .* is a folder; give a file"):
         inspect(chain.tokens, html=tmp_path)
-    with pytest.raises(UsageError, match="belongs to the page of a token store"):
+    with pytest.raises(UsageError, match="belongs to a token store"):
         inspect(chain.codebook, html=html, images=str(chain.images))
     foreign = source.rename(tmp_path / "foreign")
     for number, tar in enumerate(sorted(foreign.glob("*.tar"))):

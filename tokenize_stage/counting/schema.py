@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...shared.tokens.code_usage import usage
+from .quality import Quality
 
 _MOST_LISTED = 10
 _COVERED_SHARES = (0.5, 0.9, 0.99)
@@ -146,6 +147,7 @@ class StoreStatistics(CodeStatistics):
     """None where one view of each image is stored."""
     labels: Labels | None
     """None where no image has a label."""
+    quality: Quality
 
 
 def code_statistics(counts: NDArray[np.int64]) -> CodeStatistics:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...shared.tokens.rows import ShardRows, take_rows
-from .faults import arrangements
+from .count_table import Counter
 from .schema import Agreement, Overlaps, Supposition, agreement
 
 
@@ -16,6 +16,7 @@ def seen_in(
     other_crops: NDArray[np.float64],
     other_flips: NDArray[np.bool_],
     grid: tuple[int, int],
+    other_grid: tuple[int, int] | None = None,
 ) -> NDArray[np.int64]:
     """Finds the patch of another view that contains the centre of each patch of this one, for n pairs of views.
 
@@ -25,24 +26,51 @@ def seen_in(
         other_crops: (n, 4) boxes of the other views.
         other_flips: (n,) whether the other views are mirrored.
         grid: rows and columns (H, W) of patches.
+        other_grid: those of the other views, if they are not the same.
 
     Returns:
         (n, H * W) the other view's patches, counted row by row; -1 where the centre lies outside its box.
     """
     height, width = grid
+    other_height, other_width = other_grid or grid
     down = (np.arange(height) + 0.5) / height
     across = (np.arange(width) + 0.5) / width
     y = crops[:, :1] + down * crops[:, 2:3]
     x = crops[:, 1:2] + np.where(flips[:, None], 1 - across, across) * crops[:, 3:]
-    row = np.floor((y - other_crops[:, :1]) / other_crops[:, 2:3] * height).astype(np.int64)
+    row = np.floor((y - other_crops[:, :1]) / other_crops[:, 2:3] * other_height).astype(np.int64)
     share = (x - other_crops[:, 1:2]) / other_crops[:, 3:]
-    column = np.floor(np.where(other_flips[:, None], 1 - share, share) * width).astype(np.int64)
-    inside = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None, :]
-    patches: NDArray[np.int64] = np.where(inside, row[:, :, None] * width + column[:, None, :], -1)
-    return patches.reshape(len(crops), -1)
+    column = np.floor(np.where(other_flips[:, None], 1 - share, share) * other_width).astype(np.int64)
+    inside_rows, inside_columns = (row >= 0) & (row < other_height), (column >= 0) & (column < other_width)
+    inside = inside_rows[:, :, None] & inside_columns[:, None, :]
+    patches: NDArray[np.int64] = np.where(inside, row[:, :, None] * other_width + column[:, None, :], -1)
+    return patches.reshape(len(crops), height * width)
 
 
-class OverlapCounter:
+def arrangements(
+    tokens: NDArray[np.uint16], before: NDArray[np.uint16], after: NDArray[np.uint16], flips: NDArray[np.bool_]
+) -> dict[str, NDArray[np.uint16]]:
+    """The tokens as stored, and what they would have to be under each known fault.
+
+    Args:
+        tokens: (n, V, H, W) as stored.
+        before: (n, V, H, W) stored with the rows before.
+        after: (n, V, H, W) stored with the rows after.
+        flips: (n, V), whether each view is mirrored.
+
+    Returns:
+        Arrays (n, V, H, W) by sign: "as-stored", and the keys of `inspection.warnings.FAULTS` that can apply.
+    """
+    mirrored = tokens[..., ::-1]
+    # If each image has the tokens of the next one, its own are those stored with the image before.
+    arranged = {"as-stored": tokens, "next": before, "previous": after, "mirrored": mirrored}
+    if flips.any() and not flips.all():
+        arranged["flips-ignored"] = np.where(flips[:, :, None, None], mirrored, tokens)
+    if tokens.shape[2] == tokens.shape[3]:
+        arranged["transposed"] = tokens.swapaxes(2, 3)
+    return arranged
+
+
+class OverlapCounter(Counter):
     """How often a patch that two views of one image show has the same code in both, over all pairs of views."""
 
     # Images per shard for which the faults are tried.

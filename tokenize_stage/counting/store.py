@@ -1,7 +1,7 @@
 """Counts all statistics that `mapet tokenize inspect` reports, in one pass over a token store (`schema`)."""
 
 from collections import Counter as Counts
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ from ...shared.labels.parsing import Label
 from ...shared.runtime.console import progress
 from ...shared.tokens.rows import NO_LABEL, ShardRows
 from ...shared.tokens.store import TokenStore
-from .count_table import CountTable
+from .count_table import Counter, CountTable
 from .overlaps import OverlapCounter
+from .quality import quality_of
+from .sample import ImageSample, number_classes
 from .schema import (
     Agreement,
     Labels,
@@ -27,22 +29,14 @@ from .schema import (
 )
 
 
-class Counter:
-    """Counts something over the rows of all shards."""
-
-    def add(self, rows: ShardRows) -> None:
-        """Counts the rows of the next shard."""
-        raise NotImplementedError
-
-
-def count_store(store: TokenStore, more: Iterable[Counter] = ()) -> StoreStatistics:
-    """Reads every shard once and counts; the counters in `more` get the same rows.
+def count_store(store: TokenStore, more: Iterable[Counter] = (), sample: ImageSample | None = None) -> StoreStatistics:
+    """Reads every shard once and counts; the counters in `more` and the `sample` for quality get the same rows.
 
     Raises DataError for a shard that is damaged or has a token that is not below K.
     """
     positions, neighbours, labels = _Positions(store), _Neighbours(store.grid), _Labels(store)
-    overlaps = OverlapCounter()
-    counters: list[Counter | OverlapCounter] = [positions, neighbours, labels, overlaps, *more]
+    overlaps, sample = OverlapCounter(), sample or ImageSample(store)
+    counters: list[Counter] = [positions, neighbours, labels, overlaps, sample, *more]
     with progress("reading tokens", len(store.entries), "shards") as advance:
         for _, rows in store.shards():
             for counter in counters:
@@ -61,6 +55,7 @@ def count_store(store: TokenStore, more: Iterable[Counter] = ()) -> StoreStatist
         "neighbours": neighbours.result(table),
         "overlaps": overlaps.result(collision(counts)) if store.views > 1 else None,
         "labels": labels.result(),
+        "quality": quality_of(sample.images(), store.k),
     }
 
 
@@ -192,7 +187,7 @@ class _Labels(Counter):
             return
         tokens = rows.tokens[labelled]
         tokens = tokens.reshape(len(tokens), -1)
-        classes = self._numbered(rows.labels[labelled], rows.classes)
+        classes = number_classes(rows.labels[labelled], rows.classes, self.classes)
         self.sizes.update(classes.tolist())
         self.codes += np.bincount(tokens.reshape(-1), minlength=self.k)
         cells = len(self.classes) * self.k
@@ -204,13 +199,6 @@ class _Labels(Counter):
         for offset, table in tables:
             table.grow(len(self.classes))
             table.add(np.broadcast_to(np.roll(classes, -offset)[:, None], tokens.shape), tokens)
-
-    def _numbered(self, labels: NDArray[np.int64], names: Sequence[str] | None) -> NDArray[np.int64]:
-        """Labels as class numbers from 0 on, in the order in which they first occurred in any shard."""
-        distinct, back = np.unique(labels, return_inverse=True)
-        of_shard = distinct.tolist() if names is None else [names[label] for label in distinct]
-        numbers = [self.classes.setdefault(label, len(self.classes)) for label in of_shard]
-        return np.array(numbers)[back]
 
     def result(self) -> Labels | None:
         if not self.images:

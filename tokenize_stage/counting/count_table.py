@@ -6,8 +6,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.tokens.rows import ShardRows
+
 _CELLS_AT_ONCE = 1 << 21
 _MOST_WAITING = 1 << 23
+
+
+class Counter:
+    """Counts something over the rows of all shards."""
+
+    def add(self, rows: ShardRows) -> None:
+        """Counts the rows of the next shard."""
+        raise NotImplementedError
 
 
 class CountTable:

@@ -1,0 +1,1 @@
+"""What is counted in one pass over a token store, and the arithmetic of its statistics."""
