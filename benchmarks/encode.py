@@ -1,11 +1,13 @@
 """Compares encode-shards with the bare tower, assignment with faiss.knn, and verify with hashing; measures memory.
 
 python benchmarks/encode.py SOURCE [--part speed] [--tower ViT-B-16] [--k 1024] [--threads 2] [--pairs 5] [--workers 0]
+    [--tokenizer k-clip --tokenizer pixels --tokenizer vqkd --tokenizer dvae]
 
-SOURCE is a tar of photographs. Parts: `speed` (Encoder and shard writing, from bytes to rows, against the tower's
-forward pass alone on the same images, already decoded), `assign` (Codebook.assign against faiss.knn), `verify`
-(MB/s of `mapet tokenize verify` against reading and hashing the same bytes), `memory` (peak of encode-shards with 2, 8
-and 64 shards). Prints one JSON line per metric: medians over interleaved pairs of ours and the reference.
+SOURCE is a tar of photographs. Parts: `speed` (Encoder and shard writing, from bytes to rows, against the tokenizer's
+forward pass alone on the same images, already decoded; published tokenizers have their published sizes), `assign`
+(Codebook.assign against faiss.knn), `verify` (MB/s of `mapet tokenize verify` against reading and hashing the same
+bytes), `memory` (peak of encode-shards with 2, 8 and 64 shards). Prints one JSON line per metric: medians over
+interleaved pairs of ours and the reference.
 """
 
 import hashlib
@@ -27,7 +29,7 @@ import typer
 from mapet.quickstart.demo import TOWER
 from mapet.quickstart.drawings import write_drawings
 from mapet.shared.images.decode import read_image
-from mapet.shared.images.views import CENTER, center_view, to_array
+from mapet.shared.images.views import CENTER, Preprocess, center_view, to_array
 from mapet.shared.runtime.console import running_command
 from mapet.shared.runtime.devices import choose_device
 from mapet.shared.sources.sources import open_source
@@ -36,10 +38,13 @@ from mapet.shared.tokens.store import write_shard
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.encoding.shards import Encoder
+from mapet.tokenize_stage.tokenizers.base import Tokenizer
 from mapet.tokenize_stage.tokenizers.nearest_code import NearestCode
+from mapet.tokenize_stage.tokenizers.opening import read_tokenizer
 from mapet.tokenize_stage.towers.opening import open_tower
 from mapet.tokenize_stage.towers.tower import TowerSettings
 from mapet.tokenize_stage.verify import verify
+from published_files import PUBLISHED, make_tokenizer
 
 START = [sys.executable, "-c", "from mapet.cli import main; main()", "tokenize"]
 
@@ -47,6 +52,7 @@ START = [sys.executable, "-c", "from mapet.cli import main; main()", "tokenize"]
 def main(
     source: str,
     part: Annotated[list[str], typer.Option()] = ["speed", "assign", "verify", "memory"],  # noqa: B006
+    tokenizer: Annotated[list[str], typer.Option()] = ["k-clip"],  # noqa: B006
     tower: str = "ViT-B-16",
     k: int = 1024,
     batch_size: int = 16,
@@ -59,10 +65,12 @@ def main(
     settings = {"threads": threads, "device": choose_device("auto"), "pairs": pairs}
     with tempfile.TemporaryDirectory() as folder:
         if "speed" in part:
-            for count in workers:
-                values = speed(source, tower, k, batch_size, count, pairs, Path(folder), settings["device"])
-                details = {"tower": tower, "k": k, "workers": count}
-                say("encode-shards / bare tower, images/s", settings | details, values)
+            for kind in tokenizer:
+                opened = open_tokenizer(kind, source, tower, k, Path(folder), settings["device"])
+                for count in workers:
+                    values = speed(source, opened, batch_size, count, pairs, Path(folder))
+                    details = {"tokenizer": kind, "tower": opened.description["tower"], "k": opened.k, "workers": count}
+                    say("encode-shards / bare tower, images/s", settings | details, values)
         if "assign" in part:
             say("assignment / faiss.knn, time", settings | {"k": k}, assignment(k, pairs))
         if "verify" in part or "memory" in part:
@@ -93,22 +101,34 @@ def ratio(ours: Callable[[], object], reference: Callable[[], object], pairs: in
     return statistics.median(b / a for a, b in times), our_seconds, reference_seconds
 
 
-def speed(
-    source: str | Path, name: str, k: int, batch_size: int, workers: int, pairs: int, folder: Path, device: str
-) -> dict:
-    tower = open_tower(TowerSettings(name, "none"), device)
+def open_tokenizer(kind: str, source: str | Path, tower: str, k: int, folder: Path, device: str) -> Tokenizer:
+    """A tokenizer with random weights, or with random patches of some images as centroids."""
+    if kind in ("vqkd", "dvae"):
+        make_tokenizer(kind, Path(source), folder / kind, PUBLISHED)
+        return read_tokenizer(folder / kind).open(device=device)
+    opened = open_tower(TowerSettings("pixels") if kind == "pixels" else TowerSettings(tower, "none"), device)
     random = np.random.default_rng(0)
-    (shard,) = open_source(source)
-    records = shard.index()
-    records = records[: len(records) // batch_size * batch_size]
-    pixels = torch.stack(
-        [torch.from_numpy(to_array(center_view(read_image(record)[0], tower.preprocess))) for record in records]
-    )
-    features = tower.features(pixels[:batch_size]).flatten(0, 1).cpu().numpy()
-    noise = random.normal(0, 0.1, (k, tower.dim)).astype(np.float32)
+    features = opened.features(views(source, opened.preprocess, 16, most=16)).flatten(0, 1).cpu().numpy()
+    noise = random.normal(0, 0.1, (k, opened.dim)).astype(np.float32)
     centroids = np.ascontiguousarray(features[random.integers(0, len(features), k)] + noise)
-    codebook = Codebook(centroids, np.zeros(k, np.int64), {**tower.description(), "k": k, "metric": "l2"})
-    encoder = Encoder(NearestCode(tower, codebook, {}), CENTER, False, batch_size, workers)
+    description = {**opened.description(), "k": k, "metric": "l2"}
+    return NearestCode(opened, Codebook(centroids, np.zeros(k, np.int64), description), {})
+
+
+def views(source: str | Path, preprocess: Preprocess, multiple: int, most: int | None = None) -> torch.Tensor:
+    """uint8 (n, 3, S, S): the centre views of the images, as many as are a multiple of `multiple`."""
+    (shard,) = open_source(source)
+    records = shard.index()[:most]
+    records = records[: len(records) // multiple * multiple]
+    return torch.stack(
+        [torch.from_numpy(to_array(center_view(read_image(record)[0], preprocess))) for record in records]
+    )
+
+
+def speed(source: str | Path, tokenizer: Tokenizer, batch_size: int, workers: int, pairs: int, folder: Path) -> dict:
+    (shard,) = open_source(source)
+    pixels = views(source, tokenizer.preprocess, batch_size)
+    encoder = Encoder(tokenizer, CENTER, False, batch_size, workers)
 
     def ours() -> None:
         for encoded in encoder.encode([shard], lambda name: None, lambda steps: None):
@@ -116,16 +136,16 @@ def speed(
 
     def bare() -> None:
         for batch in pixels.split(batch_size):
-            tower.features(batch).cpu()
+            tokenizer.features(batch).cpu()
 
     speed_ratio, our_seconds, bare_seconds = ratio(ours, bare, pairs)
     # Ours also encodes the last images, which do not fill a batch.
-    share = len(shard.index()) / len(records)
+    share = len(shard.index()) / len(pixels)
     return {
         "ratio": round(speed_ratio * share, 3),
         "target": "at least 0.95",
         "images_per_second": round(len(shard.index()) / our_seconds, 2),
-        "bare_images_per_second": round(len(records) / bare_seconds, 2),
+        "bare_images_per_second": round(len(pixels) / bare_seconds, 2),
         "batch_size": batch_size,
     }
 

@@ -1,12 +1,15 @@
 """Kills build-codebook and encode-shards at random moments, again and again, and compares what they end with.
 
 python benchmarks/kill_campaign.py [--kills 20] [--processes 1 --processes 2] [--command encode-shards]
+    [--tokenizer k-clip --tokenizer pixels --tokenizer vqkd --tokenizer dvae]
 
 A command is started, killed with SIGKILL after a random time (under torchrun: one worker, or everything), given again
 and killed again, until it finishes; then its files must be those of an undisturbed run, byte for byte, and it starts
-over in an empty folder. Prints one JSON line for each command and number of processes.
+over in an empty folder. Prints one JSON line for each command, tokenizer and number of processes; published tokenizers
+have random weights and are not built here.
 """
 
+import itertools
 import json
 import os
 import random
@@ -24,15 +27,19 @@ from mapet.quickstart.demo import TOWER
 from mapet.quickstart.drawings import write_drawings
 from mapet.shared.sources.sources import read_records
 from mapet.shared.tokens.store import TokenStore
+from published_files import make_tokenizer
 
 START = [sys.executable, "-c", "from mapet.cli import main; main()", "tokenize"]
 # These hold how long something took, the one thing that may differ.
 CLOCKS = {"timings.json"}
+PUBLISHED = ("vqkd", "dvae")
+TOWERS = {"k-clip": ("--tower", f"local-dir:{TOWER}"), "pixels": ("--tower", "pixels:8", "--image-size", 64)}
 
 
 def main(
     command: Annotated[list[str], typer.Option()] = ["build-codebook", "encode-shards"],  # noqa: B006
     processes: Annotated[list[int], typer.Option()] = [1, 2],  # noqa: B006
+    tokenizer: Annotated[list[str], typer.Option()] = ["k-clip"],  # noqa: B006
     kills: int = 20,
     images: int = 1600,
     seed: int = 0,
@@ -41,14 +48,20 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_drawings(root / "images", images, seed=1, per_tar=images // 16)
-        arguments = {
-            "build-codebook": [*["--tower", f"local-dir:{TOWER}", "--k", 64, "--restarts", 2, "--iterations", 10]],
-            "encode-shards": ["--codebook", root / "codebook", "--crop", "random-resized", "--views", 2],
-        }
-        run(root, arguments["build-codebook"], "build-codebook", root / "codebook", 1).wait()
-        for name in command:
+        for kind, name in itertools.product(tokenizer, command):
+            if name == "build-codebook" and kind in PUBLISHED:
+                continue
+            codebook = root / f"codebook-{kind}"
+            if not codebook.exists():
+                make_tokenizer(kind, root / "images", codebook, tower=f"local-dir:{TOWER}")
+            arguments = {
+                "build-codebook": [*TOWERS.get(kind, ()), "--k", 64, "--restarts", 2, "--iterations", 10],
+                "encode-shards": ["--codebook", codebook, "--crop", "random-resized", "--views", 2],
+            }
             for count in processes:
-                print(json.dumps(campaign(root, name, arguments[name], count, kills, random.Random(seed))), flush=True)
+                room = root / f"{kind}-{name}-{count}"
+                figure = campaign(root, room, name, arguments[name], count, kills, random.Random(seed))
+                print(json.dumps({"figure": "kill campaign", "tokenizer": kind, **figure}), flush=True)
 
 
 def run(root: Path, arguments: list, name: str, out: Path, processes: int) -> subprocess.Popen:
@@ -63,8 +76,9 @@ def run(root: Path, arguments: list, name: str, out: Path, processes: int) -> su
     )
 
 
-def campaign(root: Path, name: str, arguments: list, processes: int, kills: int, draw: random.Random) -> dict:
-    room = root / f"{name}-{processes}"
+def campaign(
+    root: Path, room: Path, name: str, arguments: list, processes: int, kills: int, draw: random.Random
+) -> dict:
     began = time.monotonic()
     run(root, arguments, name, room / "whole" / "out", processes).wait()
     seconds = time.monotonic() - began
@@ -91,7 +105,6 @@ def campaign(root: Path, name: str, arguments: list, processes: int, kills: int,
         stored = [key for _, rows in TokenStore(room / "whole" / "out").shards() for key in rows.keys]
         lost = {"lost": len(set(keys) - set(stored)), "doubled": len(stored) - len(set(stored))}
     return {
-        "figure": "kill campaign",
         "command": name,
         "processes": processes,
         "kills": done,
