@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.artifacts.codes import Tokens
+
 # Rounding changes about 1 % of tokens at most (bfloat16), so that a fault must explain nearly all of the others.
 _EXPLAINED, _ROUNDED = 0.8, 0.02
 # CLIP features under k-means use half of K or more, weighted by frequency (perplexity). A store whose tokens would fit
@@ -208,9 +210,7 @@ def _label_fault(labels: Mapping[str, Any] | None) -> list[Finding]:
     return [LabelFault(sign, by_offset["0"], by_offset[offset], max(chances))]
 
 
-def arrangements(
-    tokens: NDArray[np.uint16], before: NDArray[np.uint16], after: NDArray[np.uint16], flips: NDArray[np.bool_]
-) -> dict[str, NDArray[np.uint16]]:
+def arrangements(tokens: Tokens, before: Tokens, after: Tokens, flips: NDArray[np.bool_]) -> dict[str, Tokens]:
     """The tokens as stored, and what they would have to be under each known fault.
 
     Args:
@@ -233,10 +233,10 @@ def arrangements(
 
 
 def find_fault(
-    right: NDArray[np.uint16],
-    stored: NDArray[np.uint16],
-    before: NDArray[np.uint16],
-    after: NDArray[np.uint16],
+    right: Tokens,
+    stored: Tokens,
+    before: Tokens,
+    after: Tokens,
     flips: NDArray[np.bool_],
 ) -> Fault | None:
     """The known fault that explains why `stored` (n, V, H, W) is not `right` (n, V, H, W), if there is one.

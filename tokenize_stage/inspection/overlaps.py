@@ -5,6 +5,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.artifacts.codes import Tokens
 from ...shared.tokens.rows import ShardRows, take_rows
 from .faults import arrangements
 from .schema import Agreement, Overlaps, Supposition, agreement
@@ -124,7 +125,7 @@ class _Supposed:
         }
 
 
-def _arranged(rows: ShardRows, by: int) -> dict[str, NDArray[np.uint16]]:
+def _arranged(rows: ShardRows, by: int) -> dict[str, Tokens]:
     """`arrangements` (n, V, H * W) of the tokens `by` rows further back, with each row's own flips."""
     before, tokens, after = (np.roll(rows.tokens, by + step, axis=0) for step in (1, 0, -1))
     arranged = arrangements(tokens, before, after, rows.flips)
@@ -138,7 +139,7 @@ def _patches_in(rows: ShardRows, view: int, other: int) -> NDArray[np.int64]:
     return seen_in(crops[:, view], flips[:, view], crops[:, other], flips[:, other], (height, width))
 
 
-def _equal(tokens: NDArray[np.uint16], others: NDArray[np.uint16], patches: NDArray[np.int64]) -> NDArray[np.int64]:
+def _equal(tokens: Tokens, others: Tokens, patches: NDArray[np.int64]) -> NDArray[np.int64]:
     """For each of n pairs of views (n, H * W), how many patches have the same code in both; `patches` as `seen_in`."""
     same = np.take_along_axis(others, np.maximum(patches, 0), axis=1) == tokens
     counts: NDArray[np.int64] = (same & (patches >= 0)).sum(1)
@@ -146,7 +147,7 @@ def _equal(tokens: NDArray[np.uint16], others: NDArray[np.uint16], patches: NDAr
 
 
 def _equal_in_all(
-    tokens: NDArray[np.uint16], others: NDArray[np.uint16], overlaps: dict[tuple[int, int], NDArray[np.int64]]
+    tokens: Tokens, others: Tokens, overlaps: dict[tuple[int, int], NDArray[np.int64]]
 ) -> NDArray[np.int64]:
     """`_equal` summed over all pairs of views, of tokens and others (n, V, H * W)."""
     counts = np.zeros(len(tokens), dtype=np.int64)

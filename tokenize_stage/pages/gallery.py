@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.artifacts.codes import Tokens
 from ...shared.errors import FingerprintMismatch
 from ...shared.images.views import ViewPolicy
 from ...shared.randomness import generator
@@ -143,8 +144,8 @@ def _nearest(
     image: Place,
     rows: ShardRows,
     code: int,
-    stored: NDArray[np.uint16],
-    again: NDArray[np.uint16],
+    stored: Tokens,
+    again: Tokens,
     squared: NDArray[Any],
 ) -> tuple[float, Patch]:
     """(distance, patch) of the patch of one image, in any of its views, that is nearest the centroid of `code`.
