@@ -226,3 +226,34 @@ def test_more_codes_than_patches(mapet, lab, tmp_path):
     """K = 65,537 of a sample of 3,000 patches."""
     words = ("--tower", lab.tower, "--k", 65_537, "--out", tmp_path / "book")
     mapet("tokenize", "build-codebook", lab.images, *words).refused(1, "--k 65537 is larger than the sample")
+
+
+HIERARCHICAL = ("--k", 100, "--restarts", 2, "--iterations", 4, "--algorithm", "hierarchical", "--tower", "pixels:2")
+
+
+def test_a_hierarchical_codebook_from_images_to_a_verified_store(mapet, lab, images, tmp_path):
+    """build-codebook --algorithm hierarchical, again, with another algorithm; encoded, verified and inspected."""
+    words = ("tokenize", "build-codebook", images, *HIERARCHICAL, "--image-size", 16, "--out", tmp_path / "book")
+    assert "hierarchical (10 cells)" in mapet(*words).ok().text
+    described = json.loads((tmp_path / "book/codebook.json").read_text())
+    assert (described["algorithm"], described["cells"], described["best_restart"]) == ("hierarchical", 10, 0)
+    assert [len(run) for run in described["objective"]] == [4]
+    assert described["training"]["dead"] < 5
+    assert described["training"]["mean_squared_distance"] > 0
+    assert "nothing to do" in mapet(*words).ok().text
+    mapet(*words, "--algorithm", "lloyd").refused(2, "other settings (algorithm)")
+    mapet("tokenize", "encode-shards", images, "--codebook", tmp_path / "book", "--out", tmp_path / "tokens").ok()
+    options = ("--codebook", tmp_path / "book", "--images", images, "--reencode", 3)
+    assert "0 differ" in mapet("tokenize", "verify", tmp_path / "tokens", *options).ok().text
+    mapet("tokenize", "inspect", tmp_path / "book", "--html", tmp_path / "page.html").ok()
+    lloyd = json.loads((lab.codebook / "codebook.json").read_text())
+    assert not {"algorithm", "cells"} & {*lloyd, *lloyd["request"]}
+
+
+def test_an_algorithm_that_there_is_not(mapet, images, tmp_path):
+    """--algorithm with a name that is not known."""
+    words = ("--tower", "pixels:2", "--image-size", 16, "--algorithm", "fast", "--out", tmp_path / "book")
+    mapet("tokenize", "build-codebook", images, *words).refused(
+        2, "--algorithm fast is unknown", "lloyd", "hierarchical"
+    )
+    assert not (tmp_path / "book").exists()

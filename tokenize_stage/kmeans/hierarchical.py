@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.artifacts.codes import Tokens
 from ...shared.runtime.console import progress
 from ...shared.tokens.codebook import Codebook
 from .state import KMeansRun, SavedState
@@ -49,33 +50,29 @@ def train_hierarchical(
 
     Arguments and errors are those of `train.train_kmeans`; a second file lies beside `state`.
     """
+    count, dim = rows.shape
     refuse_few_distinct(rows, settings.k)
-    refuse_little_memory(*rows.shape, settings, memory)
-    about = {"memory": memory, "rows_identity": rows_identity, "save_seconds": save_seconds}
-    coarse_settings = replace(settings, k=settings.cells, algorithm=LLOYD)
-    coarse = train_kmeans(rows, coarse_settings, state=state, **about).best_centroids()  # type: ignore[arg-type]
-    cells, distinct = _cells_of(rows, coarse)
-    sizes = np.bincount(cells, minlength=len(coarse))
-    codes = share_out(sizes, distinct, settings.k)
-    saved = SavedState(
-        state and state.with_name(f"cells-{state.name}"),
-        {
-            **settings.to_json(),
-            "restarts": int((codes > 0).sum()),
-            "of_a_cell": settings.restarts,
-            "shape": list(rows.shape),
-            "about": rows_identity,
-        },
-        save_seconds,
+    refuse_little_memory(count, dim, settings, memory)
+    coarse = train_kmeans(
+        rows,
+        replace(settings, k=settings.cells, algorithm=LLOYD),
+        memory=memory,
+        state=state,
+        rows_identity=rows_identity,
+        save_seconds=save_seconds,
     )
-    left = memory - bytes_besides_cells(*rows.shape, settings.k)
-    run = _train_cells(rows, cells, codes, settings, left, saved)
+    cells, distinct = _cells_of(rows, coarse.best_centroids())
+    sizes = np.bincount(cells, minlength=settings.cells)
+    codes = share_out(sizes, distinct, settings.k)
+    # To the file, the cells are the restarts of one run (`_train_cells`).
+    identity = {**settings.to_json(), "restarts": settings.cells, "restarts_of_a_cell": settings.restarts}
+    identity |= {"shape": [count, dim], "about": rows_identity}
+    saved = SavedState(state and state.with_name(f"cells-{state.name}"), identity, save_seconds)
+    run = _train_cells(rows, cells, codes, settings, memory - bytes_besides_cells(count, dim, settings.k), saved)
     return _summed(run, sizes[codes > 0], codes[codes > 0])
 
 
-def _cells_of(
-    rows: NDArray[np.float16], centroids: NDArray[np.float32]
-) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+def _cells_of(rows: NDArray[np.float16], centroids: NDArray[np.float32]) -> tuple[Tokens, NDArray[np.int64]]:
     """The nearest of the centroids (C, dim) of each row (n,), and the number of distinct rows nearest each (C,)."""
     book = Codebook(centroids, np.zeros(len(centroids), dtype=np.int64), {})
     cells = np.empty(len(rows), dtype=np.uint32)
@@ -123,7 +120,7 @@ def share_out(sizes: NDArray[np.int64], most: NDArray[np.int64], k: int) -> NDAr
 
 def _train_cells(
     rows: NDArray[np.float16],
-    cells: NDArray[np.integer],
+    cells: Tokens,
     codes: NDArray[np.int64],
     settings: KMeansSettings,
     memory: int,

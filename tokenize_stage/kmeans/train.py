@@ -200,9 +200,11 @@ class Steps:
         else:
             clustering.train_encoded(self.rows.view(np.uint8), _codec(dim), self.index)
         step = clustering.iteration_stats.at(0)
+        # With a centroid for each row FAISS copies the rows and states an objective of 0, also for similarities.
+        copied = count == self.k and self.settings.metric == "cosine"
         statistics = {
             # The last digits of a float32 sum depend on whether it was computed in blocks.
-            "objective": float(f"{step.obj:.6g}"),
+            "objective": float(count) if copied else float(f"{step.obj:.6g}"),
             "imbalance": float(f"{step.imbalance_factor:.6g}"),
             "empty_clusters_split": int(step.nsplit),
         }

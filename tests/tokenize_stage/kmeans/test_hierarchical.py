@@ -159,6 +159,9 @@ def test_hardly_more_distinct_rows_than_codes(distinct: int, k: int, metric: str
     assert np.isfinite(run.centroids).all()
     found = np.unique(faiss.knn(rows.astype(np.float32), run.centroids, 1)[1])
     assert len(found) >= k - 1 - k // 10
+    if metric == "cosine":
+        similarities = faiss.knn(rows.astype(np.float32), run.centroids, 1, metric=faiss.METRIC_INNER_PRODUCT)[0]
+        assert run.best_objective == pytest.approx(similarities.sum(), rel=1e-3)
     with pytest.raises(DataError, match=f"--k {distinct + 1} is more than the {distinct} distinct"):
         train_hierarchical(rows, replace(SETTINGS, k=distinct + 1), memory=PLENTY)
 
