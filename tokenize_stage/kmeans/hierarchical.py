@@ -41,7 +41,7 @@ def train_hierarchical(
     rows_identity: str = "",
     save_seconds: float = SAVE_SECONDS,
 ) -> KMeansRun:
-    """Trains `settings.cells` centroids, and in each of their cells its share of the K centroids.
+    """Trains `KMeansSettings.cells` centroids, and in each of their cells its share of the K centroids.
 
     Codes are shared out by the number of rows in a cell (`share_out`). Both levels have the iterations, the restarts,
     the metric and the first centroids of the settings. The result has one restart: its statistics are sums over all
