@@ -36,6 +36,15 @@ def test_kmeans_and_bare_faiss_find_the_same_centroids():
     assert decoding["in_blocks_ns"] > 0
 
 
+def test_hierarchical_kmeans_is_compared_with_lloyd():
+    options = "--count 20000 --dim 16 --k 64 --iterations 3 --threads 1"
+    result = benchmark("kmeans_algorithms.py", *options.split())
+    assert result.returncode == 0, result.stderr
+    figures = {figure["figure"].partition(":")[0]: figure for figure in map(json.loads, result.stdout.splitlines())}
+    assert set(figures) == {"error", "held_out_error", "seconds", "cpu_seconds", "dead"}
+    assert 0.9 < figures["error"]["ratio"] < 1.5
+
+
 def test_kmeans_out_of_core_holds_less_memory_and_finds_the_same(tmp_path: Path):
     options = "memory --count 300000 --k 32 --iterations 2 --memory 60MB --threads 1 --folder"
     result = benchmark("kmeans.py", *options.split(), str(tmp_path))

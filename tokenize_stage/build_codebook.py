@@ -25,10 +25,11 @@ from ..shared.storage.lock import sole_writer
 from ..shared.tokens.codebook import Codebook
 from .kmeans.description import describe_codebook
 from .kmeans.feature_cache import FeatureCache
+from .kmeans.hierarchical import train_hierarchical
 from .kmeans.patch_sample import choose_images
 from .kmeans.plan import CodebookPlan, plan_codebook
 from .kmeans.sampler import Sampler, SourceKeys, read_keys
-from .kmeans.train import KMeansSettings, train_kmeans
+from .kmeans.train import HIERARCHICAL, LLOYD, KMeansSettings, train_kmeans
 from .towers.on_error import skips
 from .towers.opening import open_tower
 from .towers.tower import TowerSettings
@@ -51,6 +52,7 @@ def build_codebook(
     metric: str = "l2",
     seed: int = 0,
     init: str = "random",
+    algorithm: str = "lloyd",
     max_images: int | None = None,
     on_error: str = "stop",
     key_until: str | None = None,
@@ -81,13 +83,15 @@ def build_codebook(
         final_norm: Take ViT features after the final norm.
         image_size: Pixels (default: the tower's own).
         precision: Precision of the tower, float32 or bfloat16.
-        k: Number of centroids, at most 65,536.
+        k: Number of centroids, at most 2^31.
         patches: Patch features to sample (default: 512 per centroid, or all if there are fewer).
         iterations: Iterations of k-means.
         restarts: Restarts of k-means; the best one is kept.
         metric: l2, or cosine (features of length one, spherical k-means).
         seed: Seed of the sample and of k-means.
         init: First centroids: random patches, or k-means++.
+        algorithm: lloyd; or hierarchical, for a K x patches that is too large for it: k-means into cells, then within
+            each.
         max_images: Use a seeded subset of this many images.
         on_error: At an unreadable image, stop, or skip it (it is counted and listed).
         key_until: Where an image's key ends in its file name, first-dot or last-dot (default: first-dot in tars, as in
@@ -112,7 +116,7 @@ def build_codebook(
     """
     given = dict(locals())
     settings = TowerSettings(tower, pretrained, image_size, layer, final_norm, precision)
-    kmeans = KMeansSettings(k, iterations, restarts, metric, seed, init)
+    kmeans = KMeansSettings(k, iterations, restarts, metric, seed, init, algorithm)
     kmeans.check_faiss()
     source = SourceOptions(key_until, key_prefix, image_field, max_pixels, label_from)
     options = _Options(settings, kmeans, patches, skips(on_error), memory, batch_size, workers, device)
@@ -126,7 +130,7 @@ def build_codebook(
         shards = open_source(images, source, skip=options.skip)
         keys = read_keys(shards, world, options.skip)
         image_keys = choose_images(keys.all_keys(), max_images, seed)
-        request = {**asdict(settings), **asdict(kmeans), "patches": patches, "keys_sha256": keys_sha256(image_keys)}
+        request = {**asdict(settings), **kmeans.to_json(), "patches": patches, "keys_sha256": keys_sha256(image_keys)}
         if world.on_rank_zero(lambda: _already_built(path, request)):
             return Codebook.load(path)
         plan, cache = _extract(path, shards, keys, image_keys, request, features_cache, options, world)
@@ -172,8 +176,9 @@ def _already_built(out: Path, request: dict[str, Any]) -> bool:
         return False
     if not (out / "codebook.json").exists():
         raise UsageError(f"{out} already exists and is not a codebook; choose another --out or delete it.")
-    before = {"init": "random"} | Codebook.load(out).description["request"]
-    changed = [name for name, value in request.items() if before.get(name) != value]
+    absent = {"init": "random", "algorithm": LLOYD}  # what it means that a request lacks a field
+    before = absent | Codebook.load(out).description["request"]
+    changed = [name for name, value in (absent | request).items() if before.get(name) != value]
     if changed:
         raise UsageError(
             f"{out} already holds a codebook made with other settings ({', '.join(changed)}); "
@@ -237,7 +242,8 @@ def _train(
     work.mkdir(parents=True, exist_ok=True)
     rows_identity = canonical_json({**plan.identity, "most": plan.sample.most_train})
     state = work / "kmeans.safetensors"
-    run = train_kmeans(train, kmeans, memory=memory_budget(options.memory), state=state, rows_identity=rows_identity)
+    trained = train_hierarchical if kmeans.algorithm == HIERARCHICAL else train_kmeans
+    run = trained(train, kmeans, memory=memory_budget(options.memory), state=state, rows_identity=rows_identity)
     clock.lap("k-means")
     skipped = [*keys.skipped, *unreadable]
     codebook = describe_codebook(plan, kmeans, run, train, rows[len(train) :], skipped, len(unreadable))
@@ -259,6 +265,7 @@ def _summary(codebook: Codebook, out: Path) -> None:
     made_by = codebook.description
     preprocess, training, held_out, best = (made_by[n] for n in ("preprocess", "training", "held_out", "best_restart"))
     how = f"K={made_by['k']}, {made_by['metric']}, {made_by['restarts']} restarts, on {made_by['faiss_device'].upper()}"
+    how += f", hierarchical ({made_by['cells']} cells)" if "cells" in made_by else ""
     split = sum(sum(run) for run in made_by["empty_clusters_split"])
     sample = made_by["sample"]
     tower = f"layer {made_by['layer']}, {preprocess['image_size']} px, {made_by['precision']}"

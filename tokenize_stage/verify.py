@@ -10,6 +10,7 @@ import numpy as np
 from upath import UPath
 from zlib_ng.zlib_ng import crc32
 
+from ..shared.artifacts.codes import MAX_K_OF_UINT16
 from ..shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
 from ..shared.runtime.console import progress, say, table
 from ..shared.sources.keys import Skipped
@@ -17,7 +18,7 @@ from ..shared.sources.records import ImageRecord, read_bytes
 from ..shared.sources.sources import SourceShard, open_source
 from ..shared.storage.files import sha256_file
 from ..shared.storage.remote import as_path, exists, file_size
-from ..shared.tokens.codebook import MAX_K, Codebook, read_description
+from ..shared.tokens.codebook import Codebook, read_description
 from ..shared.tokens.rows import ShardRows
 from ..shared.tokens.store import TokenStore, read_entry, shard_files
 from .encoding.reencode import Reencoding, encode_again
@@ -201,9 +202,9 @@ class _FilledImages:
     """Whether an image has the token at some of its patches only."""
 
     def add(self, name: str, rows: ShardRows) -> None:
-        if self.k != MAX_K or not rows.tokens.size:
+        if self.k != MAX_K_OF_UINT16 or not rows.tokens.size:
             return
-        last = (rows.tokens == MAX_K - 1).reshape(len(rows), -1)
+        last = (rows.tokens == MAX_K_OF_UINT16 - 1).reshape(len(rows), -1)
         whole = np.flatnonzero(last.all(axis=1))
         self.elsewhere |= int(last.sum()) > len(whole) * last.shape[1]
         if len(whole):
@@ -214,8 +215,8 @@ class _FilledImages:
         if not self.images or self.elsewhere:
             return []
         return [
-            f"{self.images} image(s) have token {MAX_K - 1} at every patch and no other image has it ({self.first} is "
-            "the first): their features held NaN; check the tower and encode into another --out"
+            f"{self.images} image(s) have token {MAX_K_OF_UINT16 - 1} at every patch and no other image has it "
+            f"({self.first} is the first): their features held NaN; check the tower and encode into another --out"
         ]
 
 
@@ -246,8 +247,8 @@ def _check_rows(store: TokenStore, name: str, rows: ShardRows) -> list[str]:
     problems = []
     if len(rows) != entry["images"] or len(set(rows.keys)) != len(rows):
         problems.append(f"{name} does not hold {entry['images']} different keys")
-    if rows.tokens.shape[2:] != store.grid or rows.tokens.dtype != np.uint16:
-        problems.append(f"{name} has tokens of shape {rows.tokens.shape} for a {store.grid} grid")
+    if rows.tokens.shape[2:] != store.grid or rows.tokens.dtype != store.dtype:
+        problems.append(f"{name} has tokens of {rows.tokens.dtype} {rows.tokens.shape} for a {store.grid} grid")
     if entry["view"] != store.view or rows.flips.shape[1] != entry["view"]["views"]:
         problems.append(f"{name} has other views than the rest of the store")
     if entry["codebook_fingerprint"] != store.fingerprint:

@@ -17,7 +17,7 @@ from .runs.loop import dry_run, train
 from .runs.opening import open_run
 from .runs.resume import find_resume_point
 from .settings import Settings, flat, resolve
-from .tasks.pretraining import PretrainingTask, join_images, refuse_other_tokens
+from .tasks.pretraining import PretrainingTask, join_images, refuse_large_head, refuse_other_tokens
 from .training.dry_run import RunEstimate
 from .weights.checkpoint import count_parameters
 
@@ -62,6 +62,7 @@ def pretrain(
         store = TokenStore(tokens)
         world.refuse_differences({"the codebook of --tokens": store.fingerprint, "images in --tokens": len(store)})
         check_grid(store, settings.model)
+        refuse_large_head(store, settings.model.dim)
         point = world.on_rank_zero(
             lambda: find_resume_point(
                 out,

@@ -283,7 +283,7 @@ class ExecutionSettings:
     compile: bool = False
     """torch.compile each block."""
     loss_chunk: int | None = 4096
-    """How many predicted rows have logits at a time; null is all of them."""
+    """How many predicted rows have logits at a time (with K above 65,536 in proportion fewer); null is all of them."""
 
     def __post_init__(self) -> None:
         check_numbers("execution", self)

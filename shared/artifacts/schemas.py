@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from .codes import UINT16, Codes, Dtype, token_dtype
 from .fields import Count, Finite, Positive, PositiveTriple, Sha256, Share, Side, Size, Text, Triple
 
 Name = Annotated[str, Meta(min_length=1, max_length=1024)]
@@ -52,7 +53,7 @@ class TokenizerDescription(Struct):
     """codebook.json of a token store: the tokenizer that made the tokens, which need not have a tower."""
 
     fingerprint: Fingerprint
-    k: Annotated[int, Meta(ge=1, le=65_536)]
+    k: Codes
     grid: tuple[Side, Side]
     preprocess: Preprocess
     dim: Size | UnsetType = UNSET
@@ -141,6 +142,8 @@ class ShardEntry(Struct):
     view: View
     source: Source
     rows_sha256: Sha256 | UnsetType = UNSET
+    dtype: Dtype = UINT16
+    """Of its tokens."""
     skipped: Skipped | UnsetType = UNSET
     unlabelled: Skipped | UnsetType = UNSET
     labels: dict[str, Text | None] | UnsetType | None = UNSET
@@ -160,8 +163,14 @@ class Manifest(Struct):
 
     codebook_fingerprint: Fingerprint
     codebook_sha256: Sha256
-    k: Annotated[int, Meta(ge=1, le=65_536)]
+    k: Codes
     grid: tuple[Side, Side]
     storage: Literal["zarr", "webdataset"]
     images: Count
     shards: Annotated[list[ShardEntry], Meta(min_length=1)]
+    dtype: Dtype = UINT16
+    """Of the tokens; stated where it is not uint16."""
+
+    def __post_init__(self) -> None:
+        if self.dtype != token_dtype(self.k):
+            raise ValueError(f"its tokens are {self.dtype}, and those of K = {self.k} are {token_dtype(self.k)}")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save_file
 from upath import UPath
 
+from ..artifacts.codes import Tokens, token_dtype
 from ..artifacts.fields import checked
 from ..artifacts.schemas import CodebookDescription, TokenizerDescription
 from ..artifacts.tensors import tensor_errors
@@ -24,7 +25,6 @@ from .code_usage import usage
 from .notebook import facts_html
 
 FORMAT, VERSION = "mapet-codebook", 1
-MAX_K = 65_536
 _MOST_HEADER_BYTES = 1 << 20
 INNER_PRODUCT = "inner_product"
 """The metric of a codebook whose token is the largest of `centroids @ features + bias`; others are l2 and cosine."""
@@ -125,12 +125,13 @@ class Codebook:
             return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu, index)
         return faiss.index_cpu_to_all_gpus(index)
 
-    def assign(self, features: NDArray[np.floating[Any]]) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+    def assign(self, features: NDArray[np.floating[Any]]) -> tuple[Tokens, NDArray[np.float32]]:
         """The nearest centroid of each feature, by FAISS's exact search.
 
         `features` is (n, dim) float32, already normalised if the metric is cosine (for unit vectors the nearest
-        centroid by L2 has the largest cosine). Returns tokens (n,) uint16 and squared distances (n,) float32; with
-        metric "inner_product" the token of the largest inner product plus bias, and the negative of that sum.
+        centroid by L2 has the largest cosine). Returns tokens (n,), uint16 or, with K above 65,536, uint32, and squared
+        distances (n,) float32; with metric "inner_product" the token of the largest inner product plus bias, and the
+        negative of that sum.
         Raises DataError for features with NaN or infinity.
         """
         if self.description.get("metric") == INNER_PRODUCT:
@@ -139,12 +140,12 @@ class Codebook:
             distances = -scores
         else:
             tokens, distances = self.nearest(features, 1)
-        if len(tokens) and int(tokens.min()) < 0:  # FAISS's answer for NaN, which as uint16 would be token 65535
+        if len(tokens) and int(tokens.min()) < 0:  # FAISS's answer for NaN, -1, which as uint16 would be a token
             raise DataError(
                 f"Features of patch {int(tokens[:, 0].argmin())} hold NaN or infinity, so that no centroid is nearest; "
                 "check the tower's weights and precision."
             )
-        return tokens[:, 0].astype(np.uint16), distances[:, 0]
+        return tokens[:, 0].astype(token_dtype(self.k)), distances[:, 0]
 
     def nearest(self, features: NDArray[np.floating[Any]], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The `count` nearest centroids of each feature (see `assign`), the nearest first.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..artifacts.codes import Tokens
 from ..errors import UsageError
 from ..labels.columns import NO_LABEL
 from ..labels.parsing import Label
@@ -41,8 +42,8 @@ class ImageTokens:
     height: int
     width: int
     """Height and width of the upright image, in pixels."""
-    tokens: NDArray[np.uint16] = field(repr=False)
-    """(V, H, W) uint16."""
+    tokens: Tokens = field(repr=False)
+    """(V, H, W) uint16, or uint32 where K is more than 65,536."""
     crops: NDArray[np.float64] = field(repr=False)
     """(V, 4) float64: top, left, height, width in upright source pixels."""
     flips: NDArray[np.bool_] = field(repr=False)
@@ -61,8 +62,8 @@ class ImageTokens:
             flips=rows.flips[row].copy(),
         )
 
-    def to_numpy(self) -> NDArray[np.uint16]:
-        """Tokens (V, H, W) uint16."""
+    def to_numpy(self) -> Tokens:
+        """Tokens (V, H, W), uint16 or uint32."""
         return self.tokens
 
     def to_torch(self) -> "torch.Tensor":
@@ -86,7 +87,7 @@ def _view_caption(crop: NDArray[np.float64], flip: bool) -> str:
     return f"{width:.1f}x{height:.1f} at ({left:.1f}, {top:.1f}){', flipped' if flip else ''}"
 
 
-def to_torch(tokens: NDArray[np.uint16]) -> "torch.Tensor":
+def to_torch(tokens: Tokens) -> "torch.Tensor":
     """Tokens of any shape as an int64 tensor."""
     import torch
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..artifacts.codes import UINT16, Dtype, Tokens
 from ..labels.columns import NO_LABEL as NO_LABEL
 from ..labels.columns import from_column, to_column
 from ..labels.parsing import Label
@@ -25,8 +26,8 @@ class ShardRows:
 
     keys: Strings
     """(n,) str: WebDataset keys."""
-    tokens: NDArray[np.uint16]
-    """(n, V, H, W) uint16."""
+    tokens: Tokens
+    """(n, V, H, W) uint16 or uint32 (`artifacts.codes.token_dtype`)."""
     crops: NDArray[np.float64]
     """(n, V, 4) float64: top, left, height, width in upright source pixels."""
     flips: NDArray[np.bool_]
@@ -58,11 +59,11 @@ COLUMNS = tuple(field.name for field in fields(ShardRows) if field.name != "clas
 """The arrays of `ShardRows`."""
 
 
-def empty_rows(views: int, grid: tuple[int, int]) -> ShardRows:
-    """No rows, with `views` views and `grid` (H, W) tokens per view."""
+def empty_rows(views: int, grid: tuple[int, int], dtype: Dtype = UINT16) -> ShardRows:
+    """No rows, with `views` views and `grid` (H, W) tokens of type `dtype` per view."""
     return ShardRows(
         keys=np.empty(0, dtype=object),
-        tokens=np.empty((0, views, *grid), dtype=np.uint16),
+        tokens=np.empty((0, views, *grid), dtype=dtype),
         crops=np.empty((0, views, 4), dtype=np.float64),
         flips=np.empty((0, views), dtype=bool),
         sizes=np.empty((0, 2), dtype=np.int32),

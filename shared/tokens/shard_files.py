@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from upath import UPath
 
+from ..artifacts.codes import UINT16, Dtype
 from ..artifacts.fields import checked
 from ..artifacts.schemas import ShardEntry
 from ..errors import DataError
@@ -54,12 +56,15 @@ def write_shard(
         "images": len(rows),
         "grid": [height, width],
     }
+    dtype: Dtype = "uint32" if rows.tokens.dtype == np.uint32 else UINT16
+    if dtype != UINT16:
+        entry["dtype"] = dtype
     with written_whole(path) as partial:
         if images is None:
             write_zarr(partial, rows, {"format": SHARD_FORMAT, "version": VERSION, **attributes})
         else:
             write_tar(partial, rows, images, attributes["codebook_fingerprint"])
-            rows = read_tar(partial, views, (height, width))
+            rows = read_tar(partial, views, (height, width), dtype)
             entry["rows_sha256"] = rows_sha256(rows)
         entry |= {"bytes": partial.stat().st_size, "sha256": sha256_file(partial)}
     if rows.classes is not None:
@@ -146,10 +151,10 @@ def _bytes_of_images(entry: dict[str, Any]) -> int | None:
     return None if source["kind"] == "tar in tar" else source["size"]
 
 
-def _sizes(entry: dict[str, Any]) -> tuple[int, int, tuple[int, int]]:
-    """Images, views, and rows and columns of the grid."""
+def _sizes(entry: dict[str, Any]) -> tuple[int, int, tuple[int, int], Dtype]:
+    """Images, views, rows and columns of the grid, and the type of the tokens."""
     height, width = entry["grid"]
-    return entry["images"], entry["view"]["views"], (height, width)
+    return entry["images"], entry["view"]["views"], (height, width), entry.get("dtype", UINT16)
 
 
 def _named_classes(path: Path | UPath, rows: ShardRows, entry: dict[str, Any]) -> ShardRows:
@@ -188,11 +193,10 @@ def _checked_bytes(path: Path | UPath, entry: dict[str, Any]) -> bytes:
 
 
 def _read_tar_shard(path: Path | UPath, entry: dict[str, Any], every_byte: bool) -> ShardRows:
-    height, width = entry["grid"]
     with on_this_disk(path) as local:
         if every_byte or is_remote(path):
             _refuse_changed(path, sha256_file(local), entry["sha256"])
-        rows = read_tar(local, entry["view"]["views"], (height, width))
+        rows = read_tar(local, *_sizes(entry)[1:])
     _refuse_changed(path, rows_sha256(rows), entry["rows_sha256"])
     return rows
 

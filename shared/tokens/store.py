@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from upath import UPath
 
+from ..artifacts.codes import UINT16, Dtype, Tokens, token_dtype
 from ..artifacts.fields import checked
 from ..artifacts.schemas import Manifest
 from ..errors import DataError, FingerprintMismatch, UsageError
@@ -88,6 +88,8 @@ def write_manifest(store: Path | UPath, description: dict[str, Any], entries: li
         "images": sum(entry["images"] for entry in entries),
         "shards": entries,
     }
+    if token_dtype(content["k"]) != UINT16:
+        content["dtype"] = token_dtype(content["k"])
     write_sealed_json(store / "manifest.json", content)
 
 
@@ -134,6 +136,11 @@ def _refuse_inconsistent(store: Path | UPath, manifest: Manifest, tokenizer: dic
             raise DataError(
                 f"{path}: shard {entry.name!r} has another grid than the rest of the store; encode its images again "
                 "into a store of their own."
+            )
+        if entry.dtype != manifest.dtype:
+            raise DataError(
+                f"{path}: the tokens of shard {entry.name!r} are {entry.dtype}, and those of K = {manifest.k} are "
+                f"{manifest.dtype}; encode its images again into a store of their own."
             )
         if entry.name in names:
             raise DataError(f"{path} lists shard {entry.name!r} twice; restore it or make it again.")
@@ -193,6 +200,11 @@ class TokenStore:
     def k(self) -> int:
         """How many different tokens the tokenizer has."""
         return int(self.manifest["k"])
+
+    @property
+    def dtype(self) -> Dtype:
+        """The type of its tokens: "uint16", or "uint32" where K is more than 65,536."""
+        return token_dtype(self.k)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -350,9 +362,9 @@ class TokenStore:
             images |= {key: ImageTokens.of(rows, row) for row, key in enumerate(rows.keys) if key in requested}
         return images
 
-    def to_numpy(self, keys: Iterable[str] | None = None) -> NDArray[np.uint16]:
-        """Tokens (n, V, H, W) uint16 of the images with these keys, or of all."""
-        empty = np.empty((0, self.views, *self.grid), dtype=np.uint16)
+    def to_numpy(self, keys: Iterable[str] | None = None) -> Tokens:
+        """Tokens (n, V, H, W), of the store's `dtype`, of the images with these keys, or of all."""
+        empty = np.empty((0, self.views, *self.grid), dtype=self.dtype)
         return np.concatenate([empty, *(image.tokens[None] for image in self.tokens(keys))])
 
     def to_torch(self, keys: Iterable[str] | None = None) -> "torch.Tensor":

@@ -2,7 +2,7 @@
 
 KEY.jpg          the image's bytes, under its extension in the source
 KEY.cls          its label, a class number or name, if it has one
-KEY.tokens.npy   (V, H, W) uint16
+KEY.tokens.npy   (V, H, W) uint16, or uint32 where K is more than 65,536
 KEY.views.json   crops [[top, left, height, width], ...] in upright source pixels and flips, one of each per view; the
                  image's size [height, width]; the CRC32 of its bytes; the fingerprint of the tokenizer; the key, if
                  KEY is not the key itself
@@ -15,13 +15,13 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from msgspec import UNSET, Meta, Struct, UnsetType
-from numpy.typing import NDArray
 
+from ..artifacts.codes import UINT16, Dtype, Tokens
 from ..artifacts.fields import Finite, Pixels
 from ..errors import DataError
 from ..labels.columns import to_column
@@ -107,18 +107,19 @@ def bytes_of_tar(rows: ShardRows) -> int:
     return sum(tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for size in sizes)
 
 
-def read_tar(path: Path, views: int, grid: tuple[int, int]) -> ShardRows:
-    """The rows of a tokenised tar with `views` views per image and `grid` (H, W) tokens per view.
+def read_tar(path: Path, views: int, grid: tuple[int, int], dtype: Dtype = UINT16) -> ShardRows:
+    """The rows of a tokenised tar with `views` views per image and `grid` (H, W) tokens of type `dtype` per view.
 
     The images are skipped, not read; offsets and lengths are those inside this tar. Raises DataError if the tar was not
     written by `write_tar` or is damaged.
     """
     try:
         with tarfile.open(path, "r:") as tar:
-            parts = [_row(tar, key, sample, views, grid) for key, sample in _samples(tar)]
+            expected = empty_rows(views, grid, dtype)
+            parts = [_row(tar, key, sample, expected.tokens) for key, sample in _samples(tar)]
     except _DAMAGE as error:
         raise DataError(f"{path} is not a tar of images and their tokens ({str(error)[:200]})") from None
-    return concatenate_rows([empty_rows(views, grid), *parts])
+    return concatenate_rows([expected, *parts])
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
@@ -139,12 +140,12 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
         yield key, sample
 
 
-def _row(
-    tar: tarfile.TarFile, key: str, sample: dict[str, tarfile.TarInfo], views: int, grid: tuple[int, int]
-) -> ShardRows:
-    """The single row of one image."""
+def _row(tar: tarfile.TarFile, key: str, sample: dict[str, tarfile.TarInfo], expected: Tokens) -> ShardRows:
+    """The single row of one image, with tokens of the shape and type of `expected` (0, V, H, W)."""
+    views = expected.shape[1]
     (image,) = (member for member in sample.values() if extension_of(member.name) in EXTENSIONS)
-    tokens = _tokens(_content(tar, sample[_TOKENS], prod((2, views, *grid)) + _MOST_EXTRA_BYTES), views, grid)
+    most = expected.itemsize * prod(expected.shape[1:]) + _MOST_EXTRA_BYTES
+    tokens = _tokens(_content(tar, sample[_TOKENS], most), expected.dtype, expected.shape[1:])
     views_json = msgspec.json.decode(_content(tar, sample[_VIEWS], 256 * views + _MOST_EXTRA_BYTES), type=_ViewsJson)
     if not len(views_json.crops) == len(views_json.flips) == views:
         raise ValueError(f"{key}.{_VIEWS} has {len(views_json.crops)} crops for {views} views")
@@ -165,7 +166,7 @@ def _row(
     )
 
 
-def _tokens(npy: bytes, views: int, grid: tuple[int, int]) -> NDArray[np.uint16]:
+def _tokens(npy: bytes, expected: np.dtype[Any], expected_shape: tuple[int, ...]) -> Tokens:
     """The tokens (V, H, W) of a .npy file; nothing is allocated for another shape or type."""
     file = io.BytesIO(npy)
     version = np.lib.format.read_magic(file)
@@ -173,9 +174,9 @@ def _tokens(npy: bytes, views: int, grid: tuple[int, int]) -> NDArray[np.uint16]
         raise ValueError(f"{_TOKENS} of version {version}")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
     content = npy[file.tell() :]
-    if dtype != np.uint16 or shape != (views, *grid) or fortran or len(content) != 2 * prod(shape):
-        raise ValueError(f"{_TOKENS} is {dtype} {shape}, not uint16 {(views, *grid)}")
-    return np.frombuffer(content, dtype=dtype).astype(np.uint16).reshape(shape)
+    if dtype != expected or shape != expected_shape or fortran or len(content) != expected.itemsize * prod(shape):
+        raise ValueError(f"{_TOKENS} is {dtype} {shape}, not {expected} {expected_shape}")
+    return np.frombuffer(content, dtype=dtype).astype(expected).reshape(shape)
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes:

@@ -8,11 +8,13 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
+from ..artifacts.codes import Dtype
 from ..artifacts.zipped_zarr import Column, ZippedZarr
 from .rows import COLUMNS, STRINGS, ShardRows, Strings, empty_rows
 
-# The smallest that benchmarks/storage.py measured: tokens hardly repeat, but only log2(K) of their 16 bits vary.
-TOKEN_CODEC = BloscCodec(cname="zstd", clevel=9, shuffle="bitshuffle", typesize=2)
+# The smallest that benchmarks/storage.py measured: tokens hardly repeat, but only log2(K) of their bits vary.
+TOKEN_CODECS = {size: BloscCodec(cname="zstd", clevel=9, shuffle="bitshuffle", typesize=size) for size in (2, 4)}
+"""By the bytes of a token."""
 OTHER_CODEC = ZstdCodec(level=19)
 ROWS_PER_CHUNK = 1024
 _EPOCH_OF_ZIP = (1980, 1, 1, 0, 0, 0)
@@ -27,7 +29,7 @@ def write_zarr(path: Path, rows: ShardRows, attributes: dict[str, Any]) -> None:
         chunks = (min(max(len(data), 1), ROWS_PER_CHUNK), *data.shape[1:])
         dtype = str if name in STRINGS else data.dtype
         # Zarr does not checksum chunks unless told to.
-        codecs = [TOKEN_CODEC if name == "tokens" else OTHER_CODEC, Crc32cCodec()]
+        codecs = [TOKEN_CODECS[data.itemsize] if name == "tokens" else OTHER_CODEC, Crc32cCodec()]
         array = group.create_array(name, shape=data.shape, chunks=chunks, dtype=dtype, compressors=codecs)
         array[:] = data
     with zipfile.ZipFile(path, "w") as archive:
@@ -37,24 +39,24 @@ def write_zarr(path: Path, rows: ShardRows, attributes: dict[str, Any]) -> None:
             archive.writestr(zipfile.ZipInfo(file, _EPOCH_OF_ZIP), files[file].to_bytes(), compression)
 
 
-def read_zarr(data: bytes, images: int, views: int, grid: tuple[int, int]) -> ShardRows:
+def read_zarr(data: bytes, images: int, views: int, grid: tuple[int, int], dtype: Dtype) -> ShardRows:
     """The rows of a zipped Zarr group, from the bytes of the whole file; class names are in the shard's entry.
 
-    Raises ValueError unless it holds `images` rows with `views` views and `grid` (H, W) tokens per view, as
+    Raises ValueError unless it holds `images` rows with `views` views and `grid` (H, W) tokens of `dtype` per view, as
     `write_zarr` writes them.
     """
-    group = ZippedZarr(data, _columns(images, views, grid))
+    group = ZippedZarr(data, _columns(images, views, grid, dtype))
     return ShardRows(**{name: group.read(name) for name in COLUMNS}, classes=None)
 
 
-def read_zarr_keys(data: bytes, images: int, views: int, grid: tuple[int, int]) -> Strings:
+def read_zarr_keys(data: bytes, images: int, views: int, grid: tuple[int, int], dtype: Dtype) -> Strings:
     """The keys (n,) alone, without decoding the other columns; as `read_zarr`."""
-    return ZippedZarr(data, _columns(images, views, grid)).read("keys")
+    return ZippedZarr(data, _columns(images, views, grid, dtype)).read("keys")
 
 
-def _columns(images: int, views: int, grid: tuple[int, int]) -> dict[str, Column]:
+def _columns(images: int, views: int, grid: tuple[int, int], dtype: Dtype) -> dict[str, Column]:
     """Shape and type of each column."""
-    empty = empty_rows(views, grid)
+    empty = empty_rows(views, grid, dtype)
     columns = {name: getattr(empty, name) for name in COLUMNS}
     return {
         name: Column((images, *column.shape[1:]), "string" if name in STRINGS else column.dtype.name)

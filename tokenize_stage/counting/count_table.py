@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.artifacts.codes import Tokens
 from ...shared.tokens.rows import ShardRows
 
 _CELLS_AT_ONCE = 1 << 21
@@ -36,7 +37,7 @@ class CountTable:
             more = np.zeros((rows - len(self._counts), self.k), dtype=np.uint32)
             self._counts = np.concatenate([self._counts, more])
 
-    def add(self, rows: NDArray[np.integer[Any]], tokens: NDArray[np.uint16]) -> None:
+    def add(self, rows: NDArray[np.integer[Any]], tokens: Tokens) -> None:
         """Counts each token in its row; `rows` and `tokens` are of any shape, the same for both."""
         # 16 bits are sorted by radix, several times as fast as 32.
         narrow = np.uint16 if len(self._counts) <= 1 << 16 else np.uint32

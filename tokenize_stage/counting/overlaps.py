@@ -5,6 +5,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.artifacts.codes import Tokens
 from ...shared.tokens.rows import ShardRows, take_rows
 from .count_table import Counter
 from .schema import Agreement, Overlaps, Supposition, agreement
@@ -46,9 +47,7 @@ def seen_in(
     return patches.reshape(len(crops), height * width)
 
 
-def arrangements(
-    tokens: NDArray[np.uint16], before: NDArray[np.uint16], after: NDArray[np.uint16], flips: NDArray[np.bool_]
-) -> dict[str, NDArray[np.uint16]]:
+def arrangements(tokens: Tokens, before: Tokens, after: Tokens, flips: NDArray[np.bool_]) -> dict[str, Tokens]:
     """The tokens as stored, and what they would have to be under each known fault.
 
     Args:
@@ -152,7 +151,7 @@ class _Supposed:
         }
 
 
-def _arranged(rows: ShardRows, by: int) -> dict[str, NDArray[np.uint16]]:
+def _arranged(rows: ShardRows, by: int) -> dict[str, Tokens]:
     """`arrangements` (n, V, H * W) of the tokens `by` rows further back, with each row's own flips."""
     before, tokens, after = (np.roll(rows.tokens, by + step, axis=0) for step in (1, 0, -1))
     arranged = arrangements(tokens, before, after, rows.flips)
@@ -166,7 +165,7 @@ def _patches_in(rows: ShardRows, view: int, other: int) -> NDArray[np.int64]:
     return seen_in(crops[:, view], flips[:, view], crops[:, other], flips[:, other], (height, width))
 
 
-def _equal(tokens: NDArray[np.uint16], others: NDArray[np.uint16], patches: NDArray[np.int64]) -> NDArray[np.int64]:
+def _equal(tokens: Tokens, others: Tokens, patches: NDArray[np.int64]) -> NDArray[np.int64]:
     """For each of n pairs of views (n, H * W), how many patches have the same code in both; `patches` as `seen_in`."""
     same = np.take_along_axis(others, np.maximum(patches, 0), axis=1) == tokens
     counts: NDArray[np.int64] = (same & (patches >= 0)).sum(1)
@@ -174,7 +173,7 @@ def _equal(tokens: NDArray[np.uint16], others: NDArray[np.uint16], patches: NDAr
 
 
 def _equal_in_all(
-    tokens: NDArray[np.uint16], others: NDArray[np.uint16], overlaps: dict[tuple[int, int], NDArray[np.int64]]
+    tokens: Tokens, others: Tokens, overlaps: dict[tuple[int, int], NDArray[np.int64]]
 ) -> NDArray[np.int64]:
     """`_equal` summed over all pairs of views, of tokens and others (n, V, H * W)."""
     counts = np.zeros(len(tokens), dtype=np.int64)

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.artifacts.codes import Tokens
+from ...shared.errors import DataError
 from ...shared.labels.parsing import Label
 from ...shared.runtime.console import progress
+from ...shared.runtime.memory import as_text, memory_budget
 from ...shared.tokens.rows import NO_LABEL, ShardRows
 from ...shared.tokens.store import TokenStore
 from .count_table import Counter, CountTable
@@ -32,8 +35,9 @@ from .schema import (
 def count_store(store: TokenStore, more: Iterable[Counter] = (), sample: ImageSample | None = None) -> StoreStatistics:
     """Reads every shard once and counts; the counters in `more` and the `sample` for quality get the same rows.
 
-    Raises DataError for a shard that is damaged or has a token that is not below K.
+    Raises DataError for a shard that is damaged or has a token that is not below K, or for a K too large to count.
     """
+    _refuse_large_table(store)
     positions, neighbours, labels = _Positions(store), _Neighbours(store.grid), _Labels(store)
     overlaps, sample = OverlapCounter(), sample or ImageSample(store)
     counters: list[Counter] = [positions, neighbours, labels, overlaps, sample, *more]
@@ -57,6 +61,17 @@ def count_store(store: TokenStore, more: Iterable[Counter] = (), sample: ImageSa
         "labels": labels.result(),
         "quality": quality_of(sample.images(), store.k),
     }
+
+
+def _refuse_large_table(store: TokenStore) -> None:
+    """Raises DataError if counts of all codes at all positions do not fit into memory."""
+    # Four bytes a count; lists of Python's integers in the report.
+    needed, most = store.k * (4 * store.grid[0] * store.grid[1] + 100), memory_budget(None)
+    if needed > most:
+        raise DataError(
+            f"{store.path}: counting each of K = {store.k} codes at each position takes {as_text(needed)}, and "
+            f"{as_text(most)} may be used; use a machine with more memory (verify needs no counts)."
+        )
 
 
 class _Positions(Counter):
@@ -134,7 +149,7 @@ class _Neighbours(Counter):
         return agreement(self.equal[way], self.views * len(first), _chance(table, first, second))
 
 
-def _pairs_in_rows(values: NDArray[np.uint16]) -> int:
+def _pairs_in_rows(values: Tokens) -> int:
     """Number of pairs of equal values within a row of (n, m), over all rows."""
     ordered = np.sort(values, axis=1)
     starts = np.ones(values.shape, dtype=bool)  # of the runs of equal values

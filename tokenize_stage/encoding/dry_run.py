@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...shared.sources.keys import KeyLedger
 from ...shared.sources.sources import SourceShard
-from ...shared.tokens.rows import ShardRows, concatenate_rows, empty_rows
+from ...shared.tokens.rows import ShardRows, concatenate_rows, take_rows
 from ...shared.tokens.store import WEBDATASET, write_shard
 from ...shared.tokens.tar_shard import bytes_of_tar
 from ..towers.features import Request, group_requests
@@ -60,7 +60,7 @@ def estimate_encoding(
     measured on a temporary shard that holds the encoded rows.
     """
     rows, rate, batches = _measure(encoder, shards)
-    bytes_per_shard = _bytes_on_disk(empty_rows(encoder.policy.views, encoder.tokenizer.grid), storage)
+    bytes_per_shard = _bytes_on_disk(take_rows(rows, []), storage)
     bytes_per_image = (_bytes_on_disk(rows, storage) - bytes_per_shard) / max(len(rows), 1)
     counts = [ledger.count(shard.name) for shard in shards if shard.name in ledger]
     images = sum(counts)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ...shared.artifacts.codes import Tokens, token_dtype
 from ...shared.errors import DataError, MapetError
 from ...shared.images.views import ViewPolicy
 from ...shared.labels.columns import to_column
@@ -35,8 +35,8 @@ class Encoder:
     batch_size: int
     workers: int
 
-    def batches(self, groups: Iterable[Sequence[Request]]) -> Iterator[tuple[ExtractedBatch, NDArray[np.uint16]]]:
-        """Yields (batch, tokens (B, V, H, W) uint16) of one group of images after another.
+    def batches(self, groups: Iterable[Sequence[Request]]) -> Iterator[tuple[ExtractedBatch, Tokens]]:
+        """Yields (batch, tokens (B, V, H, W), uint16 or uint32) of one group of images after another.
 
         Raises DataError for an image whose features hold NaN or infinity, or that gets a token not below K.
         """
@@ -51,12 +51,13 @@ class Encoder:
             skip=self.skip,
         ):
             tokens, _ = tokenizer.assign(batch.features.reshape(-1, tokenizer.dim))
-            if len(tokens) and int(tokens.max()) >= tokenizer.k:
+            if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < tokenizer.k:
                 record = batch.records[int(tokens.argmax()) * len(batch.records) // len(tokens)]
                 raise DataError(
                     f"{record.path}: the tokenizer gives token {int(tokens.max())} for image {record.key!r}, and its "
                     f"K is {tokenizer.k}; check the codebook."
                 )
+            tokens = tokens.astype(token_dtype(tokenizer.k), copy=False)
             yield batch, tokens.reshape(*batch.flips.shape, *tokenizer.grid)
 
     def encode(
@@ -128,17 +129,17 @@ class _OpenShard:
         self._before, self._skip = before, encoder.skip
         self._skipped: Skipped = []
         self._unlabelled: Skipped = []
-        first_view = before.flips.shape[1] if before else 0
+        tokenizer, first_view = encoder.tokenizer, before.flips.shape[1] if before else 0
         with ExitStack() as files:
             self.shard = files.enter_context(shard.staged())
             records = self.shard.index(*(self._skipped, self._unlabelled) if encoder.skip else ())
             self._files = files.pop_all()
         self.requests = [Request(record, first_view) for record in records]
-        self._parts = [empty_rows(encoder.policy.views - first_view, encoder.tokenizer.grid)]
+        self._parts = [empty_rows(encoder.policy.views - first_view, tokenizer.grid, token_dtype(tokenizer.k))]
         self._images: list[ImageRecord] = []
         self._done = 0
 
-    def add(self, batch: ExtractedBatch, tokens: NDArray[np.uint16]) -> None:
+    def add(self, batch: ExtractedBatch, tokens: Tokens) -> None:
         self._parts.append(as_rows(self.shard, batch, tokens))
         self._images += batch.records
         self._skipped += batch.skipped
@@ -166,8 +167,8 @@ class _OpenShard:
         self._files.close()
 
 
-def as_rows(shard: SourceShard, batch: ExtractedBatch, tokens: NDArray[np.uint16]) -> ShardRows:
-    """Puts a batch of a shard's images and their tokens (B, V, H, W) uint16 into rows of the store."""
+def as_rows(shard: SourceShard, batch: ExtractedBatch, tokens: Tokens) -> ShardRows:
+    """Puts a batch of a shard's images and their tokens (B, V, H, W) into rows of the store."""
     records = batch.records
     paths = ["" if shard.is_tar else record.path.relative_to(shard.root).as_posix() for record in records]
     labels, classes = to_column([record.label for record in records])

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.artifacts.codes import MAX_K
 from ...shared.errors import DataError, UsageError
 from ...shared.runtime.console import say, table
 from ...shared.runtime.devices import choose_device
 from ...shared.storage.files import refuse_existing, sha256_file
-from ...shared.tokens.codebook import MAX_K, Codebook
+from ...shared.tokens.codebook import Codebook
 from ..kmeans.train import METRICS
 from ..towers.opening import open_tower
 from ..towers.tower import TowerSettings

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from zlib_ng.zlib_ng import crc32
 
+from ...shared.artifacts.codes import Tokens, token_dtype
 from ...shared.errors import DataError, UsageError
 from ...shared.images.decode import upright_size
 from ...shared.images.views import CENTER, Preprocess, center_box
@@ -116,12 +117,12 @@ def _import_shard(
         if attributes.items() <= entry.items() and (out / entry["file"]).is_file():
             return entry
     records = shard.index()
-    grids = tokens[[row_of[record.key] for record in records]].astype(np.uint16)[:, None]
+    grids = tokens[[row_of[record.key] for record in records]].astype(token_dtype(book.k))[:, None]
     write_shard(out, shard.name, _rows(shard, records, book, grids), attributes)
     return read_entry(out, shard.name)
 
 
-def _rows(shard: SourceShard, records: list[ImageRecord], book: Codebook, tokens: NDArray[np.uint16]) -> ShardRows:
+def _rows(shard: SourceShard, records: list[ImageRecord], book: Codebook, tokens: Tokens) -> ShardRows:
     """The rows that encoding the centre views would store, with the given tokens (n, 1, H, W)."""
     preprocess = Preprocess.from_json(book.description["preprocess"])
     count = len(records)

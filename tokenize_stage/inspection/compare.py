@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.artifacts.codes import Tokens
 from ...shared.sources.keys import key_digests
 from ...shared.tokens.codebook import TOKEN_FIELDS, Codebook
 from ...shared.tokens.rows import ShardRows
@@ -30,7 +31,7 @@ _SAME_BOX = 0.1
 class _KeptRow:
     """One image of A."""
 
-    tokens: NDArray[np.uint16]
+    tokens: Tokens
     """(3, V, H, W): of the image itself, and of the rows before and after it in its shard."""
     crops: NDArray[np.float64]
     """(V, 4)."""

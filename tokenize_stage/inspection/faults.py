@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.artifacts.codes import Tokens
 from ..counting.overlaps import arrangements
 
 # Rounding changes about 1 % of tokens at most (bfloat16), so that a fault must explain nearly all of the others.
@@ -211,10 +212,10 @@ def _label_fault(labels: Mapping[str, Any] | None) -> list[Finding]:
 
 
 def find_fault(
-    right: NDArray[np.uint16],
-    stored: NDArray[np.uint16],
-    before: NDArray[np.uint16],
-    after: NDArray[np.uint16],
+    right: Tokens,
+    stored: Tokens,
+    before: Tokens,
+    after: Tokens,
     flips: NDArray[np.bool_],
 ) -> Fault | None:
     """The known fault that explains why `stored` (n, V, H, W) is not `right` (n, V, H, W), if there is one.

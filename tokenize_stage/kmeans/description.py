@@ -1,6 +1,5 @@
 """Describes a trained codebook: how it was made, and statistics of k-means and of the sample."""
 
-from dataclasses import asdict
 from importlib.metadata import version
 
 import numpy as np
@@ -12,7 +11,7 @@ from ...shared.tokens.code_usage import usage
 from ...shared.tokens.codebook import Codebook
 from .plan import CodebookPlan
 from .state import KMeansRun
-from .train import KMeansSettings, block_rows, float_blocks
+from .train import HIERARCHICAL, KMeansSettings, block_rows, float_blocks
 
 
 def describe_codebook(
@@ -41,7 +40,8 @@ def describe_codebook(
     held_out_counts, held_out_distance = _assign(draft, held_out)
     description = {
         **plan.tower,
-        **asdict(kmeans),
+        **kmeans.to_json(),
+        **({"cells": kmeans.cells} if kmeans.algorithm == HIERARCHICAL else {}),
         "faiss_device": "gpu" if faiss_gpus() else "cpu",
         **run.statistics(),
         "sample": {

@@ -9,6 +9,7 @@ from ...shared.runtime.console import working
 from ...shared.runtime.memory import memory_budget
 from ...shared.tokens.codebook import TOKEN_FIELDS
 from ..towers.tower import Tower
+from .duration import say_if_long
 from .feature_cache import FeatureCache
 from .patch_sample import PatchSample, draw_sample
 from .sampler import SourceKeys
@@ -60,6 +61,7 @@ def plan_codebook(
             f"held out, capped by --patches, leave {train} patches; use a smaller --k or more images or patches."
         )
     refuse_little_memory(train, tower.dim, kmeans, memory_budget(memory))
+    say_if_long(train, tower.dim, kmeans)
     with working("drawing the sample"):
         sample = draw_sample(image_keys, per_image, train, held_out, kmeans.seed)
     described = {**tower.description(), "metric": kmeans.metric}

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.artifacts.codes import MAX_K
 from ...shared.errors import DataError, UsageError
 from ...shared.runtime.console import progress
 from ...shared.runtime.faiss_build import faiss_gpus, import_faiss
 from ...shared.runtime.memory import as_text
-from ...shared.tokens.codebook import MAX_K
 from .state import KMeansRun, SavedState
 
 METRICS = ("l2", "cosine")
 INITS = ("random", "k-means++")
+LLOYD, HIERARCHICAL = ALGORITHMS = ("lloyd", "hierarchical")
 # FAISS adds this to the seed for each of its own restarts (`nredo`).
 _SEED_STEP = 15486557
 # k-means++ costs rows x K x dim without any batching, so that it uses only so many rows per centroid.
@@ -26,7 +27,7 @@ SEEDING_ROWS_PER_CENTROID = 64
 # FAISS sums the objective in float32, which drifts beyond this many rows (by 9 % at 30 million): too much to compare
 # restarts by.
 _MOST_ROWS_OF_A_FLOAT_SUM = 1 << 22
-_SAVE_SECONDS = 10.0
+SAVE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,28 @@ class KMeansSettings:
     metric: str = "l2"
     seed: int = 0
     init: str = "random"
+    algorithm: str = LLOYD
 
     def __post_init__(self) -> None:
         if not 2 <= self.k <= MAX_K:
-            raise UsageError(f"--k {self.k} must lie between 2 and {MAX_K} (tokens are stored as uint16).")
+            raise UsageError(f"--k {self.k} must lie between 2 and {MAX_K}.")
         if self.iterations < 1 or self.restarts < 1:
             raise UsageError("--iterations and --restarts must be at least 1.")
         if self.metric not in METRICS:
             raise UsageError(f"--metric {self.metric} is unknown; choose {' or '.join(METRICS)}.")
         if self.init not in INITS:
             raise UsageError(f"--init {self.init} is unknown; choose {' or '.join(INITS)}.")
+        if self.algorithm not in ALGORITHMS:
+            raise UsageError(f"--algorithm {self.algorithm} is unknown; choose {' or '.join(ALGORITHMS)}.")
+
+    @property
+    def cells(self) -> int:
+        """How many cells the hierarchical algorithm divides the rows into: the square root of K."""
+        return max(2, math.isqrt(self.k))
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON; as before there was a choice, `algorithm` is absent for Lloyd's."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("algorithm", LLOYD)}
 
     def check_faiss(self) -> None:
         """Raises UsageError if the installed FAISS does not support these settings."""
@@ -64,7 +77,7 @@ def train_kmeans(
     memory: int,
     state: Path | None = None,
     rows_identity: str = "",
-    save_seconds: float = _SAVE_SECONDS,
+    save_seconds: float = SAVE_SECONDS,
 ) -> KMeansRun:
     """Trains centroids; the result is that of `faiss.Kmeans` on the same rows in float32.
 
@@ -83,20 +96,25 @@ def train_kmeans(
     """
     settings.check_faiss()
     refuse_few_distinct(rows, settings.k)
-    steps = _Steps(rows, settings, memory)
-    saved = SavedState(state, {**asdict(settings), "shape": list(rows.shape), "about": rows_identity}, save_seconds)
+    steps = Steps(rows, settings.k, settings, memory)
+    saved = SavedState(state, {**settings.to_json(), "shape": list(rows.shape), "about": rows_identity}, save_seconds)
     run = saved.load()
     done = settings.iterations * max(0, len(run.history) - 1) + (len(run.history[-1]) if run.history else 0)
     with progress(f"k-means {steps.where}", settings.iterations * settings.restarts, "iterations", done) as advance:
-        for restart in range(max(0, len(run.history) - 1), settings.restarts):
-            for finished in _restart(run, restart, steps, settings):
-                last = run.history[restart][-1]
-                advance(finished, f"restart {restart + 1}/{settings.restarts}, objective {last['objective']:.5g}")
-                saved.keep(run)
+        for finished in run_restarts(run, steps, settings):
+            last = run.history[-1][-1]
+            advance(finished, f"restart {len(run.history)}/{settings.restarts}, objective {last['objective']:.5g}")
+            saved.keep(run)
     return run
 
 
-def _restart(run: KMeansRun, restart: int, steps: "_Steps", settings: KMeansSettings) -> Iterator[int]:
+def run_restarts(run: KMeansRun, steps: "Steps", settings: KMeansSettings) -> Iterator[int]:
+    """Runs all restarts from where `run` stopped; yields the number of iterations that each step finished."""
+    for restart in range(max(0, len(run.history) - 1), settings.restarts):
+        yield from _restart(run, restart, steps, settings)
+
+
+def _restart(run: KMeansRun, restart: int, steps: "Steps", settings: KMeansSettings) -> Iterator[int]:
     """Runs one restart to its end, from where it stopped; yields the number of iterations that each step finished."""
     if restart == len(run.history):
         run.history.append([])
@@ -122,20 +140,19 @@ def _keep_if_best(run: KMeansRun, restart: int, objective: float, settings: KMea
     run.current = None
 
 
-class _Steps:
+class Steps:
     """The iterations of FAISS's clustering of given rows, in memory or out of core."""
 
-    def __init__(self, rows: NDArray[np.float16], settings: KMeansSettings, memory: int):
+    def __init__(self, rows: NDArray[np.float16], k: int, settings: KMeansSettings, memory: int, index: Any = None):
+        """Takes `k` instead of the one of the settings; `index` is a `flat_index` that is used for other rows, too."""
         self.faiss = import_faiss()
-        self.rows, self.settings = rows, settings
+        self.rows, self.k, self.settings = rows, k, settings
         count, dim = rows.shape
         self.block = block_rows(dim)
-        refuse_little_memory(count, dim, settings, memory)
-        self.in_memory = fixed_bytes(count, dim, settings.k) + rows.size * 4 <= memory
+        _refuse_less_than(least_bytes(count, dim, k, settings.init), count, dim, k, settings, memory)
+        self.in_memory = fixed_bytes(count, dim, k) + rows.size * 4 <= memory
         self.floats = _as_floats(rows, self.block) if self.in_memory else None
-        self.index = self.faiss.IndexFlatL2(dim) if settings.metric == "l2" else self.faiss.IndexFlatIP(dim)
-        if faiss_gpus():
-            self.index = self.faiss.index_cpu_to_all_gpus(self.index)
+        self.index = flat_index(dim, settings.metric) if index is None else index
 
     @property
     def where(self) -> str:
@@ -152,10 +169,10 @@ class _Steps:
     def _random_rows(self, seed: int) -> NDArray[np.float32]:
         order = np.empty(len(self.rows), dtype=np.int32)
         self.faiss.rand_perm(self.faiss.swig_ptr(order), len(order), seed)
-        return self.rows[order[: self.settings.k]].astype(np.float32)
+        return self.rows[order[: self.k]].astype(np.float32)
 
     def _kmeans_plus_plus_rows(self, seed: int) -> NDArray[np.float32]:
-        k, dim = self.settings.k, self.rows.shape[1]
+        k, dim = self.k, self.rows.shape[1]
         # Rows are in random order, so that the first ones are a uniform sample.
         first = self.rows[: SEEDING_ROWS_PER_CENTROID * k]
         floats = np.ascontiguousarray(first, dtype=np.float32) if self.floats is None else self.floats[: len(first)]
@@ -169,10 +186,10 @@ class _Steps:
     def iterate(self, centroids: NDArray[np.float32]) -> tuple[NDArray[np.float32], dict[str, float]]:
         """Runs one iteration from these centroids (K, dim); returns the next ones and FAISS's statistics."""
         faiss, (count, dim) = self.faiss, self.rows.shape
-        clustering = faiss.Clustering(dim, self.settings.k)
+        clustering = faiss.Clustering(dim, self.k)
         clustering.niter = 1
         # Otherwise FAISS silently subsamples to 256 points per centroid, and warns below 39.
-        clustering.max_points_per_centroid = math.ceil(count / self.settings.k) + 1
+        clustering.max_points_per_centroid = math.ceil(count / self.k) + 1
         clustering.min_points_per_centroid = 1
         clustering.decode_block_size = self.block
         if hasattr(clustering, "check_input_data_for_NaNs"):
@@ -183,9 +200,11 @@ class _Steps:
         else:
             clustering.train_encoded(self.rows.view(np.uint8), _codec(dim), self.index)
         step = clustering.iteration_stats.at(0)
+        # With a centroid for each row FAISS copies the rows and states an objective of 0, also for similarities.
+        copied = count == self.k and self.settings.metric == "cosine"
         statistics = {
             # The last digits of a float32 sum depend on whether it was computed in blocks.
-            "objective": float(f"{step.obj:.6g}"),
+            "objective": float(count) if copied else float(f"{step.obj:.6g}"),
             "imbalance": float(f"{step.imbalance_factor:.6g}"),
             "empty_clusters_split": int(step.nsplit),
         }
@@ -208,6 +227,13 @@ class _Steps:
         return centroids
 
 
+def flat_index(dim: int, metric: str) -> Any:
+    """FAISS's exact index of centroids, empty, on all GPUs if there are any."""
+    faiss = import_faiss()
+    index = faiss.IndexFlatL2(dim) if metric == "l2" else faiss.IndexFlatIP(dim)
+    return faiss.index_cpu_to_all_gpus(index) if faiss_gpus() else index
+
+
 def block_rows(dim: int) -> int:
     """Number of rows that are decoded at a time, up to 64 MiB of them; FAISS compares 4,096 at once."""
     return int(np.clip((1 << 24) // dim // 4096, 1, 8)) * 4096
@@ -227,10 +253,27 @@ def least_bytes(count: int, dim: int, k: int, init: str = "random") -> int:
 def refuse_little_memory(count: int, dim: int, settings: KMeansSettings, memory: int) -> None:
     """Raises DataError if k-means of `count` rows does not even fit in `memory` bytes out of core."""
     needed = least_bytes(count, dim, settings.k, settings.init)
+    in_cells = bytes_besides_cells(count, dim, settings.k) + least_bytes(count, dim, settings.cells, settings.init)
+    if settings.algorithm == HIERARCHICAL:
+        _refuse_less_than(in_cells, count, dim, settings.k, settings, memory)
+    else:
+        cheaper = f", --algorithm {HIERARCHICAL}" if in_cells <= memory else ""
+        _refuse_less_than(needed, count, dim, settings.k, settings, memory, cheaper)
+
+
+def bytes_besides_cells(count: int, dim: int, k: int) -> int:
+    """Anonymous memory of the hierarchical algorithm besides k-means of a cell: the centroids, twice while they are
+    saved, and the cell, the order and a hash of each row."""
+    return 2 * 4 * k * dim + 24 * count
+
+
+def _refuse_less_than(
+    needed: int, count: int, dim: int, k: int, settings: KMeansSettings, memory: int, cheaper: str = ""
+) -> None:
     if needed > memory:
-        alternative = "" if settings.init == "random" else ", or --init random"
+        alternative = cheaper if settings.init == "random" else f"{cheaper}, or --init random"
         raise DataError(
-            f"--memory {as_text(memory)} is too little: k-means of {count} patches x {dim} features and K={settings.k} "
+            f"--memory {as_text(memory)} is too little: k-means of {count} patches x {dim} features and K={k} "
             f"needs {as_text(needed)} even out of core; give more, or use fewer --patches{alternative}."
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.artifacts.codes import Tokens
 from ...shared.images.views import ViewPolicy
 from ...shared.randomness import generator
 from ...shared.runtime.console import Advance, progress
@@ -141,8 +142,8 @@ def _nearest(
     image: Place,
     rows: ShardRows,
     code: int,
-    stored: NDArray[np.uint16],
-    again: NDArray[np.uint16],
+    stored: Tokens,
+    again: Tokens,
     squared: NDArray[Any],
     by_logit: bool,
 ) -> tuple[float, Patch]:

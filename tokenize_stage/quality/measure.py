@@ -60,7 +60,11 @@ def measure(pictures: StorePictures, count: int, seed: int) -> PictureQuality:
     store, tokenizer = pictures.store, pictures.tokenizer
     variants = Variants(tokenizer.preprocess, tokenizer.grid, ViewPolicy.from_json(store.view))
     places = choose_images(store, pictures.views.shards, count, seed)
-    meter, tokens, stored = ReconstructionMeter(tokenizer), list[NDArray[np.integer[Any]]](), list[NDArray[np.integer[Any]]]()
+    meter, tokens, stored = (
+        ReconstructionMeter(tokenizer),
+        list[NDArray[np.integer[Any]]](),
+        list[NDArray[np.integer[Any]]](),
+    )
     with progress("measuring stability", len(places)) as advance:
         for pixels, own in _batches(pictures, variants, places):
             again, features, distances = _encoded(tokenizer, pixels)

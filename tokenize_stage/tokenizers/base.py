@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ...shared.artifacts.codes import Tokens
 from ...shared.errors import DataError, UsageError
 from ...shared.images.views import Preprocess
 
@@ -28,7 +29,7 @@ class Tokenizer(ABC):
     grid: tuple[int, int]
     """Rows and columns (H, W) of one view's tokens."""
     k: int
-    """Number of codes K, at most 65,536; tokens are below it."""
+    """Number of codes K, at most 2^31; tokens are below it."""
     dim: int
     """Length of one patch's features."""
     unit_length: bool = False
@@ -51,21 +52,19 @@ class Tokenizer(ABC):
         """Computes the features of every patch: float32 (B, H * W, dim), row by row, on `device`."""
 
     @abstractmethod
-    def assign(self, features: NDArray[np.float32]) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+    def assign(self, features: NDArray[np.float32]) -> tuple[Tokens, NDArray[np.float32]]:
         """Picks a code for each of n patches.
 
         Args:
             features: (n, dim) float32 from `features`, of length one if `unit_length` is set.
 
         Returns:
-            Tokens (n,) uint16, and the squared distance (n,) float32 of each patch to its code. A metric that has no
-            distance returns any value that is smaller for a better match.
+            Tokens (n,) uint16, or uint32 where K is more than 65,536, and the squared distance (n,) float32 of each
+            patch to its code. A metric that has no distance returns any value that is smaller for a better match.
         """
 
     @abstractmethod
-    def nearly_equal(
-        self, features: NDArray[np.float32], tokens: NDArray[np.uint16], nearest: NDArray[np.uint16]
-    ) -> NDArray[np.bool_]:
+    def nearly_equal(self, features: NDArray[np.float32], tokens: Tokens, nearest: Tokens) -> NDArray[np.bool_]:
         """Tells rounding ties from wrong tokens.
 
         Args:

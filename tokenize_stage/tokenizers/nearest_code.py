@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...shared.artifacts.codes import Tokens
 from ...shared.errors import FingerprintMismatch
 from ...shared.tokens.codebook import INNER_PRODUCT, TOKEN_FIELDS, Codebook
 from ..towers.opening import open_tower
@@ -34,12 +35,10 @@ class NearestCode(Tokenizer):
     def features(self, pixels: Tensor) -> Tensor:
         return self.tower.features(pixels_in_255(pixels))
 
-    def assign(self, features: NDArray[np.float32]) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+    def assign(self, features: NDArray[np.float32]) -> tuple[Tokens, NDArray[np.float32]]:
         return self.codebook.assign(features)
 
-    def nearly_equal(
-        self, features: NDArray[np.float32], tokens: NDArray[np.uint16], nearest: NDArray[np.uint16]
-    ) -> NDArray[np.bool_]:
+    def nearly_equal(self, features: NDArray[np.float32], tokens: Tokens, nearest: Tokens) -> NDArray[np.bool_]:
         points, centroids = features.astype(np.float64), self.codebook.centroids.astype(np.float64)
         rounding = _ROUNDING[self.codebook.description["precision"]]
         if self.codebook.description["metric"] == INNER_PRODUCT:

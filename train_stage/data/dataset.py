@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ...shared.artifacts.codes import Tokens
 from ...shared.images.fast_pixels import is_plain_jpeg
 from ...shared.labels.columns import NO_LABEL
 from ...shared.labels.parsing import Label
@@ -25,8 +26,8 @@ class TokenisedImages:
     Images are numbered by the rank of their key; rows are in the store's order, shard by shard.
     """
 
-    tokens: NDArray[np.uint16]
-    """(n, V, H, W) uint16, by row, as are the next seven columns."""
+    tokens: Tokens
+    """(n, V, H, W) uint16 or uint32, by row, as are the next seven columns."""
     crops: NDArray[np.float64]
     """(n, V, 4) float64: top, left, height, width in upright source pixels."""
     flips: NDArray[np.bool_]

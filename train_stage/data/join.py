@@ -150,7 +150,7 @@ class _Join:
     def _reserve(self, most: int) -> None:
         views, (height, width) = self.store.views, self.store.grid
         for name, dtype, *shape in (
-            ("tokens", "<u2", views, height, width),
+            ("tokens", np.dtype(self.store.dtype).str, views, height, width),
             ("crops", "<f8", views, 4),
             ("flips", "|b1", views),
             ("labels", "<i8"),

@@ -10,6 +10,7 @@ import torch
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from ...shared.artifacts.codes import Tokens
 from ...shared.artifacts.fields import Text, read_json
 from ...shared.errors import DataError, FingerprintMismatch, UsageError
 from ...shared.images.normalise import Normalise
@@ -74,7 +75,7 @@ class _Batch:
         return [str(self.rows.keys[row]) for row, _ in self.places]
 
     @property
-    def tokens(self) -> NDArray[np.uint16]:
+    def tokens(self) -> Tokens:
         """(B, N), in raster order."""
         return np.stack([self.rows.tokens[place].reshape(-1) for place in self.places])
 
@@ -83,7 +84,7 @@ class _Batch:
 class _Collected:
     """The results of all batches."""
 
-    tokens: list[NDArray[np.uint16]] = field(default_factory=list)
+    tokens: list[Tokens] = field(default_factory=list)
     """The true tokens of each batch, (B, N)."""
     predictions: list[list[NDArray[np.int64]]] = field(default_factory=list)
     """The predictions of each batch by each run, (B, N)."""
@@ -160,6 +161,11 @@ def _open(folder: Path, store: TokenStore, device: str) -> _Run:
             f"{store.path} was made with codebook {store.fingerprint[:12]}, and {folder} trained on "
             f"{fingerprint[:12]}; give tokens of the same codebook."
         )
+    if store.k != weights.shape.k:
+        raise DataError(
+            f"{store.path} states K = {store.k}, and {folder} predicts K = {weights.shape.k} with the same codebook; "
+            "restore the store's manifest or make it again."
+        )
     if store.grid != (weights.grid, weights.grid):
         rows, columns = store.grid
         raise UsageError(
@@ -209,9 +215,7 @@ def _outcomes(collected: _Collected, grid: tuple[int, int]) -> list[dict[str, An
     return [_outcome(tokens, np.concatenate(batches), numbers, grid) for batches in by_run]
 
 
-def _outcome(
-    tokens: NDArray[np.uint16], predicted: NDArray[np.int64], numbers: list[int], grid: tuple[int, int]
-) -> dict[str, Any]:
+def _outcome(tokens: Tokens, predicted: NDArray[np.int64], numbers: list[int], grid: tuple[int, int]) -> dict[str, Any]:
     """One run's accuracy over tokens and predictions (n, N), and its predictions for the images `numbers`."""
     correct, count = (tokens == predicted).sum(0), (predicted != NOT_PREDICTED).sum(0)
     accuracies = [hits / of if of else None for hits, of in zip(correct.tolist(), count.tolist(), strict=True)]

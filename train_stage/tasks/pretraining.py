@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...shared.errors import FingerprintMismatch, UsageError
+from ...shared.errors import DataError, FingerprintMismatch, UsageError
 from ...shared.runtime.compat import fake_tensors
 from ...shared.runtime.distributed import World
+from ...shared.runtime.memory import as_text, free_bytes
 from ...shared.tokens.store import TokenStore
 from ..data.batch import Batch, LoadBatch, load_batches
 from ..data.dataset import TokenisedImages
@@ -148,6 +149,16 @@ def join_images(images: Any, store: TokenStore, settings: Settings, world: World
     """The images of a run joined with their tokens as its settings ask for (`join.join`)."""
     data = settings.data
     return join(images, store, data.skip_missing, world, shuffle=data.shuffle, cache=data.cache)
+
+
+def refuse_large_head(store: TokenStore, dim: int) -> None:
+    """Raises DataError if the head of a model of width `dim` alone, K x dim float32, does not fit into free memory."""
+    needed, free = 4 * store.k * dim, free_bytes()
+    if needed > free:
+        raise DataError(
+            f"{store.path}: a head for K = {store.k} codes has {as_text(needed)} of weights, and {as_text(free)} of "
+            "memory are free; use tokens of a smaller codebook, a smaller model.dim, or a machine with more memory."
+        )
 
 
 def refuse_other_tokens(out: Path, before: dict[str, Any], store: TokenStore) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from ...shared.artifacts.codes import MAX_K_OF_UINT16
 from ...shared.images.normalise import Normalise
 from ..data.batch import Batch
 from ..data.color_jitter import jitter
@@ -29,6 +30,11 @@ class PretrainingInputs(StepInputs):
     layout: Layout
     in_band: Tensor
     """(P, BANDS) float on the device: the band of each predicted rank, one-hot."""
+
+
+def rows_at_a_time(chunk: int | None, k: int) -> int | None:
+    """`execution.loss_chunk`, with K above 65,536 less by as much as K is more, so that logits take no more memory."""
+    return None if chunk is None else max(chunk * min(k, MAX_K_OF_UINT16) // k, 1)
 
 
 class PretrainingLoss(TaskLoss):
@@ -61,9 +67,8 @@ class PretrainingLoss(TaskLoss):
         with self.autocast:
             scale = drop_path_scales(batch.uniform_draws, self.settings.model.drop_path)
             rows = self.model.predict_rows(pixels, batch.order, layout, scale)
-            loss, right = token_loss(
-                rows, self.model.decoder, targets, self.settings.execution.loss_chunk, self.loss_and_grads
-            )
+            chunk = rows_at_a_time(self.settings.execution.loss_chunk, self.model.shape.k)
+            loss, right = token_loss(rows, self.model.decoder, targets, chunk, self.loss_and_grads)
         return loss, right.float().sum(0) @ inputs.in_band
 
     def _preprocess(self, batch: Batch) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from ...shared.artifacts.codes import MAX_K
 from ...shared.artifacts.fields import Count, Finite, Positive, PositiveTriple, Sha256, Size, Text, Triple
 from ...shared.errors import DataError
 from ..model.shape import Shape
@@ -22,7 +23,7 @@ class ShapeFields(Struct):
     heads: Size
     patch_size: Size
     image_size: Size
-    k: Annotated[int, Meta(ge=0, le=65_536)] = 0
+    k: Annotated[int, Meta(ge=0, le=MAX_K)] = 0
     mlp_ratio: Positive = 4.0
 
     def __post_init__(self) -> None:
@@ -153,7 +154,7 @@ def refuse_other_sizes(shape: Shape, sizes: Mapping[str, tuple[int, ...]], file:
     """Compares the stated shape with the tensors, before a model of that shape is built.
 
     Raises:
-        DataError if width, depth, hidden width or the numbers of patches differ.
+        DataError if width, depth, hidden width or the numbers of patches or of codes differ.
     """
     blocks = {name.split(".")[1] for name in sizes if name.startswith("blocks.")}
     hidden = shape.dim * shape.mlp_ratio
@@ -166,6 +167,8 @@ def refuse_other_sizes(shape: Shape, sizes: Mapping[str, tuple[int, ...]], file:
             sizes.get("blocks.0.mlp.fc1.weight"),
         ),
     }
+    if "decoder.weight" in sizes:
+        stated["head"] = ((shape.k, shape.dim), sizes["decoder.weight"])
     for name, (expected, there) in stated.items():
         if expected != there:
             raise DataError(
