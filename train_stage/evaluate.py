@@ -13,6 +13,7 @@ from ..shared.images.views import Preprocess
 from ..shared.runtime.console import foreign, progress, results, say, table
 from ..shared.runtime.devices import choose_device, choose_workers, refuse_many_processes
 from ..shared.sources.options import SourceOptions
+from ..shared.sources.sources import shown_images
 from ..shared.storage.lock import sole_writer
 from .classification.classes import labels_of
 from .classification.logits import classify, evaluation_preprocess
@@ -115,7 +116,7 @@ def evaluate(
     with nullcontext() if html is None else sole_writer(Path(html), option="--html"):
         options = SourceOptions(key_until, key_prefix, image_field, max_pixels, label_from)
         records = labelled_images(val, options, labels=labels, label_field=label_field, classes=classes).records
-        targets = target_positions(labels_of(records), outputs, str(val))
+        targets = target_positions(labels_of(records), outputs, shown_images(val))
         accepted = None if real is None else read_real_labels(real, records, loaded.classes)
         with progress("evaluating", len(records)) as advance:
             execution = Execution(batch_size, choose_workers(workers, device_name), device_name, advance)

@@ -15,8 +15,9 @@ from ..shared.runtime.console import foreign, progress, results, say
 from ..shared.runtime.devices import choose_device, choose_workers, refuse_many_processes
 from ..shared.sources.keys import Skipped
 from ..shared.sources.options import SourceOptions
+from ..shared.sources.passed import count_of
 from ..shared.sources.records import ImageRecord
-from ..shared.sources.sources import read_records
+from ..shared.sources.sources import read_records, shown_images
 from ..shared.storage.files import written_whole
 from ..shared.storage.lock import sole_writer
 from .classification.logits import LogitsBatch, logits_by_batch
@@ -114,7 +115,7 @@ def predict(
             predictions = list(_predictions(loaded, records, execution, top, skipped, skip=skip))
         _say_skipped(skipped)
         if not predictions:
-            raise DataError(f"None of the images in {images} could be read; give other images.")
+            raise DataError(f"None of the images in {shown_images(images)} could be read; give other images.")
         if csv is not None:
             _write_csv(Path(csv), predictions)
     return predictions
@@ -140,7 +141,7 @@ def _most_probable(batch: LogitsBatch, names: Sequence[str], top: int) -> Iterat
 def _say_skipped(skipped: Skipped) -> None:
     if skipped:
         more = f", the first {_SHOWN_SKIPPED} of which are" if len(skipped) > _SHOWN_SKIPPED else ""
-        say(f"Skipped {len(skipped):,} unreadable images{more}:")
+        say(f"Skipped {count_of(len(skipped), 'unreadable image')}{more}:")
         for key, reason in skipped[:_SHOWN_SKIPPED]:
             say(f"  {key}: {reason}")
 

@@ -33,7 +33,7 @@
         width, aspectRatio: 1, marginLeft: named ? 100 : 24, marginBottom: named ? 100 : 24, marginTop: 8, padding: names.length > 40 ? 0 : 0.04,
         x: { ...axis, label: named ? null : "predicted", tickRotate: -90, ...(named ? {} : { ticks: [] }) },
         y: { ...axis, label: named ? null : "class", ...(named ? {} : { ticks: [] }) },
-        color: { scheme: "viridis", domain: [0, 1], legend: true, label: "share", tickFormat: "~%", width: Math.min(width, 280) },
+        color: { scheme: "viridis", domain: [0, 1], legend: true, label: "share", tickFormat: "~%", marginLeft: 16, width: Math.min(width, 280) },
         marks: [
           Plot.cell(cells, { x: "to", y: "from", fill: "share" }),
           Plot.tip(cells, Plot.pointer({ x: "to", y: "from", title })),
