@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from .tokenize_stage.tokenizers.base import Tokenizer
     from .tokenize_stage.tokenizers.opening import load_tokenizer
     from .tokenize_stage.verify import verify
+    from .train_stage.evaluate import evaluate
     from .train_stage.export import export
     from .train_stage.features import features
     from .train_stage.finetune import finetune, finetune_dry_run
     from .train_stage.import_weights import import_weights
     from .train_stage.model.mapet import MaPeT
+    from .train_stage.predict import predict
     from .train_stage.pretrain import pretrain, pretrain_dry_run
     from .train_stage.probe import probe
     from .train_stage.report import report
@@ -42,6 +44,7 @@ _HOME = {
     "doctor": ".shared.doctor",
     "encode_shards": ".tokenize_stage.encode_shards",
     "encode_shards_dry_run": ".tokenize_stage.encode_shards",
+    "evaluate": ".train_stage.evaluate",
     "export": ".train_stage.export",
     "features": ".train_stage.features",
     "finetune": ".train_stage.finetune",
@@ -54,6 +57,7 @@ _HOME = {
     "load_published": ".train_stage.weights.published",
     "load_tokenizer": ".tokenize_stage.tokenizers.opening",
     "load_weights": ".train_stage.weights.read",
+    "predict": ".train_stage.predict",
     "pretrain": ".train_stage.pretrain",
     "pretrain_dry_run": ".train_stage.pretrain",
     "probe": ".train_stage.probe",
@@ -71,6 +75,7 @@ __all__ = [
     "doctor",
     "encode_shards",
     "encode_shards_dry_run",
+    "evaluate",
     "export",
     "features",
     "finetune",
@@ -83,6 +88,7 @@ __all__ = [
     "load_published",
     "load_tokenizer",
     "load_weights",
+    "predict",
     "pretrain",
     "pretrain_dry_run",
     "probe",

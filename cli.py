@@ -125,6 +125,19 @@ COMMANDS: dict[str, dict[str, Command]] = {
             at_least={"freeze": 0},
             dry_run=("train_stage.finetune:finetune_dry_run", "train_stage.training.dry_run:show_estimate"),
         ),
+        "evaluate": Command(
+            "Measure a fine-tuned classifier on labelled images: accuracy, calibration, confusions.",
+            "train_stage.evaluate:evaluate",
+            arguments=("weights",),
+            shown_by="train_stage.evaluate:show",
+        ),
+        "predict": Command(
+            "Predict the classes of images with a fine-tuned classifier (--json: one line per image).",
+            "train_stage.predict:predict",
+            arguments=("weights", "images..."),
+            at_least={"top": 1},
+            shown_by="train_stage.predict:show",
+        ),
         "probe": Command(
             "Measure frozen features with a linear probe and k-NN.",
             "train_stage.probe:probe",

@@ -28,8 +28,8 @@ LAYERS = {
         ["towers", "counting"],
     ],
     "train_stage": [
-        ["pretrain", "finetune", "probe", "features", "report", "export", "import_weights"],
-        ["runs", "tasks"],
+        ["pretrain", "finetune", "evaluate", "predict", "probe", "features", "report", "export", "import_weights"],
+        ["runs", "tasks", "scoring"],
         ["training", "classification"],
         ["data", "evaluation"],
         ["objectives"],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..shared.errors import DataError, UsageError
+from ..shared.images.on_error import skips
 from ..shared.runtime.console import say, table
 from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.runtime.distributed import World, joined_world
@@ -30,7 +31,6 @@ from .kmeans.patch_sample import choose_images
 from .kmeans.plan import CodebookPlan, plan_codebook
 from .kmeans.sampler import Sampler, SourceKeys, read_keys
 from .kmeans.train import HIERARCHICAL, LLOYD, KMeansSettings, train_kmeans
-from .towers.on_error import skips
 from .towers.opening import open_tower
 from .towers.tower import TowerSettings
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from upath import UPath
 
 from ..shared.errors import UsageError
+from ..shared.images.on_error import skips
 from ..shared.images.views import ViewPolicy
 from ..shared.runtime.console import say, table
 from ..shared.runtime.devices import choose_workers
@@ -23,7 +24,6 @@ from .encoding.shards import Encoder
 from .encoding.unfinished import survey_keys, unfinished_shards
 from .encoding.writing import begin_store, finish_store, write_shards
 from .tokenizers.opening import SavedTokenizer, read_tokenizer
-from .towers.on_error import skips
 
 
 def encode_shards(

@@ -119,13 +119,14 @@ class Results:
         if _is_shown():
             _stdout().print(foreign(result) if isinstance(result, str) else result, soft_wrap=soft_wrap)
 
-    def print_json(self, value: Any) -> None:
-        """Prints JSON for machines, as UTF-8 or with escapes for what stdout's encoding lacks."""
-        text = printable_json(value, indent=1)
+    def print_json(self, value: Any, indent: int | None = 1) -> None:
+        """Prints JSON for machines, as UTF-8 or with escapes for what stdout's encoding lacks; on one line if `indent`
+        is None."""
+        text = printable_json(value, indent)
         try:
             text.encode(sys.stdout.encoding or "utf-8")
         except UnicodeEncodeError:
-            text = json.dumps(value, indent=1)
+            text = json.dumps(value, indent=indent)
         print(text)
 
 

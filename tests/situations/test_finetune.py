@@ -3,12 +3,16 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zarr
 from mapet.quickstart.drawings import write_drawings
+from mapet.shared.sources.sources import read_records
 from mapet.train_stage.weights.read import load_weights
 from timm import create_model
 
@@ -113,6 +117,15 @@ def test_class_names_survive_an_import(mapet, tuned: Path, tmp_path: Path):
 def test_a_fine_tuned_run_is_probed(mapet, lab, val: Path, tuned: Path):
     """A fine-tuned run opens as weights for train probe."""
     assert "linear probe" in mapet("train", "probe", tuned, "--images", lab.images, "--val", val).ok().text
+
+
+def test_features_of_a_fine_tuned_run(mapet, val: Path, tuned: Path, tmp_path: Path):
+    """train features writes the input of the head of a fine-tuned run."""
+    mapet("train", "features", val, "--weights", tuned, "--out", tmp_path / "features").ok()
+    group = zarr.open_group(tmp_path / "features", mode="r")
+    assert group.attrs["weights"]["kind"] == "classifier"
+    assert (group["pooled"].shape, group["patches"].shape) == ((24, 32), (24, 8, 8, 32))
+    assert group["labels"][:].tolist() == [int(record.label) for record in read_records(val)]
 
 
 def test_a_fine_tuned_run_is_tuned_again(finetune, tuned: Path):
@@ -253,3 +266,44 @@ def test_settings_that_do_not_fit(finetune, tmp_path: Path, setting: str, part: 
 def test_a_models_name_needs_from_scratch(finetune):
     """The name of a model without --from-scratch is refused."""
     finetune(weights="vit-tiny").refused(2, "--from-scratch")
+
+
+def test_a_short_run_without_a_recipe(mapet, lab, val: Path, tmp_path: Path):
+    """The published warm-up is longer than a short run: the message says what to do."""
+    options = ["--set", "train.batch_size=16", "--set", "train.epochs=5", "--out", tmp_path / "run"]
+    outcome = mapet("train", "finetune", lab.run, "--images", lab.images, "--val", val, *options)
+    outcome.refused(
+        2, "20.0 is not shorter than 5 epochs", "--set optimizer.warmup_epochs=0.5", "--recipe finetune-small-data"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_that_is_damaged_in_mid_epoch(finetune, write_folder, picture, tmp_path: Path):
+    """A damaged image stops the run by its name; with the image restored the same command goes on, bit by bit."""
+    pictures = {f"{name}/{name}{at}.jpg": picture(at) for name in ("ant", "cat") for at in range(24)}
+    images = write_folder(tmp_path / "images", pictures)
+    val = write_folder(tmp_path / "val", {"cat/1.jpg": picture(1)})
+    options = ["--set", "train.log_keys=true"]
+    finetune(*options, images=images, val=val, out=tmp_path / "whole").ok()
+    last = next(line["keys"][0] for line in lines(next((tmp_path / "whole" / "keys").iterdir())) if line["step"] == 3)
+    damaged = images / f"{last}.jpg"
+    damaged.write_bytes(pictures[f"{last}.jpg"][:200])
+    finetune(*options, images=images, val=val).refused(1, str(damaged), f"image {last!r}")
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-0000002"]
+    damaged.write_bytes(pictures[f"{last}.jpg"])
+    assert "step 2 of 6" in finetune(*options, images=images, val=val).ok().text
+    assert same(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.campaign
+def test_two_processes_of_one_torchrun(lab, val: Path, tuned: Path, tmp_path: Path):
+    """Under torchrun two processes work on one run, with the losses and accuracies of one process."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [sys.executable, "-c", "from mapet.cli import main; main()", "train", "finetune", lab.run]
+    options = ["--images", lab.images, "--val", val, "--out", tmp_path / "run", *SET]
+    ran = subprocess.run([*launch, *map(str, [*command, *options])], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    losses = [[line["loss"] for line in lines(run / "metrics.jsonl")] for run in (tuned, tmp_path / "run")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    measured = [lines(run / "probe.jsonl")[-1] for run in (tuned, tmp_path / "run")]
+    assert measured[1]["loss"] == pytest.approx(measured[0]["loss"], rel=1e-4)

@@ -42,10 +42,16 @@ def output_names(labels: Sequence[Label], outputs: int | None = None) -> tuple[s
     return (*names, *(f"unused {number}" for number in range(len(names), outputs or 0)))
 
 
+def unknown_labels(labels: Sequence[Label], names: Sequence[str]) -> list[Label]:
+    """The different labels that are none of the outputs `names`, in order."""
+    known = set(names)
+    return sorted_labels([label for label in labels if str(label) not in known])
+
+
 def output_indices(labels: Sequence[Label], names: Sequence[str]) -> NDArray[np.int64]:
     """(n,) int64: the output of each label. Raises DataError for labels that are none of the classes."""
     positions = {name: position for position, name in enumerate(names)}
-    unknown = sorted_labels([label for label in labels if str(label) not in positions])
+    unknown = unknown_labels(labels, names)
     if unknown:
         raise DataError(
             f"{len(unknown)} classes of the validation images are not among the training images "

@@ -5,14 +5,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
-from ...shared.errors import DataError, Interrupted
+from ...shared.errors import DataError, Interrupted, MapetError
 from ...shared.runtime.console import in_command, progress, say, stop_signals
 from ...shared.runtime.devices import choose_workers
 from ...shared.runtime.distributed import AsyncFlag, World
@@ -38,6 +38,7 @@ def train(run: Run[BatchT]) -> Path:
     loader = load_parts(run.task, plan, run.world, run.device, run.start)
     stop_flag, parent = AsyncFlag(run.world), os.getppid()
     with (
+        _checkpoint_finished(run),
         _stop_requested() as requested,
         fetched_tars(run.task.images, settings, run.start) as passed,
         progress("training", plan.steps, "steps", run.start) as advance,
@@ -63,6 +64,17 @@ def train(run: Run[BatchT]) -> Path:
     checkpoint = run.world.on_rank_zero(run.checkpoints.finish)
     assert checkpoint is not None  # the last step writes one
     return checkpoint
+
+
+@contextmanager
+def _checkpoint_finished(run: Run[BatchT]) -> Iterator[None]:
+    """If the block fails, the checkpoint that is being written is finished before the run is left to others."""
+    try:
+        yield
+    except BaseException:
+        with suppress(MapetError):  # a second failure must not hide the first
+            run.checkpoints.finish()
+        raise
 
 
 def dry_run(task: Task[BatchT], world: World, device: str) -> RunEstimate:

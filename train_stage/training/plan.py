@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ...shared.errors import UsageError
-from ..settings import RunSettings
+from ..settings import FinetuneSettings, RunSettings
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,10 @@ def make_plan(settings: RunSettings, images: int, processes: int = 1, together: 
     steps = train.epochs * steps_per_epoch
     warmup = round(optimizer.warmup_epochs * steps_per_epoch)
     if warmup >= steps:
+        recipe = ", or use --recipe finetune-small-data" if isinstance(settings, FinetuneSettings) else ""
         raise UsageError(
-            f"optimizer.warmup_epochs {optimizer.warmup_epochs} is not shorter than {train.epochs} epochs."
+            f"optimizer.warmup_epochs {optimizer.warmup_epochs} is not shorter than {train.epochs} epochs; lower it, "
+            f"such as --set optimizer.warmup_epochs={train.epochs / 10:g}{recipe}."
         )
     share = train.batch_size // processes
     largest = min(settings.execution.micro_batch or share, share)

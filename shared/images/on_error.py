@@ -1,6 +1,6 @@
 """The values of --on-error."""
 
-from ...shared.errors import UsageError
+from ..errors import UsageError
 
 ON_ERROR = ("stop", "skip")
 

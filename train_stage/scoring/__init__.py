@@ -1,0 +1,1 @@
+"""What a fine-tuned classifier achieves: which outputs count, accuracy and calibration, ReaL labels, the page."""
