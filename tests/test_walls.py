@@ -30,7 +30,7 @@ LAYERS = {
     "train_stage": [
         ["pretrain", "finetune", "probe", "features", "report", "export", "import_weights"],
         ["runs", "tasks"],
-        ["training", "classification"],
+        ["training", "classification", "probing"],
         ["data", "evaluation"],
         ["objectives"],
         ["settings", "weights"],

@@ -11,9 +11,9 @@ from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.sources.options import SourceOptions
 from .evaluation.base import EvaluationResult, evaluate
 from .evaluation.embed import Execution, extract_features, fresh_weights, pixel_encoder, pooled_encoder
-from .evaluation.knn import KNearestNeighbours
 from .evaluation.labelled import LabelledImages, labelled_pair
-from .evaluation.linear_probe import LinearProbe
+from .probing.knn import KNearestNeighbours
+from .probing.linear_probe import LinearProbe
 from .weights.read import load_weights
 
 PIXELS = 32

@@ -21,10 +21,10 @@ from mapet.train_stage.evaluation.embed import (
     pixel_encoder,
     pooled_encoder,
 )
-from mapet.train_stage.evaluation.knn import KNearestNeighbours
 from mapet.train_stage.evaluation.labelled import LabelledImages, labelled_images
-from mapet.train_stage.evaluation.linear_probe import LinearProbe
-from mapet.train_stage.evaluation.run_probe import RunProbe
+from mapet.train_stage.probing.knn import KNearestNeighbours
+from mapet.train_stage.probing.linear_probe import LinearProbe
+from mapet.train_stage.probing.run_probe import RunProbe
 from mapet.train_stage.settings import resolve
 from mapet.train_stage.weights.read import load_weights
 from mapet.train_stage.weights.weights import Weights

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from .base import EvaluationResult, FrozenEvaluation
-from .classes import number_classes
-from .embed import FrozenFeatures
+from ..evaluation.base import EvaluationResult, FrozenEvaluation
+from ..evaluation.classes import number_classes
+from ..evaluation.embed import FrozenFeatures
 
 _CHUNK = 1024
 """How many validation images have their similarities to all training images in memory."""

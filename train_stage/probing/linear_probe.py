@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .base import EvaluationResult, FrozenEvaluation
-from .classes import number_classes
-from .embed import FrozenFeatures
+from ..evaluation.base import EvaluationResult, FrozenEvaluation
+from ..evaluation.classes import number_classes
+from ..evaluation.embed import FrozenFeatures
 
 WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 HELD_OUT = 0.1
