@@ -126,9 +126,10 @@ COMMANDS: dict[str, dict[str, Command]] = {
             dry_run=("train_stage.finetune:finetune_dry_run", "train_stage.training.dry_run:show_estimate"),
         ),
         "probe": Command(
-            "Measure frozen features with a linear probe and k-NN.",
+            "Measure frozen features with a linear probe, an attentive probe and k-NN.",
             "train_stage.probe:probe",
             arguments=("weights",),
+            shown_by="train_stage.probe:show",
         ),
         "report": Command(
             "Write runs as an HTML page: curves, probes, settings and predictions.",
@@ -167,6 +168,8 @@ _AT_LEAST = {
     "batch_size": 1,
     "heads": 1,
     "image_size": 1,
+    "iteration_batch": 1,
+    "iterations": 1,
     "max_images": 1,
     "max_pixels": 1,
     "patches": 1,

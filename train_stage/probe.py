@@ -1,17 +1,17 @@
-"""probe: measures frozen features by a linear classifier and by k nearest neighbours."""
+"""probe: measures frozen features by classifiers on them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.table import Table
-
-from ..shared.runtime.console import progress, results
+from ..shared.runtime.console import foreign, progress, results
 from ..shared.runtime.devices import choose_device, choose_workers
 from ..shared.sources.options import SourceOptions
-from .evaluation.base import EvaluationResult, evaluate
-from .evaluation.embed import Execution, extract_features, fresh_weights, pixel_encoder, pooled_encoder
-from .evaluation.labelled import LabelledImages, labelled_pair
+from .evaluation.base import EvaluationResult, FrozenEvaluation
+from .evaluation.embed import Execution, FrozenFeatures, extract_features, fresh_weights, pixel_encoder, pooled_encoder
+from .evaluation.labelled import labelled_pair
+from .probing.attentive import AttentiveProbe
 from .probing.knn import KNearestNeighbours
 from .probing.linear_probe import LinearProbe
 from .weights.read import load_weights
@@ -30,6 +30,11 @@ class ProbeResult:
     knn: float
     evaluations: tuple[EvaluationResult, ...] = ()
     """The same with the protocol of each evaluation."""
+    attentive: float | None = None
+    """None if it was not measured."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"features": self.features, "evaluations": [result.to_json() for result in self.evaluations]}
 
 
 def probe(
@@ -43,6 +48,10 @@ def probe(
     classes: str | Path | None = None,
     random_init: bool = False,
     pixels: bool = False,
+    attentive: bool = False,
+    iterations: int | None = None,
+    iteration_batch: int | None = None,
+    seed: int = 0,
     key_until: str | None = None,
     key_prefix: str | None = None,
     image_field: str | None = None,
@@ -71,6 +80,12 @@ def probe(
         classes: File of class names, for class numbers beside names: line i, counted from 0, is the name of class i.
         random_init: Also probe the same model with the initial weights of the run's seed.
         pixels: Also probe the raw pixels, averaged to 32x32.
+        attentive: Also train the attentive probe, which reads each patch (minutes on a CPU).
+        iterations: Steps of the attentive probe (default: 12,500, or 10 passes over the training images if that is
+            less).
+        iteration_batch: Images per step of the attentive probe (default: a hundredth of the training images, from 32
+            to 1,024).
+        seed: Of the attentive probe's initial weights and of its order of images.
         key_until: Where an image's key ends in its file name, first-dot or last-dot (default: first-dot in tars, as in
             WebDataset, and last-dot in folders).
         key_prefix: none, or tar: keys begin with the name of their tar (of their folder, if several are given).
@@ -99,27 +114,42 @@ def probe(
         encoders.append(pooled_encoder(fresh_weights(loaded), device_name, "random init"))
     if pixels:
         encoders.append(pixel_encoder(PIXELS))
+    evaluations: list[FrozenEvaluation] = [LinearProbe(), KNearestNeighbours()]
+    if attentive:
+        evaluations.append(AttentiveProbe(iterations, iteration_batch, seed=seed))
     with progress("extracting features", len(train_images) + len(val_images)) as advance:
         execution = Execution(batch_size, choose_workers(workers, device_name), device_name, advance)
-        features, *baselines = extract_features(encoders, loaded.preprocess, train_images, val_images, execution)
-    evaluations = (LinearProbe(), KNearestNeighbours())
-    measured = [evaluate(evaluations, loaded, train_images, val_images, execution, features=features)]
-    measured += [[evaluation.measure(baseline) for evaluation in evaluations] for baseline in baselines]
-    rows = [_row(encoder.name, *of_encoder) for encoder, of_encoder in zip(encoders, measured, strict=True)]
-    show_probe(rows, val_images)
-    return rows
+        extracted = extract_features(
+            encoders, loaded.preprocess, train_images, val_images, execution, patches=attentive
+        )
+    return [_row(features, evaluations) for features in extracted]
 
 
-def _row(name: str, linear: EvaluationResult, knn: EvaluationResult) -> ProbeResult:
-    return ProbeResult(name, linear.numbers["top1"], knn.numbers["top1"], (linear, knn))
+def _row(features: FrozenFeatures, evaluations: Sequence[FrozenEvaluation]) -> ProbeResult:
+    measured = [evaluation.measure(features) for evaluation in evaluations]
+    top1 = {result.name: result.numbers["top1"] for result in measured}
+    return ProbeResult(features.encoder, top1["linear"], top1["knn"], tuple(measured), top1.get("attentive"))
 
 
-def show_probe(rows: Sequence[ProbeResult], val: LabelledImages) -> None:
-    """Prints the accuracies as a table."""
-    classes = len(set(val.labels.tolist()))
-    grid = Table(title=f"Frozen features: top-1 on {len(val):,} images of {classes} classes")
-    for heading in ("features", "linear probe", "k-NN"):
-        grid.add_column(heading, justify="left" if heading == "features" else "right")
+_COLUMNS = {"linear": "linear probe", "attentive": "attentive probe", "knn": "k-NN"}
+
+
+def show(rows: Sequence[ProbeResult], *, as_json: bool = False) -> None:
+    """Prints the accuracies as a table, or everything as one JSON object."""
+    if as_json:
+        results.print_json({"rows": [row.to_json() for row in rows]})
+        return
+    from rich.table import Table
+
+    measured = rows[0].evaluations[0].protocol["features"]
+    grid = Table(
+        title=f"Frozen features: top-1 on {measured['val_images']:,} images of {measured['val_classes']} classes"
+    )
+    grid.add_column("features")
+    columns = [name for name in _COLUMNS if any(result.name == name for result in rows[0].evaluations)]
+    for name in columns:
+        grid.add_column(_COLUMNS[name], justify="right")
     for row in rows:
-        grid.add_row(row.features, f"{row.linear:.1%}", f"{row.knn:.1%}")
+        top1 = {result.name: result.numbers["top1"] for result in row.evaluations}
+        grid.add_row(foreign(row.features), *(f"{top1[name]:.1%}" for name in columns))
     results.print(grid)

@@ -9,10 +9,9 @@ from torch.nn.functional import cross_entropy
 from ..evaluation.base import EvaluationResult, FrozenEvaluation
 from ..evaluation.classes import number_classes
 from ..evaluation.embed import FrozenFeatures
+from .held_out import HELD_OUT, split_held_out
 
 WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-HELD_OUT = 0.1
-"""Share of the training images on which the weight decay is chosen."""
 _ITERATIONS = 100
 
 
@@ -75,9 +74,7 @@ class _Classifier(NamedTuple):
 
 def _choose_weight_decay(train: Tensor, labels: Tensor, classes: int) -> tuple[float, _Classifier]:
     """The weight decay that does best on held-out images, and the classifier that the search ended with."""
-    shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
-    held_out = max(1, int(len(train) * HELD_OUT))
-    choose, fit = shuffled[:held_out], shuffled[held_out:]
+    choose, fit = split_held_out(len(train), train.device)
     scores: dict[float, float] = {}
     classifier = _Classifier(train.new_zeros(train.shape[1], classes), train.new_zeros(classes))
     # Each fit starts from the one before, which had more weight decay.
