@@ -126,9 +126,10 @@ COMMANDS: dict[str, dict[str, Command]] = {
             dry_run=("train_stage.finetune:finetune_dry_run", "train_stage.training.dry_run:show_estimate"),
         ),
         "probe": Command(
-            "Measure frozen features with a linear probe, an attentive probe and k-NN.",
+            "Measure frozen features: linear and attentive probe, k-NN, few labels, effective rank.",
             "train_stage.probe:probe",
             arguments=("weights",),
+            renamed={"everything": "--all"},
             shown_by="train_stage.probe:show",
         ),
         "report": Command(

@@ -16,9 +16,9 @@ from ...shared.runtime.console import progress
 from ..evaluation.base import EvaluationResult, FrozenEvaluation
 from ..evaluation.classes import number_classes
 from ..evaluation.embed import FrozenFeatures
+from ..evaluation.held_out import HELD_OUT, split_held_out
 from ..evaluation.patch_features import DTYPE, PatchFeatures
 from .attentive_head import AttentiveHead, attention_heads, grid_logits
-from .held_out import HELD_OUT, split_held_out
 
 LEARNING_RATES = (4e-5, 8e-5, 2e-4, 4e-4, 8e-4, 2e-3, 4e-3, 8e-3, 2e-2, 4e-2)
 """The published ones, 1e-5 to 1e-2 per 256 images, for the published batch of 1,024. Smaller batches keep them: scaled
@@ -27,8 +27,10 @@ WEIGHT_DECAYS = (5e-4, 1e-3, 5e-2)
 BETAS = (0.9, 0.95)
 ITERATIONS, BATCH = 12_500, 1024
 """The published budget."""
-EPOCHS, STEPS_PER_EPOCH, SMALLEST_BATCH = 10, 100, 32
-"""For sets of images that are smaller than ImageNet: at most that many passes over them, in smaller batches."""
+EPOCHS, STEPS_PER_EPOCH = 11, 50
+"""Sets smaller than ImageNet get as many passes as ImageNet's training images in the published budget, of so many steps
+each."""
+FEWEST_ITERATIONS, SMALLEST_BATCH = 500, 32
 WARMUP = 0.1
 """Share of the iterations in which the learning rate rises."""
 _MOST_NUMBERS = 2**27
@@ -49,7 +51,7 @@ class Budget:
             batch = min(max(images // STEPS_PER_EPOCH, SMALLEST_BATCH), BATCH)
         batch = min(batch, images)
         if iterations is None:
-            iterations = min(EPOCHS * (images // batch), ITERATIONS)
+            iterations = min(max(EPOCHS * (images // batch), FEWEST_ITERATIONS), ITERATIONS)
         return cls(iterations, batch)
 
 

@@ -124,10 +124,10 @@ def test_large_batches_are_computed_in_parts(hidden_signal: FrozenFeatures, monk
 
 
 def test_the_budget_is_the_published_one_scaled_down_for_small_sets():
-    assert Budget.of(1_153_051) == Budget(11_260, 1024)
+    assert Budget.of(1_153_051) == Budget(12_386, 1024)
     assert Budget.of(5_000_000) == Budget(12_500, 1024)
-    assert Budget.of(14_400) == Budget(1_000, 144)
-    assert Budget.of(20) == Budget(10, 20)
+    assert Budget.of(14_400) == Budget(550, 288)
+    assert Budget.of(20) == Budget(500, 20)
     assert Budget.of(14_400, iterations=50, batch=512) == Budget(50, 512)
 
 
