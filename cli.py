@@ -139,9 +139,11 @@ COMMANDS: dict[str, dict[str, Command]] = {
             shown_by="train_stage.predict:show",
         ),
         "probe": Command(
-            "Measure frozen features with a linear probe and k-NN.",
+            "Measure frozen features: linear and attentive probe, k-NN, few labels, effective rank.",
             "train_stage.probe:probe",
             arguments=("weights",),
+            renamed={"everything": "--all"},
+            shown_by="train_stage.probe:show",
         ),
         "report": Command(
             "Write runs as an HTML page: curves, probes, settings and predictions.",
@@ -180,6 +182,8 @@ _AT_LEAST = {
     "batch_size": 1,
     "heads": 1,
     "image_size": 1,
+    "iteration_batch": 1,
+    "iterations": 1,
     "max_images": 1,
     "max_pixels": 1,
     "patches": 1,

@@ -24,6 +24,7 @@ from ..tokenize_stage.pages.token_maps import draw_token_maps
 from ..tokenize_stage.verify import verify
 from ..train_stage.pretrain import pretrain
 from ..train_stage.probe import ProbeResult, probe
+from ..train_stage.probe import show as show_probe
 from ..train_stage.report import report
 from .drawings import CLASSES, write_drawings
 
@@ -98,6 +99,7 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
     if labelled:
         with _chapter("5. Proof: are the frozen features any good?"):
             results = probe(out / "run", str(train), str(val), random_init=True, pixels=True)
+            show_probe(results)
     else:
         say("Your pictures have no labels (class folders, or .cls members), so there is nothing to probe.")
     with _chapter("What the model predicts for pictures that it was not trained on"):

@@ -30,7 +30,7 @@ LAYERS = {
     "train_stage": [
         ["pretrain", "finetune", "evaluate", "predict", "probe", "features", "report", "export", "import_weights"],
         ["runs", "tasks", "scoring"],
-        ["training", "classification"],
+        ["training", "classification", "probing"],
         ["data", "evaluation"],
         ["objectives"],
         ["settings", "weights"],

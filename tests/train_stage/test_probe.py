@@ -7,7 +7,7 @@ import torch
 from mapet.quickstart.drawings import write_drawings
 from mapet.shared.errors import DataError
 from mapet.train_stage.pretrain import pretrain
-from mapet.train_stage.probe import probe
+from mapet.train_stage.probe import probe, show
 
 ORACLE = Path(__file__).parent / "oracle"
 
@@ -18,6 +18,7 @@ def test_a_run_is_probed_beside_random_init_and_pixels(chain, tmp_path: Path, ca
     pretrain(chain.images, chain.tokens, tmp_path / "run", overrides=overrides)
     write_drawings(tmp_path / "val", 32, seed=8)
     rows = probe(tmp_path / "run", chain.images, tmp_path / "val", random_init=True, pixels=True)
+    show(rows)
     assert [row.features for row in rows] == ["pre-trained", "random init", "pixels 32x32"]
     table = capsys.readouterr().out
     for row in rows:

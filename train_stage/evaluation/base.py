@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from ..weights.weights import Weights
 from .embed import Execution, FrozenFeatures, extract_features, pooled_encoder
@@ -40,18 +40,22 @@ class EvaluationInputs:
         val: LabelledImages,
         execution: Execution,
         features: FrozenFeatures | None = None,
+        *,
+        patches: bool = False,
     ):
-        """`features` are the weights' frozen features of these images, if they were extracted before."""
+        """`features` are the weights' frozen features of these images, if they were extracted before; `patches` says
+        whether those of each patch are extracted, too."""
         self.weights, self.train, self.val, self.execution = weights, train, val, execution
-        self._features = features
+        self._features, self._patches = features, patches
 
     @cached_property
     def features(self) -> FrozenFeatures:
-        """The pooled features of all images. Raises DataError for an image that cannot be read."""
+        """The frozen features of all images. Raises DataError for an image that cannot be read."""
         if self._features is not None:
             return self._features
         encoders = [pooled_encoder(self.weights, self.execution.device)]
-        return extract_features(encoders, self.weights.preprocess, self.train, self.val, self.execution)[0]
+        preprocess = self.weights.preprocess
+        return extract_features(encoders, preprocess, self.train, self.val, self.execution, patches=self._patches)[0]
 
 
 class Evaluation(ABC):
@@ -74,7 +78,10 @@ class Evaluation(ABC):
 
 
 class FrozenEvaluation(Evaluation):
-    """An evaluation that needs only the pooled features of the images."""
+    """An evaluation that needs only the frozen features of the images."""
+
+    reads_patches: ClassVar[bool] = False
+    """Whether it needs the features of each patch, and not only the pooled ones."""
 
     def evaluate(self, inputs: EvaluationInputs) -> EvaluationResult:
         return self.measure(inputs.features)
@@ -109,5 +116,6 @@ def evaluate(
     Raises:
         DataError for an image that cannot be read.
     """
-    inputs = EvaluationInputs(weights, train, val, execution or Execution(), features)
+    patches = any(isinstance(evaluation, FrozenEvaluation) and evaluation.reads_patches for evaluation in evaluations)
+    inputs = EvaluationInputs(weights, train, val, execution or Execution(), features, patches=patches)
     return [evaluation.evaluate(inputs) for evaluation in evaluations]

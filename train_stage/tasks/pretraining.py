@@ -16,11 +16,11 @@ from ...shared.tokens.store import TokenStore
 from ..data.batch import Batch, LoadBatch, load_batches
 from ..data.dataset import TokenisedImages
 from ..data.join import join
-from ..evaluation.run_probe import RunProbe
 from ..model.mapet import MaPeT
 from ..model.shape import Shape
 from ..objectives.layouts import step_layout
 from ..objectives.token_loss import token_loss
+from ..probing.run_probe import RunProbe
 from ..settings import Settings
 from ..training.task import Places, Task, TaskModel
 from ..weights.init import start_from

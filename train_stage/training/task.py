@@ -143,7 +143,7 @@ class Task(TaskModel[BatchT]):
 
 
 class RunEvaluator(Protocol):
-    """Measures the weights during a run (evaluation/run_probe.py is the first)."""
+    """Measures the weights during a run (probing/run_probe.py is the first)."""
 
     def measure(self, tensors: dict[str, Tensor]) -> dict[str, float]:
         """Named numbers in [0, 1] of these weights, under the names of the model's parameters."""

@@ -21,10 +21,10 @@ from mapet.train_stage.evaluation.embed import (
     pixel_encoder,
     pooled_encoder,
 )
-from mapet.train_stage.evaluation.knn import KNearestNeighbours
 from mapet.train_stage.evaluation.labelled import LabelledImages, labelled_images
-from mapet.train_stage.evaluation.linear_probe import LinearProbe
-from mapet.train_stage.evaluation.run_probe import RunProbe
+from mapet.train_stage.probing.knn import KNearestNeighbours
+from mapet.train_stage.probing.linear_probe import LinearProbe
+from mapet.train_stage.probing.run_probe import RunProbe
 from mapet.train_stage.settings import resolve
 from mapet.train_stage.weights.read import load_weights
 from mapet.train_stage.weights.weights import Weights
@@ -46,13 +46,13 @@ def images(chain) -> LabelledImages:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of images in each batch that a ViT encodes, as it happens."""
     counts: list[int] = []
-    plain: Callable[..., tuple[torch.Tensor, torch.Tensor]] = embed.embed
+    plain: Callable[..., list[tuple[torch.Tensor, torch.Tensor]]] = embed.embed_blocks
 
-    def counting(model, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def counting(model, pixels: torch.Tensor, blocks: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         counts.append(len(pixels))
-        return plain(model, pixels)
+        return plain(model, pixels, blocks)
 
-    monkeypatch.setattr(embed, "embed", counting)
+    monkeypatch.setattr(embed, "embed_blocks", counting)
     return counts
 
 
@@ -106,10 +106,12 @@ def test_a_result_is_plain_json_that_says_how_it_was_measured(weights, images):
         assert result["protocol"]["features"] == {
             "encoder": "pre-trained",
             "feature": "mean over patches of the final norm's output",
+            "block": 1,
             "dim": 32,
             "preprocess": weights.preprocess.to_json(),
             "train_images": 96,
             "val_images": 20,
+            "val_classes": len(images.subset(20).labels.unique()),
         }
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from mapet.train_stage.evaluation.knn import knn_accuracy
-from mapet.train_stage.evaluation.linear_probe import linear_probe
+from mapet.train_stage.probing.knn import knn_accuracy
+from mapet.train_stage.probing.linear_probe import linear_probe
 
 
 def clusters(count: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from ...shared.errors import UsageError
 from ...shared.runtime.devices import choose_workers
+from ..evaluation.base import Evaluation, evaluate
+from ..evaluation.embed import Execution
+from ..evaluation.labelled import labelled_pair
 from ..settings import Settings
 from ..weights.weights import Input, Weights
-from .base import Evaluation, evaluate
-from .embed import Execution
 from .knn import KNearestNeighbours
-from .labelled import labelled_pair
 from .linear_probe import LinearProbe
 
 

@@ -1,18 +1,17 @@
 """The linear probe: multinomial logistic regression on frozen features."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .base import EvaluationResult, FrozenEvaluation
-from .classes import number_classes
-from .embed import FrozenFeatures
+from ..evaluation.base import EvaluationResult, FrozenEvaluation
+from ..evaluation.classes import number_classes
+from ..evaluation.embed import FrozenFeatures
+from ..evaluation.held_out import HELD_OUT, split_held_out
 
 WEIGHT_DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-HELD_OUT = 0.1
-"""Share of the training images on which the weight decay is chosen."""
 _ITERATIONS = 100
 
 
@@ -25,15 +24,7 @@ class LinearProbe(FrozenEvaluation):
 
     def measure(self, features: FrozenFeatures) -> EvaluationResult:
         fit = linear_probe(features.train, features.train_labels, features.val, features.val_labels)
-        protocol = {
-            "classifier": "multinomial logistic regression on features standardised by the training set",
-            "optimizer": f"L-BFGS, strong Wolfe line search, at most {_ITERATIONS} iterations",
-            "weight_decays": list(WEIGHT_DECAYS),
-            "weight_decay": fit.weight_decay,
-            "hyper_parameters": f"chosen on {HELD_OUT:.0%} of the training images, then refitted on all of them",
-            "features": features.to_json(),
-        }
-        return EvaluationResult(self.name, protocol, {"top1": fit.top1})
+        return EvaluationResult(self.name, {**fit.to_json(), "features": features.to_json()}, {"top1": fit.top1})
 
 
 class LinearProbeFit(NamedTuple):
@@ -41,6 +32,19 @@ class LinearProbeFit(NamedTuple):
 
     top1: float
     weight_decay: float
+    held_out_top1: dict[float, float]
+    """Top-1 accuracy on the held-out training images by weight decay."""
+
+    def to_json(self) -> dict[str, Any]:
+        """How it was fitted; part of a protocol."""
+        return {
+            "classifier": "multinomial logistic regression on features standardised by the training set",
+            "optimizer": f"L-BFGS, strong Wolfe line search, at most {_ITERATIONS} iterations",
+            "weight_decays": list(WEIGHT_DECAYS),
+            "weight_decay": self.weight_decay,
+            "held_out_top1": [self.held_out_top1[weight_decay] for weight_decay in WEIGHT_DECAYS],
+            "hyper_parameters": f"chosen on {HELD_OUT:.0%} of the training images, then refitted on all of them",
+        }
 
 
 def linear_probe(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> LinearProbeFit:
@@ -58,12 +62,26 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tenso
     Raises:
         DataError for a negative label. Only classes that occur are fitted, whatever their numbers.
     """
-    mean, scale = train.mean(0), train.std(0) + 1e-6
+    mean, scale = _moments(train)
     train, test = (train - mean) / scale, (test - mean) / scale
     labels, test_labels, classes = number_classes(labels.to(train.device), test_labels.to(train.device))
-    weight_decay, start = _choose_weight_decay(train, labels, classes)
+    scores, start = _scores(train, labels, classes)
+    weight_decay = max(scores, key=scores.__getitem__)
     classifier = _logistic_regression(train, labels, weight_decay, start)
-    return LinearProbeFit(_accuracy(classifier, test, test_labels), weight_decay)
+    return LinearProbeFit(_accuracy(classifier, test, test_labels), weight_decay, scores)
+
+
+def held_out_accuracy(train: Tensor, labels: Tensor) -> float:
+    """Top-1 accuracy of the linear probe, with its best weight decay, on a tenth of the training images that it is not
+    fitted to; arguments as in `linear_probe`. Standardisation is by all training images."""
+    mean, scale = _moments(train)
+    labels, _, classes = number_classes(labels.to(train.device), labels[:0].to(train.device))
+    scores, _ = _scores((train - mean) / scale, labels, classes)
+    return max(scores.values())
+
+
+def _moments(train: Tensor) -> tuple[Tensor, Tensor]:
+    return train.mean(0), train.std(0) + 1e-6
 
 
 class _Classifier(NamedTuple):
@@ -73,18 +91,16 @@ class _Classifier(NamedTuple):
     """(classes,)"""
 
 
-def _choose_weight_decay(train: Tensor, labels: Tensor, classes: int) -> tuple[float, _Classifier]:
-    """The weight decay that does best on held-out images, and the classifier that the search ended with."""
-    shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
-    held_out = max(1, int(len(train) * HELD_OUT))
-    choose, fit = shuffled[:held_out], shuffled[held_out:]
+def _scores(train: Tensor, labels: Tensor, classes: int) -> tuple[dict[float, float], _Classifier]:
+    """The accuracy on held-out images by weight decay, and the classifier that the search ended with."""
+    choose, fit = split_held_out(len(train), train.device)
     scores: dict[float, float] = {}
     classifier = _Classifier(train.new_zeros(train.shape[1], classes), train.new_zeros(classes))
     # Each fit starts from the one before, which had more weight decay.
     for weight_decay in sorted(WEIGHT_DECAYS, reverse=True):
         classifier = _logistic_regression(train[fit], labels[fit], weight_decay, classifier)
         scores[weight_decay] = _accuracy(classifier, train[choose], labels[choose])
-    return max(scores, key=scores.__getitem__), classifier
+    return scores, classifier
 
 
 def _logistic_regression(features: Tensor, labels: Tensor, weight_decay: float, start: _Classifier) -> _Classifier:
