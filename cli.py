@@ -115,6 +115,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "Pre-train MaPeT on images and their precomputed tokens.",
             "train_stage.pretrain:pretrain",
             renamed={"overrides": "--set"},
+            at_least={"extend": 1},
             dry_run=("train_stage.pretrain:pretrain_dry_run", "train_stage.training.dry_run:show_estimate"),
         ),
         "finetune": Command(

@@ -1,10 +1,11 @@
-"""Kills pretrain again and again and compares what it ends with. Prints one JSON line for each way to run it.
+"""Kills pretrain or finetune again and again and compares what it ends with. One JSON line for each way to run it.
 
-python benchmarks/kill_train.py [--kills 20] [--stops 5] [--seed 0]
+python benchmarks/kill_train.py [--command finetune] [--kills 20] [--stops 5] [--steps 300] [--seed 0]
 
-`kills` SIGKILLs (of one torchrun worker or of everything) and `stops` SIGTERMs at random moments of runs of 300 steps,
-in turns with 1 and 2 processes (gloo) and 0, 1 and 2 loader workers; then the run goes on, and when it ends its
-weights, the optimizer's state and the keys of every step are compared with those of a run that nobody disturbed.
+`kills` SIGKILLs (of one torchrun worker or of everything) and `stops` SIGTERMs at random moments of runs of `steps`
+steps, in turns with 1 and 2 processes (gloo) and 0, 1 and 2 loader workers; then the run goes on, and when it ends its
+weights, the optimizer's state, the moving average and the keys of every step, in their order, are compared byte for
+byte with those of a run that nobody disturbed.
 """
 
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -26,22 +28,24 @@ from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.weights.checkpoint import newest_checkpoint
 
-IMAGES, STEPS = 96, 300
-SETTINGS = {
+IMAGES, BATCH = 96, 16
+MODEL = {
     "model.name": "null",
     "model.dim": 64,
     "model.depth": 3,
     "model.heads": 4,
     "model.image_size": 64,
     "model.patch_size": 8,
-    "train.batch_size": 16,
-    "train.epochs": STEPS * 16 // IMAGES,
+}
+TRAIN = {
+    "train.batch_size": BATCH,
     "train.log_every": 7,
     "train.checkpoint_every": 20,
     "train.log_keys": "true",
     "train.ema": 0.99,
     "optimizer.warmup_epochs": 1,
 }
+SETTINGS = {"pretrain": {**MODEL, **TRAIN}, "finetune": TRAIN}
 WAYS = [(processes, workers) for processes in (1, 2) for workers in (0, 1, 2)]
 FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
 
@@ -49,6 +53,8 @@ FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
 def main(
     kills: Annotated[int, typer.Option(help="SIGKILLs, spread over all ways.")] = 20,
     stops: Annotated[int, typer.Option(help="SIGTERMs, spread over all ways.")] = 5,
+    command: Annotated[str, typer.Option(help="pretrain or finetune.")] = "pretrain",
+    steps: Annotated[int, typer.Option(help="Of a run; a multiple of 6.")] = 300,
     seed: int = 0,
 ) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -58,20 +64,47 @@ def main(
         plan[at % len(WAYS)].append(number)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
+        job = Job(root, command, steps)
         write_drawings(root / "images", IMAGES, seed=1, per_tar=32)
         build_codebook(root / "images", root / "codebook", tower=f"local-dir:{TOWER}", k=32, restarts=1, iterations=5)
         encode_shards(root / "images", root / "codebook", root / "tokens")
+        if command == "finetune":
+            write_drawings(root / "val", 32, seed=2, per_tar=32)
+            Job(root, "pretrain", 2 * IMAGES // BATCH).run(root / "pretrained", 1, 0).wait()
         undisturbed = {}
         for (processes, workers), signals in zip(WAYS, plan, strict=True):
             if processes not in undisturbed:
                 whole = root / f"whole-{processes}"
                 began = time.monotonic()
-                run(root, whole, processes, 0).wait()
+                job.run(whole, processes, 0).wait()
                 undisturbed[processes] = (whole, time.monotonic() - began)
-            print(json.dumps(campaign(root, processes, workers, signals, *undisturbed[processes], draw)), flush=True)
+            print(json.dumps(campaign(job, processes, workers, signals, *undisturbed[processes], draw)), flush=True)
 
 
-def run(root: Path, out: Path, processes: int, workers: int) -> subprocess.Popen:
+@dataclass(frozen=True)
+class Job:
+    """A command on the files in a folder."""
+
+    root: Path
+    command: str
+    steps: int
+
+    @property
+    def options(self) -> list[object]:
+        root = self.root
+        if self.command == "pretrain":
+            return ["--images", root / "images", "--tokens", root / "tokens"]
+        return [root / "pretrained", "--images", root / "images", "--val", root / "val"]
+
+    def run(self, out: Path, processes: int, workers: int) -> subprocess.Popen:
+        more = {"train.epochs": self.steps * BATCH // IMAGES, "data.workers": workers}
+        words = [
+            word for key, value in {**SETTINGS[self.command], **more}.items() for word in ("--set", f"{key}={value}")
+        ]
+        return start(["train", self.command, *self.options, "--out", out, "--device", "cpu", *words], processes, out)
+
+
+def start(words: list[object], processes: int, out: Path) -> subprocess.Popen:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [
         *([*launch, "--no-python"] if processes > 1 else []),
@@ -79,12 +112,9 @@ def run(root: Path, out: Path, processes: int, workers: int) -> subprocess.Popen
         "-c",
         "from mapet.cli import main; main()",
     ]
-    options = ["train", "pretrain", "--images", root / "images", "--tokens", root / "tokens", "--out", out]
-    settings = {**SETTINGS, "data.workers": workers}
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     with open(f"{out}.log", "a") as log:
         return subprocess.Popen(
-            list(map(str, [*command, *options, "--device", "cpu", *words])),
+            list(map(str, [*command, *words])),
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -92,12 +122,12 @@ def run(root: Path, out: Path, processes: int, workers: int) -> subprocess.Popen
 
 
 def campaign(
-    root: Path, processes: int, workers: int, signals: list[int], whole: Path, seconds: float, draw: random.Random
+    job: Job, processes: int, workers: int, signals: list[int], whole: Path, seconds: float, draw: random.Random
 ) -> dict:
-    out = root / "killed"
+    out = job.root / "killed"
     done, finished, different, wrong_keys = 0, 0, 0, 0
     while done < len(signals):
-        process = run(root, out, processes, workers)
+        process = job.run(out, processes, workers)
         try:
             process.wait(draw.uniform(0.3, 1.0) * seconds)
         except subprocess.TimeoutExpired:
@@ -105,16 +135,16 @@ def campaign(
             done += 1
             if done < len(signals):
                 continue
-            run(root, out, processes, workers).wait()
+            job.run(out, processes, workers).wait()
         finished += 1
         different += not same(whole, out)
-        wrong_keys += keys_of_steps(whole) != keys_of_steps(out) or not once_an_epoch(out)
+        wrong_keys += order_of_keys(whole) != order_of_keys(out) or not once_an_epoch(out, job.steps)
         log = Path(f"{out}.log").read_text()
         starts = json.loads((out / "run.json").read_text())["starts"]
         shutil.rmtree(out)
         Path(f"{out}.log").unlink()
     return {
-        "figure": "kill campaign, pretrain",
+        "figure": f"kill campaign, {job.command}",
         "processes": processes,
         "workers": workers,
         "sigkill": sum(number == signal.SIGKILL for number in signals),
@@ -147,19 +177,21 @@ def same(one: Path, other: Path) -> bool:
     return one.name == other.name and all((one / name).read_bytes() == (other / name).read_bytes() for name in FILES)
 
 
-def keys_of_steps(out: Path) -> dict[int, list[str]]:
-    found: dict[int, list[str]] = {}
-    for path in (out / "keys").glob("*.jsonl"):
+def order_of_keys(out: Path) -> dict[int, list[list[str]]]:
+    """By step: the keys of each process in their order."""
+    found: dict[int, list[list[str]]] = {}
+    for path in sorted((out / "keys").glob("process-*.jsonl")):
         for line in map(json.loads, path.read_text().splitlines()):
-            found[line["step"]] = sorted([*found.get(line["step"], []), *line["keys"]])
+            found.setdefault(line["step"], []).append(line["keys"])
     return found
 
 
-def once_an_epoch(out: Path) -> bool:
-    steps, an_epoch = keys_of_steps(out), IMAGES // 16
-    return len(steps) == STEPS and all(
+def once_an_epoch(out: Path, count: int) -> bool:
+    found, an_epoch = order_of_keys(out), IMAGES // BATCH
+    steps = {step: [key for keys in found[step] for key in keys] for step in found}
+    return len(steps) == count and all(
         len({key for step in range(first, first + an_epoch) for key in steps[step]}) == IMAGES
-        for first in range(1, STEPS, an_epoch)
+        for first in range(1, count, an_epoch)
     )
 
 

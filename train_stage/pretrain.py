@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..shared.artifacts.fields import checked
+from ..shared.errors import UsageError
 from ..shared.runtime.console import table
 from ..shared.runtime.devices import choose_device
 from ..shared.runtime.distributed import joined_world
@@ -15,11 +17,13 @@ from .data.batch import check_grid
 from .runs.jsonl import read_lines
 from .runs.loop import dry_run, train
 from .runs.opening import open_run
-from .runs.resume import find_resume_point
+from .runs.resume import ResumePoint, extended, find_resume_point
 from .settings import Settings, flat, resolve
 from .tasks.pretraining import PretrainingTask, join_images, refuse_large_head, refuse_other_tokens
 from .training.dry_run import RunEstimate
+from .training.extension import describe_extension
 from .weights.checkpoint import count_parameters
+from .weights.schema import Extension
 
 
 def pretrain(
@@ -32,6 +36,7 @@ def pretrain(
     objective: str | None = None,
     init: str | Path | None = None,
     resume: str = "auto",
+    extend: int | None = None,
     device: str = "auto",
 ) -> Path:
     """Pre-trains MaPeT (arXiv 2306.07346) and returns the folder of the last checkpoint.
@@ -48,6 +53,8 @@ def pretrain(
         init: Weights to start a new run from: a run, checkpoint, import, export or published .pth.tar. Positions are
             resampled to the model's grid; what the weights lack, or have for another K, starts fresh.
         resume: auto resumes the run in OUT from its newest whole checkpoint, if there is one; never refuses to.
+        extend: Go on with the finished run in OUT until it has so many epochs in all, with a warm-up and a cosine of
+            their own (the settings extension.*). Repeat the command to resume; give more epochs to extend it again.
         device: Where the model runs: auto (CUDA if it is there), cpu or cuda.
 
     Raises:
@@ -55,7 +62,7 @@ def pretrain(
         images or tokens that are missing or damaged, or a loss that is not finite, FingerprintMismatch for tokens of
         another codebook than before, Interrupted after Ctrl-C or SIGTERM, with a checkpoint written.
     """
-    given = {"images": images, "tokens": tokens, "init": init, "resume": resume, "out": out}
+    given = {"images": images, "tokens": tokens, "init": init, "resume": resume, "extend": extend, "out": out}
     settings = _settings(recipe, overrides, objective)
     device, out = choose_device(device), Path(out)
     with joined_world(device, {**given, **flat(settings)}) as world, sole_writer(out, world):
@@ -63,16 +70,7 @@ def pretrain(
         world.refuse_differences({"the codebook of --tokens": store.fingerprint, "images in --tokens": len(store)})
         check_grid(store, settings.model)
         refuse_large_head(store, settings.model.dim)
-        point = world.on_rank_zero(
-            lambda: find_resume_point(
-                out,
-                resume,
-                PretrainingTask.name,
-                settings,
-                resolve(),
-                lambda before: refuse_other_tokens(out, before, store),
-            )
-        )
+        point = world.on_rank_zero(lambda: _resume_point(out, resume, extend, settings, store))
         task = PretrainingTask(settings, store, join_images(images, store, settings, world))
         run = open_run(task, out, point, init, device, world)
         with run.logbook:
@@ -82,6 +80,20 @@ def pretrain(
     return path
 
 
+def _resume_point(
+    out: Path, resume: str, extend: int | None, settings: Settings, store: TokenStore
+) -> ResumePoint | None:
+    point = find_resume_point(
+        out,
+        resume,
+        PretrainingTask.name,
+        settings,
+        resolve(),
+        lambda before: refuse_other_tokens(out, before, store),
+    )
+    return extended(point, out, extend, settings.extension, settings)
+
+
 def pretrain_dry_run(
     images: str | Path | Sequence[str | Path] | None,
     tokens: str | Path,
@@ -89,6 +101,7 @@ def pretrain_dry_run(
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
     objective: str | None = None,
+    extend: int | None = None,
     device: str = "auto",
 ) -> RunEstimate:
     """Estimates the steps, FLOPs, memory and time of a run, from ten measured steps. Nothing is written.
@@ -99,11 +112,16 @@ def pretrain_dry_run(
         recipe: As for `pretrain`.
         overrides: As for `pretrain`.
         objective: As for `pretrain`.
+        extend: Refused: only a new run is estimated.
         device: Where the model runs: auto (CUDA if it is there), cpu or cuda.
 
     Raises:
         UsageError, DataError and FingerprintMismatch as `pretrain` does.
     """
+    if extend is not None:
+        raise UsageError(
+            f"--dry-run estimates a new run, not one that --extend {extend} goes on with; leave one of the two out."
+        )
     given = {"images": images, "tokens": tokens}
     settings = _settings(recipe, overrides, objective)
     device = choose_device(device)
@@ -132,6 +150,8 @@ def run_summary(checkpoint: Path) -> list[tuple[str, str]]:
         ("images", f"{record['images']:,}, {last['epoch']:g} epochs, {last['step']:,} steps"),
         ("parameters", f"{count_parameters(checkpoint):,}"),
     ]
+    extensions = checked(record.get("extensions", []), list[Extension], out / "run.json")
+    rows += [("extended", describe_extension(extension)) for extension in extensions]
     done = [line for line in lines if line["loss"] is not None]
     if done:
         rows += [

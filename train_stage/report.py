@@ -8,6 +8,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import msgspec
+
+from ..shared.artifacts.fields import read_json
 from ..shared.artifacts.yaml_file import read_yaml
 from ..shared.errors import DataError, UsageError
 from ..shared.report.pictures import golden_colours, hex_colours
@@ -17,6 +20,8 @@ from ..shared.storage.lock import sole_writer
 from .evaluation.predictions import predict
 from .runs.jsonl import read_lines
 from .runs.schema import checked_line
+from .training.extension import describe_extension
+from .weights.schema import Extension
 
 CURVES = {
     "loss": "Loss (mean cross-entropy, nats)",
@@ -46,6 +51,8 @@ class RunSummary:
     """probe.jsonl"""
     settings: dict[str, str]
     """settings.yaml, flat: "optimizer.lr" -> "0.0015"."""
+    extensions: list[str]
+    """Those that run.json lists, in words."""
 
     @property
     def figures(self) -> list[tuple[str, float, str]]:
@@ -116,7 +123,7 @@ def _read(folder: Path, name: str) -> RunSummary:
     if not lines:
         problem = "has no line yet" if (folder / "metrics.jsonl").exists() else "is missing"
         raise DataError(f"{folder} cannot be reported: metrics.jsonl {problem}; give the folder of pretrain's --out.")
-    return RunSummary(name, str(folder), lines, _lines(folder / "probe.jsonl"), _settings(folder))
+    return RunSummary(name, str(folder), lines, _lines(folder / "probe.jsonl"), _settings(folder), _extensions(folder))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -141,6 +148,18 @@ def _settings(folder: Path) -> dict[str, str]:
     """settings.yaml, flat, with settings that this version does not know; {} without the file."""
     path = folder / "settings.yaml"
     return dict(_flat(read_yaml(path), "")) if path.exists() else {}
+
+
+class _Record(msgspec.Struct):
+    """run.json, as far as the page shows it."""
+
+    extensions: list[Extension] = []
+
+
+def _extensions(folder: Path) -> list[str]:
+    path = folder / "run.json"
+    found = read_json(path, _Record, "the record of a run").extensions if path.exists() else []
+    return [describe_extension(extension) for extension in found]
 
 
 def _flat(content: Any, prefix: str) -> list[tuple[str, str]]:

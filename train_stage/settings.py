@@ -238,6 +238,23 @@ class TrainSettings:
 
 
 @dataclass
+class ExtensionSettings:
+    """The learning-rate schedule of the epochs that `--extend` adds to a finished run. AdamW's moments are kept."""
+
+    lr: float | None = None
+    """Peak learning rate; null is optimizer.lr."""
+    min_lr: float | None = None
+    """Learning rate at the end of the cosine; null is optimizer.min_lr."""
+    warmup_epochs: float | None = None
+    """Linear warm-up from the learning rate at which the run ended; null is a tenth of the added epochs, at most 1."""
+
+    def __post_init__(self) -> None:
+        check_numbers("extension", self)
+        _require(self.lr is None or self.lr > 0, f"extension.lr {self.lr} must be positive, or null.")
+        _require_at_least_zero("extension", self, "min_lr", "warmup_epochs")
+
+
+@dataclass
 class ProbeSettings:
     """The quality of the frozen features, measured during the run and written to RUN/probe.jsonl."""
 
@@ -301,6 +318,7 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    extension: ExtensionSettings = field(default_factory=ExtensionSettings)
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     execution: ExecutionSettings = field(default_factory=ExecutionSettings)
 

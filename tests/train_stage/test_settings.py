@@ -57,7 +57,7 @@ def test_the_recipe_for_one_gpu_scales_the_published_learning_rate_with_the_batc
 )
 def test_the_published_batch_is_shared_by_any_number_of_processes(processes: int, parts: int, micro_batch: int):
     plan = make_plan(resolve("vit-base-16"), 1_281_167, processes)
-    assert (plan.steps_per_epoch, plan.steps, plan.warmup) == (625, 187_500, 6_250)
+    assert (plan.steps_per_epoch, plan.steps, plan.schedule.warmup) == (625, 187_500, 6_250)
     assert (plan.parts, plan.micro_batch, plan.share) == (parts, micro_batch, 2048 // processes)
 
 

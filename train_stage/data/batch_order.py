@@ -15,8 +15,12 @@ from .image_set import ImageSet
 Indices = NDArray[np.int64]
 
 
-def global_batches(images: ImageSet, settings: RunSettings, start: int) -> Iterator[tuple[int, Indices]]:
+def global_batches(
+    images: ImageSet, settings: RunSettings, start: int, epochs: int | None = None
+) -> Iterator[tuple[int, Indices]]:
     """Yields, from step `start` to the last one, (epoch, image numbers (batch_size,) int64 of the global batch).
+
+    There are `epochs` epochs; by default `train.epochs`, as in a run that was not extended.
 
     Each epoch visits the images in a new order, each one at most once; a remainder smaller than a batch is dropped.
     `data.shuffle` says what is shuffled: all images, or the images within a few shards at a time, so that few files
@@ -27,7 +31,7 @@ def global_batches(images: ImageSet, settings: RunSettings, start: int) -> Itera
     if not steps:
         return
     first, within = divmod(start, steps)
-    for epoch in range(first, settings.train.epochs):
+    for epoch in range(first, epochs or settings.train.epochs):
         parts = _PARTS[settings.data.shuffle](images, settings, epoch, within * size)
         for batch in _cut(parts, size, steps - within):
             yield epoch, batch

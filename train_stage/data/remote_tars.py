@@ -63,12 +63,12 @@ class _Group:
     tars: dict[Path, RemoteTar]
 
 
-def _groups(images: ImageSet, settings: RunSettings, start: int) -> Iterator[_Group]:
+def _groups(images: ImageSet, settings: RunSettings, start: int, epochs: int | None) -> Iterator[_Group]:
     """The groups of an order by shards from step `start` on, in the order of `order.global_batches`."""
     size = settings.train.batch_size
     steps = len(images) // size
     begins = [0, *images.shard_ends[:-1].tolist()]
-    for epoch in range(start // steps, settings.train.epochs):
+    for epoch in range(start // steps, epochs or settings.train.epochs):
         seen = 0
         for group in shard_groups(images, settings, epoch):
             count = sum(int(images.shard_ends[shard]) - begins[shard] for shard in group)
@@ -80,8 +80,12 @@ def _groups(images: ImageSet, settings: RunSettings, start: int) -> Iterator[_Gr
 
 
 @contextmanager
-def fetched_tars(images: ImageSet, settings: RunSettings, start: int) -> Iterator[Callable[[int], None]]:
+def fetched_tars(
+    images: ImageSet, settings: RunSettings, start: int, epochs: int | None = None
+) -> Iterator[Callable[[int], None]]:
     """Fetches the tars of remote images while the block runs, from step `start` on; local images need nothing.
+
+    `epochs` is that of `batch_order.global_batches`.
 
     Yields `passed(steps)`, to be called with the number of steps that all processes have done; it raises DataError if
     a tar could not be fetched. Tars behind the current position are deleted, or kept in `data.cache` as long as
@@ -93,7 +97,7 @@ def fetched_tars(images: ImageSet, settings: RunSettings, start: int) -> Iterato
     with _claimed(images.folder, settings.data.cache is not None):
         limit = settings.data.cache_gb
         keep = 0 if settings.data.cache is None else float("inf") if limit is None else limit * 1e9
-        fetcher = _Fetcher(_groups(images, settings, start), keep)
+        fetcher = _Fetcher(_groups(images, settings, start, epochs), keep)
         fetcher.passed(start)
         try:
             yield fetcher.passed

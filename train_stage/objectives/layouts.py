@@ -38,13 +38,13 @@ def step_layout(
 
 
 def _visible(settings: ObjectiveSettings, seed: int, step: int, steps: int) -> int:
-    """How many patches are visible in a step."""
+    """How many patches are visible in a step; in the steps after the last one, which extend a run, as many as in it."""
     start, end = settings.visible, settings.visible_to
     if end is None:
         return start
     if settings.visible_change == "random":
         return int(generator(seed, "visible", step).integers(min(start, end), max(start, end), endpoint=True))
-    return round(start + (end - start) * step / max(steps - 1, 1))
+    return round(start + (end - start) * min(step, steps - 1) / max(steps - 1, 1))
 
 
 def _query_ranks(settings: ObjectiveSettings, predicted: int, seed: int, step: int) -> tuple[int, ...] | None:

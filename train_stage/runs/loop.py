@@ -40,7 +40,7 @@ def train(run: Run[BatchT]) -> Path:
     with (
         _checkpoint_finished(run),
         _stop_requested() as requested,
-        fetched_tars(run.task.images, settings, run.start) as passed,
+        fetched_tars(run.task.images, settings, run.start, plan.epochs) as passed,
         progress("training", plan.steps, "steps", run.start) as advance,
     ):
         for step in range(run.start, plan.steps):
@@ -101,7 +101,7 @@ def load_parts(task: Task[BatchT], plan: Plan, world: World, device: str, start:
     """Yields each part of this process's share of each batch, from step `start` on."""
 
     def places() -> Iterator[Places]:
-        for epoch, batch in global_batches(task.images, task.settings, start):
+        for epoch, batch in global_batches(task.images, task.settings, start, plan.epochs):
             for part in np.split(np.split(batch, world.size)[world.rank], plan.parts):
                 yield [(epoch, index) for index in part.tolist()]
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from omegaconf import OmegaConf
 
 from ...shared.runtime.console import say
@@ -39,11 +40,14 @@ def open_run(
         resumed = point
         world.all_or_raise(lambda: refuse_other_images(resumed, task.images))
         world.all_or_raise(lambda: refuse_other_start(resumed, init))
-    plan = world.all_or_raise(lambda: make_plan(task.settings, len(task.images), world.size, task.computed_together))
+    extensions = () if point is None else point.extensions
+    plan = world.all_or_raise(
+        lambda: make_plan(task.settings, len(task.images), world.size, task.computed_together, extensions)
+    )
     evaluator = world.all_or_raise(lambda: task.evaluator(device) if world.is_first else None)
     trainer, source = _open_trainer(task, plan, point, init, device, world)
     start = 0 if point is None else int(point.metadata["step"])
-    world.on_rank_zero(lambda: _begin_folder(task, out, start, source, world))
+    world.on_rank_zero(lambda: _begin_folder(task, out, plan, start, source, world))
     train = task.settings.train
     run = Run(
         task=task,
@@ -73,11 +77,25 @@ def _open_trainer(
     trainer = world.all_or_raise(lambda: Trainer(task, model, plan, world, device))
     names = [MODEL, OPTIMIZER, *([EMA] if task.settings.train.ema is not None else [])]
     trainer.restore({name: load_tensors(point.path, name) for name in names}, point.metadata["loss_watch"])
-    say(f"Resuming from {point.path} (step {point.metadata['step']} of {plan.steps}).")
+    _say_where(point, plan)
     return trainer, point.metadata["init"]
 
 
-def _begin_folder(task: Task[BatchT], out: Path, start: int, source: dict[str, str] | None, world: World) -> None:
+def _say_where(point: ResumePoint, plan: Plan) -> None:
+    step, schedule = int(point.metadata["step"]), plan.schedule
+    if plan.extensions and step == schedule.start:
+        say(
+            f"Extending {point.path} to {plan.epochs} epochs (step {step} to {plan.steps}): learning rate from "
+            f"{schedule.warmup_lr:g} to {schedule.lr:g} in {schedule.warmup} steps, then a cosine to "
+            f"{schedule.min_lr:g}."
+        )
+    else:
+        say(f"Resuming from {point.path} (step {step} of {plan.steps}).")
+
+
+def _begin_folder(
+    task: Task[BatchT], out: Path, plan: Plan, start: int, source: dict[str, str] | None, world: World
+) -> None:
     """Writes settings.yaml and run.json, and drops what was logged after step `start`."""
     out.mkdir(parents=True, exist_ok=True)
     with written_whole(out / "settings.yaml") as partial:
@@ -88,6 +106,7 @@ def _begin_folder(task: Task[BatchT], out: Path, start: int, source: dict[str, s
         "keys_sha256": task.images.keys_sha256,
         **task.run_metadata(),
         "init": source,
+        "extensions": msgspec.to_builtins(plan.extensions),
         "processes": world.size,
     }
     write_record(out, start, metadata)

@@ -1,17 +1,18 @@
 """Resuming: a run continues from a checkpoint only with the task, settings, data and start that it was begun with."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...shared.artifacts.fields import checked
 from ...shared.errors import DataError, UsageError
 from ..data.image_set import ImageSet
-from ..settings import RunSettings
+from ..settings import ExtensionSettings, RunSettings
+from ..training.extension import new_extension
 from ..weights.checkpoint import newest_checkpoint, newest_whole_checkpoint
 from ..weights.read import load_weights
-from ..weights.schema import RunState
+from ..weights.schema import Extension, RunState
 
 RESUME = ("auto", "never")
 _TASK_BEFORE_TASKS = "pretraining"
@@ -24,6 +25,8 @@ class ResumePoint:
 
     path: Path
     metadata: dict[str, Any]
+    extensions: tuple[Extension, ...] = ()
+    """Of the run, finished ones and one that is under way."""
 
 
 def find_resume_point(
@@ -55,7 +58,7 @@ def find_resume_point(
     if checkpoint is None:
         return None
     path, metadata = checkpoint
-    checked(metadata, RunState, path / "state.json", "delete this checkpoint to resume from an earlier one")
+    state = checked(metadata, RunState, path / "state.json", "delete this checkpoint to resume from an earlier one")
     before = metadata.get("task", _TASK_BEFORE_TASKS)
     if before != task:
         raise UsageError(f"{out} holds a run of another task ({before}, not {task}); choose another --out.")
@@ -65,7 +68,55 @@ def find_resume_point(
         raise UsageError(
             f"{out} was begun with other settings ({'; '.join(changed)}); give the same ones or another --out."
         )
-    return ResumePoint(path, metadata)
+    return ResumePoint(path, metadata, tuple(state.extensions))
+
+
+def extended(
+    point: ResumePoint | None, out: Path, epochs: int | None, schedule: ExtensionSettings, settings: RunSettings
+) -> ResumePoint | None:
+    """The point with the extension of its run to `epochs` epochs in all; the point itself without `epochs`.
+
+    An extension to as many epochs that is under way or finished is gone on with, so that a command can be repeated.
+
+    Raises UsageError if there is no run in `out`, if it is not finished or not shorter, or if an extension to as many
+    epochs was begun with another schedule.
+    """
+    if epochs is None:
+        return point
+    if point is None:
+        raise UsageError(
+            f"--extend {epochs} goes on with a finished run and {out} holds none; leave it out to begin one."
+        )
+    before = point.extensions
+    per_epoch, step = point.metadata["images"] // settings.train.batch_size, int(point.metadata["step"])
+    if before and before[-1].epochs == epochs:
+        _refuse_other_schedule(out, before[-1], new_extension(epochs, per_epoch, schedule, settings, before[:-1]))
+        return point
+    total = before[-1].epochs if before else settings.train.epochs
+    if step < total * per_epoch:
+        raise UsageError(
+            f"{out} has done {step} of its {total * per_epoch} steps ({total} epochs) and only a finished run is "
+            "extended; finish it with the same command without --extend first."
+        )
+    if epochs <= total:
+        raise UsageError(
+            f"{out} has {total} epochs already and --extend {epochs} counts them in; give more than {total}."
+        )
+    return replace(point, extensions=(*before, new_extension(epochs, per_epoch, schedule, settings, before)))
+
+
+def _refuse_other_schedule(out: Path, before: Extension, now: Extension) -> None:
+    names = ("lr", "min_lr", "warmup_epochs")
+    changed = [
+        f"extension.{name} was {getattr(before, name):g} and is {getattr(now, name):g}"
+        for name in names
+        if getattr(before, name) != getattr(now, name)
+    ]
+    if changed:
+        raise UsageError(
+            f"{out} was extended to {before.epochs} epochs with another schedule ({'; '.join(changed)}); give the same "
+            "one, or extend it to more epochs when it is finished."
+        )
 
 
 def refuse_other_images(point: ResumePoint, images: ImageSet) -> None:
@@ -93,7 +144,7 @@ _FREE_TO_CHANGE = {
     # How to treat a bad step may be decided once one has occurred.
     *("train.on_bad_step", "train.spike"),
 }
-_FREE_GROUPS = ("execution", "probe", "validation")
+_FREE_GROUPS = ("execution", "extension", "probe", "validation")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> list[str]:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
+import msgspec
+
 from ...shared.runtime.distributed import World
 from ..data.batch_order import global_batches
 from ..training.plan import Plan
@@ -54,6 +56,7 @@ class Run(Generic[BatchT]):
             "images": len(self.task.images),
             "keys_sha256": self.task.images.keys_sha256,
             "init": self.init,
+            "extensions": msgspec.to_builtins(self.plan.extensions),
             "loss_watch": self.trainer.monitor.to_json(),
             "pending": pending,
         }
@@ -65,7 +68,8 @@ class Run(Generic[BatchT]):
     def list_bad_step(self, step: int, problem: str) -> None:
         """Adds a step and the images of its global batch to RUN/bad-steps.jsonl."""
         if self.world.is_first:
-            _, batch = next(global_batches(self.task.images, self.task.settings, step - 1))
+            order = global_batches(self.task.images, self.task.settings, step - 1, self.plan.epochs)
+            _, batch = next(order)
             keys = [self.task.images.key(index) for index in batch.tolist()]
             append_line(self.out / "bad-steps.jsonl", {"step": step, "problem": problem, "keys": keys})
 

@@ -72,7 +72,7 @@ class RunEstimate:
 
 def estimate_run(task: TaskModel[BatchT], plan: Plan, world: World, device: str) -> RunEstimate:
     """The estimate of a run without measured steps."""
-    optimizer, train = task.settings.optimizer, task.settings.train
+    schedule, train = plan.schedule, task.settings.train
     return RunEstimate(
         plan=plan,
         batch_size=train.batch_size,
@@ -81,7 +81,7 @@ def estimate_run(task: TaskModel[BatchT], plan: Plan, world: World, device: str)
         on_gpu=device == "cuda",
         description=task.describe(plan.steps),
         flops_per_image=task.flops_per_image(),
-        learning_rates=(optimizer.warmup_lr, optimizer.lr, optimizer.min_lr),
+        learning_rates=(schedule.warmup_lr, schedule.lr, schedule.min_lr),
         memory=estimate_memory(task, plan, world, device),
         free_memory=torch.cuda.mem_get_info()[0] if device == "cuda" else free_bytes(),
         steps=None,
@@ -161,8 +161,8 @@ def show_estimate(estimate: RunEstimate) -> None:
             ("images", f"{plan.images:,}; {plan.steps_per_epoch * estimate.batch_size:,} per epoch"),
             ("batch", f"{estimate.batch_size} = {split}"),
             ("steps", f"{plan.steps:,} = {estimate.epochs} epochs x {plan.steps_per_epoch:,}"),
-            ("warm-up", f"{plan.warmup:,} steps from {start:g} to {peak:g}"),
-            ("then", f"{plan.steps - plan.warmup:,} steps along a cosine to {end:g}"),
+            ("warm-up", f"{plan.schedule.warmup:,} steps from {start:g} to {peak:g}"),
+            ("then", f"{plan.steps - plan.schedule.warmup:,} steps along a cosine to {end:g}"),
             ("memory, estimated", f"{as_text(estimate.memory.device)} per process, {where}"),
             *([("host memory", f"{copies} for checkpoints, first process")] if estimate.on_gpu else []),
         ],

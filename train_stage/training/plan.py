@@ -1,9 +1,28 @@
 """The plan of a run, from its settings alone: steps, warm-up, and the share of a batch that each process computes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...shared.errors import UsageError
 from ..settings import FinetuneSettings, RunSettings
+from ..weights.schema import Extension
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A linear warm-up and a cosine after it: of a run as it was begun, or of its last extension."""
+
+    start: int
+    """The step at which it begins."""
+    steps: int
+    warmup: int
+    """How many of the steps warm up."""
+    warmup_lr: float
+    """Learning rate at the first step of the warm-up."""
+    lr: float
+    """Peak learning rate, at the end of the warm-up."""
+    min_lr: float
+    """Learning rate at the end of the cosine."""
 
 
 @dataclass(frozen=True)
@@ -13,12 +32,21 @@ class Plan:
     images: int
     steps_per_epoch: int
     steps: int
-    warmup: int
-    """Warm-up steps."""
+    """In all, with those of extensions."""
+    steps_as_begun: int
+    """Without those of extensions."""
+    schedule: Schedule
+    """Of the learning rate, in the steps that are still to be done."""
+    extensions: tuple[Extension, ...]
     share: int
     """Images of a batch that each process computes."""
     parts: int
     """Equal parts in which a process computes its share, accumulating gradients."""
+
+    @property
+    def epochs(self) -> int:
+        """In all, with those of extensions."""
+        return self.steps // self.steps_per_epoch
 
     @property
     def micro_batch(self) -> int:
@@ -26,25 +54,25 @@ class Plan:
         return self.share // self.parts
 
 
-def make_plan(settings: RunSettings, images: int, processes: int = 1, together: int = 1) -> Plan:
+def make_plan(
+    settings: RunSettings,
+    images: int,
+    processes: int = 1,
+    together: int = 1,
+    extensions: Sequence[Extension] = (),
+) -> Plan:
     """The plan of a run on `images` images, of which a process computes multiples of `together` at once.
 
     Raises UsageError for sizes that do not fit together.
     """
-    train, optimizer = settings.train, settings.optimizer
+    train = settings.train
     steps_per_epoch = images // train.batch_size
     if not steps_per_epoch:
         raise UsageError(f"train.batch_size {train.batch_size} is larger than the {images} images.")
     if train.batch_size % processes:
         raise UsageError(f"train.batch_size {train.batch_size} is not a multiple of the {processes} processes.")
-    steps = train.epochs * steps_per_epoch
-    warmup = round(optimizer.warmup_epochs * steps_per_epoch)
-    if warmup >= steps:
-        recipe = ", or use --recipe finetune-small-data" if isinstance(settings, FinetuneSettings) else ""
-        raise UsageError(
-            f"optimizer.warmup_epochs {optimizer.warmup_epochs} is not shorter than {train.epochs} epochs; lower it, "
-            f"such as --set optimizer.warmup_epochs={train.epochs / 10:g}{recipe}."
-        )
+    as_begun = train.epochs * steps_per_epoch
+    schedule = _extended_schedule(extensions[-1], steps_per_epoch) if extensions else _schedule(settings, as_begun)
     share = train.batch_size // processes
     largest = min(settings.execution.micro_batch or share, share)
     fitting = (parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= largest)
@@ -55,4 +83,28 @@ def make_plan(settings: RunSettings, images: int, processes: int = 1, together: 
             f"multiples of {together}, as Mixup and CutMix need; choose another train.batch_size or "
             "execution.micro_batch, or set augment.mixup=0 and augment.cutmix=0."
         )
-    return Plan(images, steps_per_epoch, steps, warmup, share, parts)
+    steps = schedule.start + schedule.steps
+    return Plan(images, steps_per_epoch, steps, as_begun, schedule, tuple(extensions), share, parts)
+
+
+def _schedule(settings: RunSettings, steps: int) -> Schedule:
+    optimizer, epochs = settings.optimizer, settings.train.epochs
+    warmup = round(optimizer.warmup_epochs * (steps // epochs))
+    if warmup >= steps:
+        recipe = ", or use --recipe finetune-small-data" if isinstance(settings, FinetuneSettings) else ""
+        raise UsageError(
+            f"optimizer.warmup_epochs {optimizer.warmup_epochs} is not shorter than {epochs} epochs; lower it, such as "
+            f"--set optimizer.warmup_epochs={epochs / 10:g}{recipe}."
+        )
+    return Schedule(0, steps, warmup, optimizer.warmup_lr, optimizer.lr, optimizer.min_lr)
+
+
+def _extended_schedule(extension: Extension, steps_per_epoch: int) -> Schedule:
+    start, steps = extension.step, extension.epochs * steps_per_epoch - extension.step
+    warmup = round(extension.warmup_epochs * steps_per_epoch)
+    if warmup >= steps:
+        raise UsageError(
+            f"extension.warmup_epochs {extension.warmup_epochs:g} is not shorter than the "
+            f"{steps // steps_per_epoch} epochs that are added."
+        )
+    return Schedule(start, steps, warmup, extension.warmup_lr, extension.lr, extension.min_lr)

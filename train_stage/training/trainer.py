@@ -40,7 +40,7 @@ class Trainer(Generic[BatchT]):
         self.task, self.settings, self.plan, self.world, self.device = task, task.settings, plan, world, device
         self.model = model.to(device).train()
         self.loss = task.loss(model, device, task.settings.train.precision_on(device))
-        execution, optimizer = self.settings.execution, self.settings.optimizer
+        execution, schedule = self.settings.execution, plan.schedule
         blocks = task.blocks(model)
         if execution.compile:
             refuse_missing_compiler()
@@ -51,10 +51,10 @@ class Trainer(Generic[BatchT]):
         self.optimizer = self._adamw()
         self.schedule = CosineLRScheduler(
             self.optimizer,
-            t_initial=plan.steps - plan.warmup,
-            lr_min=optimizer.min_lr,
-            warmup_t=plan.warmup,
-            warmup_lr_init=optimizer.warmup_lr,
+            t_initial=schedule.steps - schedule.warmup,
+            lr_min=schedule.min_lr,
+            warmup_t=schedule.warmup,
+            warmup_lr_init=schedule.warmup_lr,
             warmup_prefix=True,
             t_in_epochs=False,
         )
@@ -69,8 +69,8 @@ class Trainer(Generic[BatchT]):
 
         Raises DataError after a hundred consecutive bad steps, if bad steps are skipped.
         """
-        self.schedule.step_update(step)
-        inputs, count = self.loss.at_step(step, self.plan.steps), self.plan.parts
+        self.schedule.step_update(step - self.plan.schedule.start)
+        inputs, count = self.loss.at_step(step, self.plan.steps_as_begun), self.plan.parts
         sums = torch.zeros(1 + self.task.bands.count, device=self.device)
         for index, part in enumerate(parts):
             with gradient_sync(self._parallel_loss, now=index == count - 1):
@@ -153,7 +153,7 @@ class Trainer(Generic[BatchT]):
                 }
                 for exempt, scale in sorted(groups)
             ],
-            lr=settings.lr,
+            lr=self.plan.schedule.lr,
             betas=(beta1, beta2),
             eps=settings.eps,
             fused=True,

@@ -57,6 +57,29 @@ class Start(Struct):
     sha256: Sha256
 
 
+Rate = Annotated[float, Meta(ge=0, le=1e300)]
+
+
+class Extension(Struct, frozen=True):
+    """Epochs that were added to a finished run, with a learning-rate schedule of their own."""
+
+    step: Count
+    """The step at which it begins: that at which the run was finished."""
+    epochs: Annotated[int, Meta(ge=1, le=2**31)]
+    """Of the run in all, at the end of the extension."""
+    warmup_lr: Rate
+    """Learning rate at the first step of the warm-up: that at which the run had ended."""
+    lr: Positive
+    """Peak learning rate."""
+    min_lr: Rate
+    """Learning rate at the end of the cosine."""
+    warmup_epochs: Rate
+    time: Text
+    """When it was begun, UTC."""
+    version: Text
+    """Of mapet."""
+
+
 class LossWatch(Struct):
     """`training.bad_steps.LossMonitor.to_json`."""
 
@@ -105,6 +128,7 @@ class RunState(CheckpointState, kw_only=True):
     codebook_fingerprint: Text | UnsetType = UNSET
     view: dict[str, Any] | UnsetType = UNSET
     labels_sha256: Sha256 | UnsetType = UNSET
+    extensions: list[Extension] = []
 
     def __post_init__(self) -> None:
         CheckpointState.__post_init__(self)

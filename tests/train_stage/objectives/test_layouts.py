@@ -69,6 +69,7 @@ def test_visible_is_a_value_a_schedule_or_a_range():
     assert {drawn(step)[0] for step in range(STEPS)} == {16}
     schedule = [drawn(step, visible=48, visible_to=8)[0] for step in range(STEPS)]
     assert (schedule[0], schedule[-1]) == (48, 8)
+    assert drawn(2 * STEPS, visible=48, visible_to=8)[0] == 8  # of an extended run
     assert (np.diff(schedule) <= 0).all()
     drawings = [drawn(step, visible=10, visible_to=13, visible_change="random")[0] for step in range(STEPS)]
     assert set(drawings) == {10, 11, 12, 13}
