@@ -43,7 +43,7 @@ class Quality(TypedDict):
     """None where no sampled image has a label."""
     bigrams: BothWays
     pictures: Any
-    """`quality.pictures.PictureQuality`; None without the images and the codebook."""
+    """`measure.PictureQuality`; None without the images and the codebook."""
 
 
 def quality_of(images: SampledImages, k: int) -> Quality:

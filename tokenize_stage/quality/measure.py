@@ -1,7 +1,7 @@
 """Measures how stable the tokens of a sample of images are, and what they lose: inspect --codebook --images."""
 
 from collections.abc import Iterator
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ..counting.schema import Agreement, agreement
 from ..tokenizers.base import Tokenizer
 from .pictures import StorePictures
 from .reconstruction import Reconstruction, ReconstructionMeter
-from .variants import StoredView, Variants
+from .variants import StoredView, Tokens, Variants
 
 _IMAGES_AT_ONCE = 8
 
@@ -60,11 +60,7 @@ def measure(pictures: StorePictures, count: int, seed: int) -> PictureQuality:
     store, tokenizer = pictures.store, pictures.tokenizer
     variants = Variants(tokenizer.preprocess, tokenizer.grid, ViewPolicy.from_json(store.view))
     places = choose_images(store, pictures.views.shards, count, seed)
-    meter, tokens, stored = (
-        ReconstructionMeter(tokenizer),
-        list[NDArray[np.integer[Any]]](),
-        list[NDArray[np.integer[Any]]](),
-    )
+    meter, tokens, stored = ReconstructionMeter(tokenizer), list[Tokens](), list[Tokens]()
     with progress("measuring stability", len(places)) as advance:
         for pixels, own in _batches(pictures, variants, places):
             again, features, distances = _encoded(tokenizer, pixels)
@@ -83,7 +79,7 @@ def measure(pictures: StorePictures, count: int, seed: int) -> PictureQuality:
     }
 
 
-def stability(first: NDArray[np.integer[Any]], second: NDArray[np.integer[Any]]) -> Stability:
+def stability(first: Tokens, second: Tokens) -> Stability:
     """How often two tokens (n, p) of the same patch of n images are equal."""
     equal = int((first == second).sum())
     found = score(
@@ -95,9 +91,9 @@ def stability(first: NDArray[np.integer[Any]], second: NDArray[np.integer[Any]])
 
 def _batches(
     pictures: StorePictures, variants: Variants, places: list[Place]
-) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.integer[Any]]]]:
+) -> Iterator[tuple[NDArray[np.uint8], Tokens]]:
     """Yields the pixels (n, 4, 3, S, S) and the stored tokens (n, H, W) of a few views at a time."""
-    waiting: list[tuple[NDArray[np.uint8], NDArray[np.integer[Any]]]] = []
+    waiting: list[tuple[NDArray[np.uint8], Tokens]] = []
     for view in _views(pictures, variants, places):
         waiting.append(view)
         if len(waiting) == _IMAGES_AT_ONCE:
@@ -108,15 +104,15 @@ def _batches(
 
 
 def _stacked(
-    views: list[tuple[NDArray[np.uint8], NDArray[np.integer[Any]]]],
-) -> tuple[NDArray[np.uint8], NDArray[np.integer[Any]]]:
+    views: list[tuple[NDArray[np.uint8], Tokens]],
+) -> tuple[NDArray[np.uint8], Tokens]:
     pixels, tokens = zip(*views, strict=True)
     return np.stack(pixels), np.stack(tokens)
 
 
 def _views(
     pictures: StorePictures, variants: Variants, places: list[Place]
-) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.integer[Any]]]]:
+) -> Iterator[tuple[NDArray[np.uint8], Tokens]]:
     view_of = {(place.shard, place.row): place.view for place in places}
     for shard, rows, indices in by_shard(pictures.store, view_of):
         for row in indices:
@@ -137,7 +133,7 @@ def _views(
 
 def _encoded(
     tokenizer: Tokenizer, pixels: NDArray[np.uint8]
-) -> tuple[NDArray[np.integer[Any]], NDArray[np.float32], NDArray[np.float32]]:
+) -> tuple[Tokens, NDArray[np.float32], NDArray[np.float32]]:
     """Pixels (n, 4, 3, S, S) -> tokens (n, 4, H, W), features (n, 4, H * W, dim), distances (n, 4, H * W)."""
     features = tokenizer.features(torch.from_numpy(pixels).flatten(0, 1))
     if not torch.isfinite(features).all():

@@ -9,6 +9,9 @@ from PIL import Image
 from ...shared.images.views import CropBox, Preprocess, ViewPolicy, center_view, replay, to_array
 from ..counting.overlaps import seen_in
 
+Tokens = NDArray[np.integer[Any]]
+"""Token indices, of any integer type."""
+
 
 class StoredView(NamedTuple):
     """One view of an image as a store describes it."""
@@ -52,17 +55,17 @@ class Variants:
         enlarged = to_array(replay(image, stored.box, stored.flip, size + self.margin, resampling))
         return np.stack([view, view[:, :, ::-1], enlarged[:, :size, :size], enlarged[:, -size:, -size:]])
 
-    def mirrored(self, tokens: NDArray[np.integer[Any]]) -> tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]:
+    def mirrored(self, tokens: Tokens) -> tuple[Tokens, Tokens]:
         """Tokens (n, 4, H, W) -> those of the view and, at the same place in the picture, of the mirrored one: (n, p)
         each."""
         return _flat(tokens[:, 0]), _flat(tokens[:, 1, :, ::-1])
 
-    def shifted(self, tokens: NDArray[np.integer[Any]]) -> tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]:
+    def shifted(self, tokens: Tokens) -> tuple[Tokens, Tokens]:
         """Tokens (n, 4, H, W) -> those of the patches that views 2 and 3 share: (n, p) each."""
         m, (height, width) = self.shift, self.grid
         return _flat(tokens[:, 2, m:, m:]), _flat(tokens[:, 3, : height - m, : width - m])
 
-    def rescaled(self, tokens: NDArray[np.integer[Any]]) -> tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]:
+    def rescaled(self, tokens: Tokens) -> tuple[Tokens, Tokens]:
         """Tokens (n, 4, H, W) -> those of the view, and of the patch of an enlarged view that contains its centre."""
         size, side = float(self.preprocess.image_size), float(self.preprocess.image_size + self.margin)
         whole, unflipped = np.array([[0.0, 0.0, side, side]]), np.zeros(1, np.bool_)
@@ -76,5 +79,5 @@ class Variants:
         return np.concatenate(first, axis=1), np.concatenate(second, axis=1)
 
 
-def _flat(tokens: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+def _flat(tokens: Tokens) -> Tokens:
     return tokens.reshape(len(tokens), -1)
