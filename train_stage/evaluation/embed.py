@@ -60,7 +60,7 @@ def embed_blocks(model: VisionTransformer, images: Tensor, blocks: Sequence[int]
     are applied to the output of the block, as DINOv2 does."""
     # cuDNN would otherwise round float32 to TF32.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        outputs = model.forward_intermediates(
+        outputs: Any = model.forward_intermediates(
             images,
             indices=list(blocks),
             return_prefix_tokens=True,
@@ -249,4 +249,5 @@ def _encode_all(
                 writer.write(half)
         done += len(images)
         execution.advance(len(images))
-    return [(torch.cat(part), writer and writer.finish()) for part, writer in zip(parts, writers, strict=True)]
+    kept = [writer.finish() if writer else None for writer in writers]
+    return [(torch.cat(part), of_patches) for part, of_patches in zip(parts, kept, strict=True)]

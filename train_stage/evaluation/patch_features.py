@@ -54,7 +54,7 @@ class PatchWriter:
             if needed > shutil.disk_usage(tempfile.gettempdir()).free:
                 raise self._too_large("that is more than is free")
         try:
-            self._file.write(memoryview(features.contiguous().cpu().numpy()).cast("B"))
+            self._file.write(features.contiguous().cpu().numpy().data)
         except OSError as error:
             raise self._too_large(os.strerror(error.errno or 0)) from None
 

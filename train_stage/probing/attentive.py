@@ -168,7 +168,7 @@ def train_grid(
     with progress("training attentive probes", budget.iterations, "steps") as advance:
         for batch in _batches(images, budget, seed):
             optimizer.zero_grad()
-            for part in batch.split(most):
+            for part in torch.split(batch, most):
                 logits = grid_logits(heads, patches.rows(part).to(labels.device))
                 truth = labels[part.to(labels.device)].repeat(len(grid))
                 loss = cross_entropy(logits.flatten(0, 1), truth, reduction="sum") / len(batch)
@@ -202,11 +202,10 @@ def _batches(images: Tensor, budget: Budget, seed: int) -> Iterator[Tensor]:
     """Indices of the images of each step; every pass over the images has an order of its own."""
     generator = torch.Generator().manual_seed(seed)
     per_epoch = len(images) // budget.batch
-    for step in range(budget.iterations):
-        if step % per_epoch == 0:
-            shuffled = images[torch.randperm(len(images), generator=generator)]
-        start = step % per_epoch * budget.batch
-        yield shuffled[start : start + budget.batch]
+    for first_step in range(0, budget.iterations, per_epoch):
+        shuffled = images[torch.randperm(len(images), generator=generator)]
+        for step in range(min(per_epoch, budget.iterations - first_step)):
+            yield shuffled[step * budget.batch : (step + 1) * budget.batch]
 
 
 def _images_at_once(heads: int, patches: int, dim: int) -> int:
@@ -218,7 +217,7 @@ def _images_at_once(heads: int, patches: int, dim: int) -> int:
 def accuracies(heads: Sequence[AttentiveHead], patches: PatchFeatures, labels: Tensor, images: Tensor) -> list[float]:
     """Top-1 accuracy of each head on the images at some indices, (m,) int64 on the CPU."""
     correct = torch.zeros(len(heads), dtype=torch.int64, device=labels.device)
-    for part in images.split(min(_images_at_once(len(heads), *patches.shape), BATCH)):
+    for part in torch.split(images, min(_images_at_once(len(heads), *patches.shape), BATCH)):
         logits = grid_logits(heads, patches.rows(part).to(labels.device))
         correct += (logits.argmax(2) == labels[part.to(labels.device)]).sum(1)
     return [count / len(images) for count in correct.tolist()]

@@ -126,5 +126,5 @@ def knn_accuracies(
 def _winners(weights: Tensor, nearest: Tensor, one_hot_labels: Tensor) -> Tensor:
     """The class (m,) with most votes, from the weights (m, k) of neighbours and their indices (m, k)."""
     at_once = max(1, _MOST_VOTES // (weights.shape[1] * one_hot_labels.shape[1]))
-    parts = zip(weights.split(at_once), nearest.split(at_once), strict=True)
+    parts = zip(torch.split(weights, at_once), torch.split(nearest, at_once), strict=True)
     return torch.cat([(part[:, :, None] * one_hot_labels[of_part]).sum(1).argmax(1) for part, of_part in parts])

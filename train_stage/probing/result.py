@@ -76,7 +76,7 @@ def show_tables(rows: Sequence[ProbeResult]) -> None:
 
 def _columns(row: ProbeResult) -> list[str]:
     attentive = ["attentive probe"] if row.attentive is not None else []
-    low_shot = [f"linear, {share} of labels" for share in row.low_shot]
+    low_shot = [f"{share} of labels" for share in row.low_shot]
     return ["linear probe", *attentive, "k-NN", *low_shot, *(["RankMe"] if row.rankme is not None else [])]
 
 
