@@ -5,8 +5,8 @@ python benchmarks/finetune_speed.py TAR [--size tiny] [--image-size 64] [--batch
 TAR holds labelled photographs. A step loads a batch, augments it (random crop, flip, RandAugment, random erasing),
 mixes it (Mixup, CutMix), and takes it through forward, backward and AdamW with layer-wise learning rates. timm's side
 is `create_transform`, `create_loader`, `Mixup`, `VisionTransformer`, `SoftTargetCrossEntropy` and `create_optimizer_v2`
-on the same bytes. Both take turns in one process, `steps` steps at a time. The ratio is ours / timm's images per second:
-of each pair, the median, and the median for each second of processor time (on a machine that others use, too). With
+on the same bytes. Both take turns in one process, `steps` steps at a time. The ratio is ours / timm's images/s: of each
+pair, the median, and the median for each second of processor time (on a machine that others use, too). With
 `--part load`, both only load and augment; with `--part compute`, one batch is computed again and again.
 """
 

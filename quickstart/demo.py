@@ -1,6 +1,7 @@
 """The whole chain in a few minutes, offline. This is the only module that imports both stages."""
 
 import io
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from PIL import Image
 from ..shared.errors import DataError, UsageError
 from ..shared.images.decode import read_image
 from ..shared.randomness import generator
-from ..shared.runtime.console import say
+from ..shared.runtime.console import say, table
 from ..shared.sources.records import ImageRecord
 from ..shared.sources.sources import read_records
 from ..shared.storage.files import written_whole
@@ -22,6 +23,7 @@ from ..tokenize_stage.encode_shards import encode_shards
 from ..tokenize_stage.inspect import inspect, show
 from ..tokenize_stage.pages.token_maps import draw_token_maps
 from ..tokenize_stage.verify import verify
+from ..train_stage.finetune import finetune
 from ..train_stage.pretrain import pretrain
 from ..train_stage.probe import ProbeResult, probe
 from ..train_stage.probe import show as show_probe
@@ -50,6 +52,23 @@ _SETTINGS = {
     "train.log_every": 100,
     "train.epochs": 4,
 }
+
+_FINETUNE_PASSES, _FINETUNE_EPOCHS, _FINETUNE_BATCH = 8000, 8, 32
+_FINETUNE_SETTINGS = {
+    # The same for both starts, and the same rate in every layer, which does not favour pre-trained ones.
+    "optimizer.lr": 1e-3,
+    "optimizer.layer_decay": 1,
+    "optimizer.warmup_epochs": 0.5,
+    "model.drop_path": 0,
+    "augment.crop_scale": "[0.5,1]",
+    "augment.rand_augment": "null",
+    "augment.erasing": 0,
+    "augment.mixup": 0,
+    "augment.cutmix": 0,
+    "validation.every": 1 << 30,
+    "train.log_every": 50,
+}
+"""Validation images are looked at once, at the end."""
 
 _ON_IMAGENET = """
 The same on ImageNet with OpenAI's CLIP, as in the paper:
@@ -100,6 +119,8 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
         with _chapter("5. Proof: are the frozen features any good?"):
             results = probe(out / "run", str(train), str(val), random_init=True, pixels=True)
             show_probe(results)
+        with _chapter("6. The claim: does pre-training make a better classifier?"):
+            _show_claim(results, _finetuned(out, train, val, seed))
     else:
         say("Your pictures have no labels (class folders, or .cls members), so there is nothing to probe.")
     with _chapter("What the model predicts for pictures that it was not trained on"):
@@ -111,6 +132,42 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
         say(line.format(out=out, picture=picture, tokens=out / "tokens.html", run=out / "run.html"))
     say(f"Done in {time.monotonic() - began:.0f} s.")
     return results
+
+
+def _finetuned(out: Path, train: Path, val: Path, seed: int) -> list[tuple[str, str]]:
+    """(name, accuracy in words) of a classifier fine-tuned from the run, and of one that starts from fresh weights.
+
+    Both see the first tar of the training images as often as each other, with the same settings and seed.
+    """
+    first = min(train.glob("*.tar"))
+    labels, measured = ([record.label for record in read_records(str(path))] for path in (first, val))
+    unseen = set(measured) - set(labels)
+    if unseen:
+        say(f"{len(unseen)} of your classes are in no picture to train on, so no classifier is trained.")
+        return []
+    epochs = min(_FINETUNE_EPOCHS, max(1, _FINETUNE_PASSES // len(labels)))
+    settings = {**_FINETUNE_SETTINGS, "train.seed": seed, "train.epochs": epochs}
+    settings["train.batch_size"] = min(_FINETUNE_BATCH, len(labels))
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    say(
+        f"Two classifiers of the same size learn from {len(labels)} labelled pictures in {epochs} epoch(s), with the "
+        f"same settings and seed {seed}; one starts from the run above, one from fresh weights. Both are measured "
+        f"once, on {len(measured)} other pictures."
+    )
+    rows = []
+    for name, folder, from_scratch in (("fine-tuned", "finetuned", False), ("from scratch", "scratch", True)):
+        finetune(out / "run", str(first), str(val), out / folder, overrides=overrides, from_scratch=from_scratch)
+        top1 = json.loads((out / folder / "probe.jsonl").read_text().splitlines()[-1])["top1"]
+        rows.append((f"classifier, {name}", f"top-1 {top1:.1%}"))
+    return rows
+
+
+def _show_claim(results: list[ProbeResult], classifiers: list[tuple[str, str]]) -> None:
+    frozen = [
+        (f"frozen features, {result.features}", f"linear probe {result.linear:.1%}, k-NN {result.knn:.1%}")
+        for result in results
+    ]
+    table("What was measured, with one seed", [*frozen, *classifiers])
 
 
 def _claim(out: Path, source: str) -> None:

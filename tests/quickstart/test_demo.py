@@ -1,5 +1,6 @@
 """The demo on a few pictures of one's own: every chapter, offline, and again without doing anything twice."""
 
+import json
 from pathlib import Path
 
 import mapet
@@ -16,6 +17,12 @@ def test_the_demo_runs_on_ones_own_pictures_and_goes_on_where_it_was(tmp_path: P
     assert [row.features for row in rows] == ["pre-trained", "random init", "pixels 32x32"]
     assert "mapet tokenize build-codebook" in said.err
     assert "linear probe" in said.out
+    assert said.out.index("classifier, fine-tuned") < said.out.index("classifier, from scratch")
+    assert "labelled pictures in 8 epoch(s), with the same settings and seed 0" in said.err
+    starts = [json.loads((tmp_path / "out" / name / "run.json").read_text()) for name in ("finetuned", "scratch")]
+    assert starts[1]["init"] is None
+    assert starts[0]["init"]["file"].startswith(str(tmp_path / "out" / "run"))
+    assert starts[0]["keys_sha256"] == starts[1]["keys_sha256"]
     with Image.open(tmp_path / "out" / "tokens.png") as picture:
         assert picture.width > 300
     for page in ("tokens.html", "run.html"):
