@@ -23,8 +23,9 @@ from ..tokenize_stage.inspect import inspect, show
 from ..tokenize_stage.pages.token_maps import draw_token_maps
 from ..tokenize_stage.verify import verify
 from ..train_stage.pretrain import pretrain
-from ..train_stage.probe import ProbeResult, probe
+from ..train_stage.probe import probe
 from ..train_stage.probe import show as show_probe
+from ..train_stage.probing.result import ProbeResult
 from ..train_stage.report import report
 from .drawings import CLASSES, write_drawings
 
