@@ -28,11 +28,9 @@ _ERASED_AREA, _ERASED_RATIO, _ATTEMPTS = (0.02, 1 / 3), 0.3, 10
 
 
 @contextmanager
-def seeded_globals(drawn: np.random.Generator) -> Iterator[None]:
-    """Seeds Python's and NumPy's global random states, from which timm draws, and restores them afterwards."""
+def kept_global_randomness() -> Iterator[None]:
+    """Restores Python's and NumPy's global random states afterwards. It takes 0.2 ms, so use it once per batch."""
     python, numpy = random.getstate(), np.random.get_state()
-    random.seed(int(drawn.integers(1 << 62)))
-    np.random.seed(int(drawn.integers(1 << 32)))
     try:
         yield
     finally:
@@ -76,15 +74,17 @@ class Augment:
     def __call__(self, pixels: Tensor, epoch: int, key: str, drawn: np.random.Generator) -> Tensor:
         """The augmented view of an upright image, uint8 (3, height, width) -> uint8 (3, S, S).
 
-        `drawn` is the generator of this epoch and key, from which everything but crop and flip comes.
+        `drawn` is the generator of this epoch and key, from which everything but crop and flip comes. timm draws from
+        the global random states of Python and NumPy, which are seeded here; see `kept_global_randomness`.
         """
         data, size = self.settings.data, self.settings.model.image_size
         box, flip = self.crops.draw(key, epoch, pixels.shape[2], pixels.shape[1])
         view = replay_pixels(pixels, box, flip, size, data.interpolation)
         if self.rand_augment is not None:
-            with seeded_globals(drawn):
-                picture = Image.fromarray(view.permute(1, 2, 0).contiguous().numpy())
-                view = torch.from_numpy(to_array(self.rand_augment(picture)))
+            random.seed(int(drawn.integers(1 << 62)))
+            np.random.seed(int(drawn.integers(1 << 32)))
+            picture = Image.fromarray(view.permute(1, 2, 0).contiguous().numpy())
+            view = torch.from_numpy(to_array(self.rand_augment(picture)))
         if self.settings.augment.erasing:
             box_drawn = erased_box(
                 self.settings.augment.erasing,

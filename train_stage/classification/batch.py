@@ -11,7 +11,7 @@ from ...shared.images.fast_pixels import decode_pixels
 from ...shared.randomness import generator
 from ...shared.sources.records import read_bytes
 from ..settings import FinetuneSettings
-from .augment import Augment
+from .augment import Augment, kept_global_randomness
 from .labelled_set import LabelledSet
 
 
@@ -52,13 +52,14 @@ class LoadLabelled:
         size, seed = self.settings.model.image_size, self.settings.train.seed
         pixels = torch.empty(len(places), 3, size, size, dtype=torch.uint8)
         draws = np.empty((len(places), self.depth, 2), dtype=np.float32)
-        for place, (epoch, index) in enumerate(places):
-            record = self.images.record(index)
-            drawn = generator(seed, "augment", epoch, record.key)
-            draws[place] = drawn.random((self.depth, 2), dtype=np.float32)
-            name = f"{record.path}: image {record.key!r}"
-            source = decode_pixels(read_bytes(record), name, None, record.max_pixels)
-            pixels[place] = self.augment(source, epoch, record.key, drawn)
+        with kept_global_randomness():
+            for place, (epoch, index) in enumerate(places):
+                record = self.images.record(index)
+                drawn = generator(seed, "augment", epoch, record.key)
+                draws[place] = drawn.random((self.depth, 2), dtype=np.float32)
+                name = f"{record.path}: image {record.key!r}"
+                source = decode_pixels(read_bytes(record), name, None, record.max_pixels)
+                pixels[place] = self.augment(source, epoch, record.key, drawn)
         indices = np.array([index for _, index in places], dtype=np.int64)
         return {
             "index": torch.from_numpy(indices),
