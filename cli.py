@@ -130,6 +130,12 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "train_stage.probe:probe",
             arguments=("weights",),
         ),
+        "segment": Command(
+            "Measure semantic segmentation with frozen features: patches, or a linear head.",
+            "train_stage.segment:segment",
+            arguments=("weights",),
+            shown_by="train_stage.segment:show",
+        ),
         "report": Command(
             "Write runs as an HTML page: curves, probes, settings and predictions.",
             "train_stage.report:report",
@@ -167,7 +173,10 @@ _AT_LEAST = {
     "batch_size": 1,
     "heads": 1,
     "image_size": 1,
+    "iteration_batch": 1,
+    "iterations": 1,
     "max_images": 1,
+    "max_patches": 1,
     "max_pixels": 1,
     "patches": 1,
     "workers": 0,
@@ -298,6 +307,7 @@ def _kind(parameter: Parameter, *, several: bool) -> Any:
         "float": float,
         "tuple[float, float]": tuple[float, float],
         "Sequence[str]": list[str],
+        "Sequence[int]": list[int],
     }
     kind = next((kinds[member] for member in parameter.types if member in kinds), None)
     if kind is None:

@@ -48,8 +48,8 @@ def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(whe
     report = {
         f"mapet/shared/report/{name}"
         for name in (
-            *(f"templates/{name}.html" for name in ("page", "run", "store")),
-            *(f"static/{name}" for name in ("page.css", "page.js", "run.js", "store.js")),
+            *(f"templates/{name}.html" for name in ("page", "run", "segmentation", "store")),
+            *(f"static/{name}" for name in ("page.css", "page.js", "run.js", "segmentation.js", "store.js")),
             *(f"vendor/{name}" for name in ("README.md", "d3.LICENSE", "d3.min.js", "plot.LICENSE", "plot.min.js")),
         )
     }

@@ -28,9 +28,9 @@ LAYERS = {
         ["towers"],
     ],
     "train_stage": [
-        ["pretrain", "finetune", "probe", "features", "report", "export", "import_weights"],
+        ["pretrain", "finetune", "probe", "segment", "features", "report", "export", "import_weights"],
         ["runs", "tasks"],
-        ["training", "classification"],
+        ["training", "classification", "segmentation"],
         ["data", "evaluation"],
         ["objectives"],
         ["settings", "weights"],

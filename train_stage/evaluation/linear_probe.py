@@ -62,32 +62,36 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tenso
     train, test = (train - mean) / scale, (test - mean) / scale
     labels, test_labels, classes = number_classes(labels.to(train.device), test_labels.to(train.device))
     weight_decay, start = _choose_weight_decay(train, labels, classes)
-    classifier = _logistic_regression(train, labels, weight_decay, start)
+    classifier = logistic_regression(train, labels, weight_decay, start)
     return LinearProbeFit(_accuracy(classifier, test, test_labels), weight_decay)
 
 
-class _Classifier(NamedTuple):
+class LinearClassifier(NamedTuple):
+    """Logits are features @ weight + bias."""
+
     weight: Tensor
     """(dim, classes)"""
     bias: Tensor
     """(classes,)"""
 
 
-def _choose_weight_decay(train: Tensor, labels: Tensor, classes: int) -> tuple[float, _Classifier]:
+def _choose_weight_decay(train: Tensor, labels: Tensor, classes: int) -> tuple[float, LinearClassifier]:
     """The weight decay that does best on held-out images, and the classifier that the search ended with."""
     shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
     held_out = max(1, int(len(train) * HELD_OUT))
     choose, fit = shuffled[:held_out], shuffled[held_out:]
     scores: dict[float, float] = {}
-    classifier = _Classifier(train.new_zeros(train.shape[1], classes), train.new_zeros(classes))
+    classifier = LinearClassifier(train.new_zeros(train.shape[1], classes), train.new_zeros(classes))
     # Each fit starts from the one before, which had more weight decay.
     for weight_decay in sorted(WEIGHT_DECAYS, reverse=True):
-        classifier = _logistic_regression(train[fit], labels[fit], weight_decay, classifier)
+        classifier = logistic_regression(train[fit], labels[fit], weight_decay, classifier)
         scores[weight_decay] = _accuracy(classifier, train[choose], labels[choose])
     return max(scores, key=scores.__getitem__), classifier
 
 
-def _logistic_regression(features: Tensor, labels: Tensor, weight_decay: float, start: _Classifier) -> _Classifier:
+def logistic_regression(
+    features: Tensor, labels: Tensor, weight_decay: float, start: LinearClassifier
+) -> LinearClassifier:
     """The classifier that minimises cross-entropy + weight_decay / 2 * |weight|^2, by L-BFGS from `start`."""
     weight, bias = (tensor.clone().requires_grad_() for tensor in start)
     optimizer = torch.optim.LBFGS(
@@ -101,8 +105,8 @@ def _logistic_regression(features: Tensor, labels: Tensor, weight_decay: float, 
         return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]  # PyTorch does not annotate LBFGS.step
-    return _Classifier(weight.detach(), bias.detach())
+    return LinearClassifier(weight.detach(), bias.detach())
 
 
-def _accuracy(classifier: _Classifier, features: Tensor, labels: Tensor) -> float:
+def _accuracy(classifier: LinearClassifier, features: Tensor, labels: Tensor) -> float:
     return ((features @ classifier.weight + classifier.bias).argmax(1) == labels).float().mean().item()
