@@ -145,7 +145,7 @@ def segment(
         else:
             measured = _linear_heads(loaded, encoders, data, Training(iterations, iteration_batch, seed), execution)
         if path is not None:
-            page.write(path, str(weights), measured, data.val, rule)
+            page.write(path, Path(weights), measured, data.val, rule)
             say(f"The page is {path} ({path.stat().st_size / 1e6:.1f} MB); it opens in any browser, without a network.")
     return [_result(one, data) for one in measured]
 
@@ -174,9 +174,9 @@ def _read(
     """Finds and checks all images and masks."""
     train, test = (masked_images(source, options, mask_field) for source in (images, val))
     with progress("checking masks", len(train) + len(test), "masks") as advance:
-        pixels = [class_pixels(pairs, rule, execution.workers, advance) for pairs in (train, test)]
-    refuse_other_classes(*pixels, rule)
-    classes = len(rule.names) if rule.names is not None else int(np.flatnonzero(pixels[0] + pixels[1])[-1]) + 1
+        learned, measured = (class_pixels(pairs, rule, execution.workers, advance) for pairs in (train, test))
+    refuse_other_classes(learned, measured, rule)
+    classes = len(rule.names) if rule.names is not None else int(np.flatnonzero(learned + measured)[-1]) + 1
     return _Data(train, test, rule, classes, {pair.image.key for pair in page.shown_images(test)})
 
 

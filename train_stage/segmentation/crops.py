@@ -22,7 +22,7 @@ class Place(NamedTuple):
     """An image of a step."""
 
     step: int
-    index: int
+    image: int
 
 
 def places(count: int, steps: int, batch: int, seed: int) -> Iterator[list[Place]]:
@@ -32,7 +32,7 @@ def places(count: int, steps: int, batch: int, seed: int) -> Iterator[list[Place
         while len(order) < batch:
             order += generator(seed, "segment", "order", epoch).permutation(count).tolist()
             epoch += 1
-        yield [Place(step, index) for index in order[:batch]]
+        yield [Place(step, image) for image in order[:batch]]
         order = order[batch:]
 
 
@@ -50,7 +50,7 @@ class RandomCrops:
 
     def __call__(self, place: Place) -> dict[str, Any]:
         """`pixels` (3, S, S) uint8 and `mask` (S, S) int16, a pure function of seed, step and key."""
-        pair, size = self.images[place.index], self.preprocess.image_size
+        pair, size = self.images[place.image], self.preprocess.image_size
         random = generator(self.seed, "segment", "crop", place.step, pair.image.key)
         image = _scaled(read_image(pair.image)[0], max(1, round(size * random.uniform(*SCALES))), self.preprocess)
         mask = nearest(read_mask(pair.mask, self.rule), image.height, image.width)
@@ -87,7 +87,8 @@ def nearest(mask: NDArray[np.int16], height: int, width: int) -> NDArray[np.int1
         ((np.arange(to) + 0.5) * length / to).astype(int)
         for to, length in zip((height, width), mask.shape, strict=True)
     )
-    return mask[rows][:, columns]
+    resized: NDArray[np.int16] = mask[rows][:, columns]
+    return resized
 
 
 def _scaled(image: Image.Image, shorter: int, preprocess: Preprocess) -> Image.Image:

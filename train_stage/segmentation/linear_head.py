@@ -45,12 +45,13 @@ class LinearHead(nn.Module):
         self.norm = nn.BatchNorm2d(dim)
         self.conv = nn.Conv2d(dim, classes, 1)
         nn.init.normal_(self.conv.weight, std=0.01)
+        assert self.conv.bias is not None
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, features: Tensor, size: int) -> Tensor:
         """Features (B, N, dim) of a square grid to logits (B, classes, size, size), bilinear between patches."""
         grid = math.isqrt(features.shape[1])
-        logits = self.conv(self.norm(features.mT.unflatten(2, (grid, grid))))
+        logits = self.conv(self.norm(features.mT.reshape(len(features), -1, grid, grid)))
         return interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
 
 

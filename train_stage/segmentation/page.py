@@ -30,12 +30,15 @@ def shown_images(val: Sequence[MaskedImage]) -> list[MaskedImage]:
     return [pair for pair in val if pair.image.key in keys]
 
 
-def write(path: Path, weights: str, measured: Sequence[Measured], val: Sequence[MaskedImage], rule: MaskRule) -> Path:
+def write(path: Path, weights: Path, measured: Sequence[Measured], val: Sequence[MaskedImage], rule: MaskRule) -> Path:
     """Writes the page as one self-contained HTML file. Raises DataError if it cannot be written."""
     colours = golden_colours(len(measured[0].scores.iou))
-    occurring = [index for index, iou in enumerate(measured[0].scores.iou) if iou is not None]
+    images = shown_images(val)
+    on_page = {int(index) for row in measured for one in row.maps.values() for index in np.unique(one)}
+    known = [index for index, iou in enumerate(measured[0].scores.iou) if iou is not None or index in on_page]
     data = {
-        "weights": weights,
+        "name": weights.absolute().name,
+        "weights": str(weights),
         "val_images": len(val),
         "rows": [
             {
@@ -52,11 +55,11 @@ def write(path: Path, weights: str, measured: Sequence[Measured], val: Sequence[
                 "colour": hex_colours(colours[index : index + 1]),
                 "iou": [row.scores.iou[index] for row in measured],
             }
-            for index in occurring
+            for index in known
         ],
-        "images": [_shown(pair, measured, rule, colours) for pair in shown_images(val)],
+        "images": [_shown(pair, measured, rule, colours) for pair in images],
     }
-    return write_page(path, "segmentation", title=f"{weights}: mapet segmentation", data=data)
+    return write_page(path, "segmentation", title=f"{weights.absolute().name}: mapet segmentation", data=data)
 
 
 def _shown(

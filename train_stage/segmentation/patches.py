@@ -110,8 +110,8 @@ class PatchSet:
 
     def only(self, chosen: Tensor) -> "PatchSet":
         """The patches at which `chosen` (n,) bool is true."""
-        parts = (part[chosen] for part in (self.features, self.blocks, self.labels, self.held_out))
-        return PatchSet(*parts, self.classes, self.protocol)
+        parts = {name: getattr(self, name)[chosen] for name in ("features", "blocks", "labels", "held_out")}
+        return replace(self, **parts)
 
 
 @dataclass(frozen=True)
