@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .train_stage.pretrain import pretrain, pretrain_dry_run
     from .train_stage.probe import probe
     from .train_stage.report import report
+    from .train_stage.segment import segment
     from .train_stage.weights.published import load_published
     from .train_stage.weights.read import load_weights
 
@@ -62,6 +63,7 @@ _HOME = {
     "pretrain_dry_run": ".train_stage.pretrain",
     "probe": ".train_stage.probe",
     "report": ".train_stage.report",
+    "segment": ".train_stage.segment",
     "verify": ".tokenize_stage.verify",
 }
 
@@ -93,6 +95,7 @@ __all__ = [
     "pretrain_dry_run",
     "probe",
     "report",
+    "segment",
     "verify",
 ]
 

@@ -146,6 +146,12 @@ COMMANDS: dict[str, dict[str, Command]] = {
             renamed={"everything": "--all"},
             shown_by="train_stage.probe:show",
         ),
+        "segment": Command(
+            "Measure semantic segmentation with frozen features: patches, or a linear head.",
+            "train_stage.segment:segment",
+            arguments=("weights",),
+            shown_by="train_stage.segment:show",
+        ),
         "report": Command(
             "Write runs as an HTML page: curves, probes, settings and predictions.",
             "train_stage.report:report",
@@ -186,6 +192,7 @@ _AT_LEAST = {
     "iteration_batch": 1,
     "iterations": 1,
     "max_images": 1,
+    "max_patches": 1,
     "max_pixels": 1,
     "patches": 1,
     "workers": 0,
@@ -316,6 +323,7 @@ def _kind(parameter: Parameter, *, several: bool) -> Any:
         "float": float,
         "tuple[float, float]": tuple[float, float],
         "Sequence[str]": list[str],
+        "Sequence[int]": list[int],
     }
     kind = next((kinds[member] for member in parameter.types if member in kinds), None)
     if kind is None:

@@ -52,6 +52,8 @@ class Drawing:
     label: int
     caption: str
     key: str
+    mask: Image.Image
+    """Mode "L", of the image's size: `label` + 1 on the pixels of which the object covers half or more, 0 elsewhere."""
 
 
 # Outlines in units of half the object's extent, x right and y down. "+" adds a part, "-" cuts it away and "!"
@@ -219,14 +221,24 @@ def draw(index: int, seed: int, size: int = 64) -> Drawing:
     canvas += whole[..., None] * (thing - canvas)
     canvas += rng.normal(0, rng.uniform(1, 4), (size, size, 1)).astype(np.float32)
     image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
-    return Drawing(image, label, caption, f"drawing-{seed:04d}-{index:06d}")
+    mask = Image.fromarray(np.where(whole >= 0.5, label + 1, 0).astype(np.uint8))
+    return Drawing(image, label, caption, f"drawing-{seed:04d}-{index:06d}", mask)
 
 
-def write_drawings(directory: Path, count: int, seed: int, per_tar: int = 1000, prefix: str = "drawings") -> list[Path]:
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def write_drawings(
+    directory: Path, count: int, seed: int, per_tar: int = 1000, prefix: str = "drawings", *, masks: bool = False
+) -> list[Path]:
     """Writes drawings 0 to `count` - 1 of the series `seed` as WebDataset tars and returns their paths.
 
     Each sample has `KEY.jpg` (64 x 64 pixels), `KEY.cls` (the label in ASCII) and `KEY.txt` (the caption,
-    UTF-8). The tars are `directory/PREFIX-000000.tar` and so on; existing files of these names are replaced.
+    UTF-8); with `masks` also `KEY.seg.png` (`Drawing.mask`). The tars are `directory/PREFIX-000000.tar` and so on;
+    existing files of these names are replaced.
 
     Raises:
         ValueError: `count` or `per_tar` under 1.
@@ -246,6 +258,8 @@ def write_drawings(directory: Path, count: int, seed: int, per_tar: int = 1000, 
                 drawing, jpeg = draw(index, seed), io.BytesIO()
                 drawing.image.save(jpeg, "JPEG", quality=92)
                 parts = {"jpg": jpeg.getvalue(), "cls": drawing.label, "txt": drawing.caption}
+                if masks:
+                    parts["seg.png"] = _png(drawing.mask)
                 tar.write({"__key__": drawing.key, **parts})
         partial.replace(path)
         paths.append(path)

@@ -161,12 +161,16 @@ def _corner(preprocess: Preprocess, width: int, height: int) -> tuple[int, int]:
     return round((width - size) / 2.0), round((height - size) / 2.0)
 
 
+def resized_whole(image: Image.Image, preprocess: Preprocess) -> Image.Image:
+    """The whole image as the tower's preprocessing resizes it, before the crop."""
+    return image.resize(resized(preprocess, *image.size), _FILTERS[preprocess.interpolation])
+
+
 def center_view(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     """The tower's preprocessing up to the normalisation: resizes the whole image, then crops its centre."""
-    width, height = resized(preprocess, *image.size)
-    left, top = _corner(preprocess, width, height)
+    resized_image = resized_whole(image, preprocess)
+    left, top = _corner(preprocess, *resized_image.size)
     size = preprocess.image_size
-    resized_image = image.resize((width, height), _FILTERS[preprocess.interpolation])
     return resized_image.crop((left, top, left + size, top + size))
 
 

@@ -17,6 +17,15 @@ def data_uri(image: Image.Image, quality: int = 78) -> str:
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
+def overlay_uri(classes: NDArray[np.integer[Any]], colours: NDArray[np.uint8]) -> str:
+    """A map of classes (height, width) as a data: URI of PNG: colour i of `colours` (K, 3) for class i, and transparent
+    where it is negative."""
+    opaque = np.where(classes < 0, 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(np.dstack([colours[np.maximum(classes, 0)], opaque])).save(file, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
 def golden_colours(k: int) -> NDArray[np.uint8]:
     """K colours, uint8 (K, 3), of which neighbours differ clearly: hues a golden angle apart, in three tones."""
     return np.array(

@@ -419,22 +419,25 @@ def read_records(
     shards: Sequence[SourceShard] | None = None,
     labels: str | Path | None = None,
     label_field: str | None = None,
+    passed: PassedOver | None = None,
 ) -> list[ImageRecord]:
     """The records of all images of a local source; `skipped` as in `SourceShard.index`, labels as in `with_labels`.
 
-    `shards` are those of `images` if it was opened already. Raises DataError as `open_source` and `SourceShard.index`
+    `shards` are those of `images` if it was opened already. `passed` counts the members of tars that are passed over;
+    without it a line says which they are. Raises DataError as `open_source` and `SourceShard.index`
     do, and for a key that is in two shards; UsageError for remote tars, which have to be staged one by one.
     """
     opened = with_labels(open_source(images, options) if shards is None else shards, labels, label_field)
     remote = next((shard for shard in opened if shard.is_remote), None)
     if remote:
         raise UsageError(f"{remote.title} is remote; this command needs local files, download them first.")
-    ledger, passed = KeyLedger(), PassedOver()
-    records = {shard.name: shard.index(skipped, passed=passed) for shard in opened}
+    ledger, over = KeyLedger(), PassedOver() if passed is None else passed
+    records = {shard.name: shard.index(skipped, passed=over) for shard in opened}
     for name, of_shard in records.items():
         ledger.add(name, (record.key for record in of_shard))
     ledger.refuse_doubles(lambda name: [record.key for record in records[name]])
-    say_passed_over(passed)
+    if passed is None:
+        say_passed_over(over)
     return [record for of_shard in records.values() for record in of_shard]
 
 

@@ -1,12 +1,15 @@
 """The drawings are repeatable, cover their classes without giving them away, and survive the tars."""
 
+import io
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 from mapet.quickstart.drawings import CLASSES, COLOURS, draw, write_drawings
+from PIL import Image
 
 
 def pixels(index: int, seed: int, size: int = 64) -> np.ndarray:
@@ -91,3 +94,27 @@ def test_rewriting_replaces_and_gives_the_same_bytes(tmp_path: Path):
 def test_empty_tars_are_refused(tmp_path: Path, count: int, per_tar: int):
     with pytest.raises(ValueError, match="at least 1"):
         write_drawings(tmp_path, count, seed=0, per_tar=per_tar)
+
+
+def test_masks_cover_the_object_with_its_class():
+    for index in range(2 * len(CLASSES)):
+        drawing, plain = draw(index, 4), pixels(index, 4).astype(int)
+        mask = np.asarray(drawing.mask)
+        assert mask.shape == plain.shape[:2]
+        assert set(np.unique(mask)) == {0, drawing.label + 1}
+        # The object is darker than its backdrop.
+        assert plain[mask > 0].mean() < plain[mask == 0].mean()
+
+
+def test_tars_hold_masks_if_asked_for(tmp_path: Path):
+    without = write_drawings(tmp_path / "without", 4, seed=5)
+    paths = write_drawings(tmp_path / "with", 4, seed=5, masks=True)
+    for sample, plain in zip(read(paths), read(without), strict=True):
+        assert "seg.png" not in plain
+        assert np.array_equal(sample["jpg"], plain["jpg"])
+        assert (sample["__key__"], sample["cls"]) == (plain["__key__"], plain["cls"])
+    with tarfile.open(paths[0]) as tar:
+        masks = [tar.extractfile(name).read() for name in tar.getnames() if name.endswith(".seg.png")]
+    assert len(masks) == 4
+    for index, data in enumerate(masks):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(draw(index, 5).mask))

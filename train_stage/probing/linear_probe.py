@@ -67,7 +67,7 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tenso
     labels, test_labels, classes = number_classes(labels.to(train.device), test_labels.to(train.device))
     scores, start = _scores(train, labels, classes)
     weight_decay = max(scores, key=scores.__getitem__)
-    classifier = _logistic_regression(train, labels, weight_decay, start)
+    classifier = logistic_regression(train, labels, weight_decay, start)
     return LinearProbeFit(_accuracy(classifier, test, test_labels), weight_decay, scores)
 
 
@@ -84,26 +84,30 @@ def _moments(train: Tensor) -> tuple[Tensor, Tensor]:
     return train.mean(0), train.std(0) + 1e-6
 
 
-class _Classifier(NamedTuple):
+class LinearClassifier(NamedTuple):
+    """Logits are features @ weight + bias."""
+
     weight: Tensor
     """(dim, classes)"""
     bias: Tensor
     """(classes,)"""
 
 
-def _scores(train: Tensor, labels: Tensor, classes: int) -> tuple[dict[float, float], _Classifier]:
+def _scores(train: Tensor, labels: Tensor, classes: int) -> tuple[dict[float, float], LinearClassifier]:
     """The accuracy on held-out images by weight decay, and the classifier that the search ended with."""
     choose, fit = split_held_out(len(train), train.device)
     scores: dict[float, float] = {}
-    classifier = _Classifier(train.new_zeros(train.shape[1], classes), train.new_zeros(classes))
+    classifier = LinearClassifier(train.new_zeros(train.shape[1], classes), train.new_zeros(classes))
     # Each fit starts from the one before, which had more weight decay.
     for weight_decay in sorted(WEIGHT_DECAYS, reverse=True):
-        classifier = _logistic_regression(train[fit], labels[fit], weight_decay, classifier)
+        classifier = logistic_regression(train[fit], labels[fit], weight_decay, classifier)
         scores[weight_decay] = _accuracy(classifier, train[choose], labels[choose])
     return scores, classifier
 
 
-def _logistic_regression(features: Tensor, labels: Tensor, weight_decay: float, start: _Classifier) -> _Classifier:
+def logistic_regression(
+    features: Tensor, labels: Tensor, weight_decay: float, start: LinearClassifier
+) -> LinearClassifier:
     """The classifier that minimises cross-entropy + weight_decay / 2 * |weight|^2, by L-BFGS from `start`."""
     weight, bias = (tensor.clone().requires_grad_() for tensor in start)
     optimizer = torch.optim.LBFGS(
@@ -117,8 +121,8 @@ def _logistic_regression(features: Tensor, labels: Tensor, weight_decay: float, 
         return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]  # PyTorch does not annotate LBFGS.step
-    return _Classifier(weight.detach(), bias.detach())
+    return LinearClassifier(weight.detach(), bias.detach())
 
 
-def _accuracy(classifier: _Classifier, features: Tensor, labels: Tensor) -> float:
+def _accuracy(classifier: LinearClassifier, features: Tensor, labels: Tensor) -> float:
     return ((features @ classifier.weight + classifier.bias).argmax(1) == labels).float().mean().item()

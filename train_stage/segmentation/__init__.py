@@ -1,0 +1,1 @@
+"""Semantic segmentation with pre-trained weights: masks, patches, classifiers of patches, mean IoU."""
