@@ -27,6 +27,7 @@ ABOUT = {
     "usage": None,
     "distances": None,
     "against": {"path": HOSTILE},
+    "quality": {"images": 2, "pictures": None},
     "warnings": [{"sign": "s", "what": HOSTILE, "why": HOSTILE, "do": HOSTILE}],
 }
 VALUES = {
@@ -39,6 +40,8 @@ VALUES = {
     "codes": [],
     "nearest": None,
     "against": [(HOSTILE, HOSTILE)],
+    "quality": [dict.fromkeys(("name", "means", "value", "chance", "adjusted"), HOSTILE)],
+    "compared": [(HOSTILE, HOSTILE, HOSTILE)],
     "most_bits": 1.0,
 }
 
