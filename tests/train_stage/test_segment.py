@@ -90,3 +90,16 @@ def of_class_99(folder: Path) -> Path:
         Image.new("RGB", (16, 16)).save(folder / "images" / f"{number}.jpg")
         Image.new("L", (16, 16), 99).save(folder / "annotations" / f"{number}.png")
     return folder
+
+
+def test_the_page_opens_and_fades_its_overlays(drawings, open_page, tmp_path: Path):
+    train, val, classes = drawings
+    segment(WEIGHTS, train, val, classes=classes, head="linear", iterations=1, html=tmp_path / "page.html")
+    page = open_page(tmp_path / "page.html").page
+    assert page.locator(".segmentation").count() == 6
+    assert page.locator(".segmentation img").count() == 12  # true and predicted
+    assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth === 64)")
+    assert page.locator("#by-class tbody tr").count() == 7
+    overlay = page.locator(".overlay").first
+    page.locator("#opacity").fill("0")
+    assert overlay.evaluate("(image) => getComputedStyle(image).opacity") == "0"

@@ -1,5 +1,6 @@
 """Images with their masks: KEY.jpg and KEY.seg.png in tars, or folders `images` and `annotations` side by side."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def masked_images(source: Source, options: SourceOptions, mask_field: str) -> li
 def _folders_of_images(source: Source) -> list[str | Path]:
     """The source, with the folder `images` instead of one that holds it beside `annotations`."""
     given = [source] if isinstance(source, str | Path) else list(source)
-    both = [all(Path(one, name).is_dir() for name in (IMAGES, ANNOTATIONS)) for one in given]
+    both = [all(os.path.isdir(os.path.join(one, name)) for name in (IMAGES, ANNOTATIONS)) for one in given]
     return [Path(one, IMAGES) if has else one for one, has in zip(given, both, strict=True)]
 
 

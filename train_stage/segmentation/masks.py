@@ -13,8 +13,8 @@ from ...shared.sources.records import ImageRecord, read_bytes
 
 IGNORED = -1
 """The class index of pixels that are neither learned from nor measured."""
-HIGHEST = 32_766
-"""The largest class index."""
+HIGHEST = 4_095
+"""The largest class index: more would make a confusion matrix of gigabytes, and are instances rather than classes."""
 _ONE_CHANNEL = ("1", "L", "P", "I;16", "I")
 _DEPTH, _COLOUR_TYPE, _GREY = 24, 25, 0
 """Where the header of a PNG states its bit depth and colour type, and the type of grey images."""

@@ -57,9 +57,10 @@ def write(path: Path, weights: Path, measured: Sequence[Measured], val: Sequence
             }
             for index in known
         ],
-        "images": [_shown(pair, measured, rule, colours) for pair in images],
     }
-    return write_page(path, "segmentation", title=f"{weights.absolute().name}: mapet segmentation", data=data)
+    pictures = [_shown(pair, measured, rule, colours) for pair in images]
+    title = f"{weights.absolute().name}: mapet segmentation"
+    return write_page(path, "segmentation", title=title, data=data, images=pictures)
 
 
 def _shown(

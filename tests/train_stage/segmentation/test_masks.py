@@ -73,7 +73,7 @@ def test_a_class_without_a_name_is_refused(record, png, tmp_path):
 
 
 def test_a_class_index_that_is_no_class_is_refused(record, png):
-    with pytest.raises(DataError, match="more than 32,766"):
+    with pytest.raises(DataError, match="more than 4,095"):
         read_mask(record(png(np.array([[1, 40_000]], np.uint16))), MaskRule())
 
 
