@@ -8,12 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
-from ..shared.errors import UsageError
 from ..shared.images.views import Preprocess
+from ..shared.report.render import say_page
 from ..shared.runtime.console import foreign, progress, results, say, table
 from ..shared.runtime.devices import choose_device, choose_workers, refuse_many_processes
 from ..shared.sources.options import SourceOptions
 from ..shared.sources.sources import shown_images
+from ..shared.storage.files import refuse_folder
 from ..shared.storage.lock import sole_writer
 from .classification.classes import labels_of
 from .classification.logits import classify, evaluation_preprocess
@@ -107,8 +108,8 @@ def evaluate(
         outputs; UsageError for options that do not fit.
     """
     refuse_many_processes()
-    if html is not None and Path(html).is_dir():
-        raise UsageError(f"--html {html} is a folder; give a file, such as {Path(html) / 'evaluation.html'}.")
+    if html is not None:
+        refuse_folder(Path(html), "--html", "evaluation.html")
     device_name = choose_device(device)
     loaded = load_classifier(weights)
     loaded = with_output_names(loaded, classes if is_numbered(loaded) else None)
@@ -127,7 +128,7 @@ def evaluate(
             preprocess = evaluation_preprocess(loaded)
             title = _title(Path(weights))
             write_classifier_page(Path(html), title, result.evaluation.to_json(), scores, records, preprocess)
-            say(f"The page is {html} ({Path(html).stat().st_size / 1e6:.1f} MB); it opens in any browser, offline.")
+            say_page(Path(html))
     return result
 
 

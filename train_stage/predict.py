@@ -18,7 +18,7 @@ from ..shared.sources.options import SourceOptions
 from ..shared.sources.passed import count_of
 from ..shared.sources.records import ImageRecord
 from ..shared.sources.sources import read_records, shown_images
-from ..shared.storage.files import written_whole
+from ..shared.storage.files import refuse_folder, written_whole
 from ..shared.storage.lock import sole_writer
 from .classification.logits import LogitsBatch, logits_by_batch
 from .evaluation.embed import Execution
@@ -102,8 +102,8 @@ def predict(
     refuse_many_processes()
     if top < 1:
         raise UsageError(f"--top {top} must be at least 1.")
-    if csv is not None and Path(csv).is_dir():
-        raise UsageError(f"--csv {csv} is a folder; give a file, such as {Path(csv) / 'predictions.csv'}.")
+    if csv is not None:
+        refuse_folder(Path(csv), "--csv", "predictions.csv")
     skip, device_name = skips(on_error), choose_device(device)
     loaded = with_output_names(load_classifier(weights), classes)
     options = SourceOptions(key_until, key_prefix, image_field, max_pixels)

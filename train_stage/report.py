@@ -14,8 +14,9 @@ from ..shared.artifacts.fields import read_json
 from ..shared.artifacts.yaml_file import read_yaml
 from ..shared.errors import DataError, UsageError
 from ..shared.report.pictures import golden_colours, hex_colours
-from ..shared.report.render import write_page
-from ..shared.runtime.console import say, table
+from ..shared.report.render import say_page, write_page
+from ..shared.runtime.console import table
+from ..shared.storage.files import refuse_folder
 from ..shared.storage.lock import sole_writer
 from .evaluation.predictions import predict
 from .runs.jsonl import read_lines
@@ -95,8 +96,7 @@ def report(
     if images and not tokens:
         raise UsageError("--images needs --tokens, the token store of these images.")
     path = Path(html) if html is not None else folders[0] / "report.html"
-    if path.is_dir():
-        raise UsageError(f"--html {path} is a folder; give a file, such as {path / 'report.html'}.")
+    refuse_folder(path, "--html", "report.html")
     with sole_writer(path, option="--html"):
         summaries = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
         predictions = predict(folders, tokens, images, seed, device) if tokens else None
@@ -109,7 +109,7 @@ def show_report(runs: Sequence[RunSummary], page: Path) -> None:
     """Prints the outcome of each run, and where the page is."""
     for run in runs:
         table(f"Run {run.name}", [("in", run.path), *((name, text) for name, _, text in run.figures)])
-    say(f"The page is {page} ({page.stat().st_size / 1e6:.1f} MB); it opens in any browser, without a network.")
+    say_page(page)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

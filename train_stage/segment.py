@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..shared.errors import UsageError
-from ..shared.runtime.console import foreign, progress, results, say
+from ..shared.report.render import say_page
+from ..shared.runtime.console import foreign, progress, results
 from ..shared.runtime.devices import choose_device, choose_workers, refuse_many_processes
 from ..shared.sources.options import SourceOptions
+from ..shared.storage.files import refuse_folder
 from ..shared.storage.lock import sole_writer
 from .evaluation.embed import PRETRAINED, Execution, fresh_weights
 from .segmentation import page
@@ -128,8 +130,8 @@ def segment(
     if head is not None and head not in HEADS:
         raise UsageError(f"--head {head} is unknown; choose {' or '.join(HEADS)}.")
     path = None if html is None else Path(html)
-    if path is not None and path.is_dir():
-        raise UsageError(f"--html {path} is a folder; give a file, such as {path / 'segmentation.html'}.")
+    if path is not None:
+        refuse_folder(path, "--html", "segmentation.html")
     rule = MaskRule.read(tuple(ignore), classes)
     loaded = load_weights(weights).resized(image_size)
     device_name = choose_device(device)
@@ -146,7 +148,7 @@ def segment(
             measured = _linear_heads(loaded, encoders, data, Training(iterations, iteration_batch, seed), execution)
         if path is not None:
             page.write(path, Path(weights), measured, data.val, rule)
-            say(f"The page is {path} ({path.stat().st_size / 1e6:.1f} MB); it opens in any browser, without a network.")
+            say_page(path)
     return [_result(one, data) for one in measured]
 
 

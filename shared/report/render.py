@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..printable import printable, printable_values
+from ..runtime.console import say
 from ..storage.files import written_whole
 
 _HERE = Path(__file__).parent
@@ -50,6 +51,11 @@ def write_page(path: Path, template: str, *, title: str, data: dict[str, Any], *
     with written_whole(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
+
+
+def say_page(path: Path) -> None:
+    """Says where a page is, how large it is and how to open it."""
+    say(f"The page is {path} ({path.stat().st_size / 1e6:.1f} MB); it opens in any browser, without a network.")
 
 
 @cache

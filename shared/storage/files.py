@@ -62,6 +62,12 @@ def refuse_existing(out: Path) -> None:
         raise UsageError(f"{out} already exists; choose another --out or delete it.")
 
 
+def refuse_folder(file: Path, option: str, example: str) -> None:
+    """UsageError if `file`, the value of `option`, is a folder; the message proposes the file `example` in it."""
+    if file.is_dir():
+        raise UsageError(f"{option} {file} is a folder; give a file, such as {file / example}.")
+
+
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but partial files of a killed process and lock files, or does not exist."""
     return not folder.is_dir() or all(

@@ -11,7 +11,7 @@ from ...shared.tokens.code_usage import usage
 from ...shared.tokens.codebook import Codebook
 from .plan import CodebookPlan
 from .state import KMeansRun
-from .train import HIERARCHICAL, KMeansSettings, block_rows, float_blocks
+from .train import HIERARCHICAL, KMeansSettings, block_rows, float_blocks, six_digits
 
 
 def describe_codebook(
@@ -63,16 +63,13 @@ def describe_codebook(
 
 
 def _assign(codebook: Codebook, rows: NDArray[np.float16]) -> tuple[NDArray[np.int64], float | None]:
-    """How many of `rows` are nearest each centroid (K,), and their mean squared distance; block by block.
-
-    The distance has six digits, as the objective has: the last ones depend on how the rows lie in memory.
-    """
+    """How many of `rows` are nearest each centroid (K,), and their mean squared distance; block by block."""
     counts, total = np.zeros(codebook.k, dtype=np.int64), 0.0
     for block in float_blocks(rows, block_rows(rows.shape[1])):
         tokens, distances = codebook.assign(block)
         counts += np.bincount(tokens, minlength=codebook.k)
         total += distances.sum(dtype=np.float64)
-    return counts, float(f"{total / len(rows):.6g}") if len(rows) else None
+    return counts, six_digits(total / len(rows)) if len(rows) else None
 
 
 def _imbalance(counts: NDArray[np.int64]) -> float:

@@ -28,6 +28,7 @@ from .train import (
     refuse_few_distinct,
     refuse_little_memory,
     run_restarts,
+    six_digits,
     train_kmeans,
 )
 
@@ -162,8 +163,8 @@ def _summed(run: KMeansRun, sizes: NDArray[np.int64], codes: NDArray[np.int64]) 
         squares = [step["imbalance"] * size**2 / k_of for step, size, k_of in zip(steps, sizes, codes, strict=True)]
         summed.append(
             {
-                "objective": _six_digits(_total(steps, "objective")),
-                "imbalance": _six_digits(k * float(sum(squares)) / count**2),
+                "objective": six_digits(_total(steps, "objective")),
+                "imbalance": six_digits(k * float(sum(squares)) / count**2),
                 "empty_clusters_split": int(_total(steps, "empty_clusters_split")),
             }
         )
@@ -172,7 +173,3 @@ def _summed(run: KMeansRun, sizes: NDArray[np.int64], codes: NDArray[np.int64]) 
 
 def _total(steps: Sequence[dict[str, float]], name: str) -> float:
     return sum(step[name] for step in steps)
-
-
-def _six_digits(value: float) -> float:
-    return float(f"{value:.6g}")

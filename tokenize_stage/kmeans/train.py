@@ -204,8 +204,8 @@ class Steps:
         copied = count == self.k and self.settings.metric == "cosine"
         statistics = {
             # The last digits of a float32 sum depend on whether it was computed in blocks.
-            "objective": float(count) if copied else float(f"{step.obj:.6g}"),
-            "imbalance": float(f"{step.imbalance_factor:.6g}"),
+            "objective": float(count) if copied else six_digits(step.obj),
+            "imbalance": six_digits(step.imbalance_factor),
             "empty_clusters_split": int(step.nsplit),
         }
         updated = faiss.vector_float_to_array(clustering.centroids).reshape(-1, dim)
@@ -225,6 +225,11 @@ class Steps:
         if self.settings.metric == "cosine":
             self.faiss.normalize_L2(centroids)
         return centroids
+
+
+def six_digits(value: float) -> float:
+    """A statistic as it is recorded: further digits depend on how rows lie in memory."""
+    return float(f"{value:.6g}")
 
 
 def flat_index(dim: int, metric: str) -> Any:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...shared.errors import DataError, UsageError
+from ...shared.errors import DataError
 from ...shared.report.pictures import data_uri, golden_colours, hex_colours
-from ...shared.report.render import write_page
-from ...shared.runtime.console import progress, say
+from ...shared.report.render import say_page, write_page
+from ...shared.runtime.console import progress
+from ...shared.storage.files import refuse_folder
 from ...shared.tokens.store import TokenStore
 from ...shared.tokens.stored_views import Place, StoredViews, by_shard, choose_images
 from ..inspection.comparison_text import compared_figures, comparison_rows
@@ -75,15 +76,14 @@ def write_codebook_page(report: dict[str, Any], html: str | Path) -> Path:
 
 def _page_path(html: str | Path) -> Path:
     path = Path(html)
-    if path.is_dir():
-        raise UsageError(f"--html {path} is a folder; give a file, such as {path / 'report.html'}.")
+    refuse_folder(path, "--html", "report.html")
     return path
 
 
 def _write(path: Path, report: dict[str, Any], colours: NDArray[np.uint8], galleries: dict[str, Any]) -> Path:
     name = Path(report["path"]).name or report["path"]
     write_page(path, "store", title=f"{name}: {report['kind']}", name=name, **_content(report, colours, galleries))
-    say(f"The page is {path} ({path.stat().st_size / 1e6:.1f} MB); it opens in any browser, without a network.")
+    say_page(path)
     return path
 
 

@@ -13,6 +13,7 @@ from ...shared.errors import DataError
 from ...shared.images.decode import read_image
 from ...shared.images.normalise import Normalise
 from ...shared.images.views import Preprocess, center_view, to_array
+from ...shared.randomness import seeded_torch
 from ...shared.runtime.loader import OneByOne, batches
 from ...shared.sources.records import ImageRecord
 from ..model.mapet import MaPeT
@@ -126,8 +127,7 @@ def pixel_encoder(side: int) -> Encoder:
 def fresh_weights(weights: Weights) -> Weights:
     """The same model with the initial weights that its seed gives. The caller's random state stays as it is."""
     shape = replace(weights.shape, k=max(weights.shape.k, 1))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(weights.seed)  # torch.manual_seed would seed the GPUs as well
+    with seeded_torch(weights.seed):
         tensors = MaPeT(shape).state_dict()
     return replace(weights, shape=shape, tensors=tensors)
 

@@ -2,9 +2,9 @@
 
 import copy
 import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from ..evaluation.classes import number_classes
 from ..evaluation.embed import FrozenFeatures
 from ..evaluation.held_out import HELD_OUT, split_held_out
 from ..evaluation.patch_features import DTYPE, PatchFeatures
+from ..evaluation.schedule import warmup_cosine
 from .attentive_head import AttentiveHead, attention_heads, grid_logits
 
 LEARNING_RATES = (4e-5, 8e-5, 2e-4, 4e-4, 8e-4, 2e-3, 4e-3, 8e-3, 2e-2, 4e-2)
@@ -163,7 +164,9 @@ def train_grid(
         for group in _parameter_groups(head, learning_rate, weight_decay)
     ]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(budget.iterations))
+    warmup = int(budget.iterations * WARMUP)
+    share = partial(warmup_cosine, steps=budget.iterations, warmup=warmup)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     most = _images_at_once(len(grid), *patches.shape)
     with progress("training attentive probes", budget.iterations, "steps") as advance:
         for batch in _batches(images, budget, seed):
@@ -184,18 +187,6 @@ def _parameter_groups(head: nn.Module, learning_rate: float, weight_decay: float
     weights = [parameter for name, parameter in head.named_parameters() if "bias" not in name]
     yield {"params": weights, "lr": learning_rate, "weight_decay": weight_decay}
     yield {"params": biases, "lr": learning_rate, "weight_decay": 0.0}
-
-
-def _schedule(iterations: int) -> Callable[[int], float]:
-    """The share of the learning rate in each step, counted from 0."""
-    warmup = int(iterations * WARMUP)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return (1 + math.cos(math.pi * (step - warmup) / max(iterations - warmup, 1))) / 2
-
-    return factor
 
 
 def _batches(images: Tensor, budget: Budget, seed: int) -> Iterator[Tensor]:

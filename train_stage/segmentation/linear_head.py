@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from ...shared.images.normalise import Normalise
+from ...shared.randomness import seeded_torch
 from ...shared.runtime.loader import OneByOne, batches
 from ..evaluation.embed import Execution, embed
+from ..evaluation.schedule import warmup_cosine
 from .crops import SCALES, RandomCrops, WholeImages, places
 from .masked_images import MaskedImage
 from .masks import IGNORED
@@ -60,8 +62,7 @@ def train_head(
 ) -> LinearHead:
     """Trains a head on random crops; the encoder stays as it is. Raises DataError for images that cannot be read."""
     size, device = crops.preprocess.image_size, execution.device
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(training.seed)  # torch.manual_seed would seed the GPUs as well
+    with seeded_torch(training.seed):
         head = LinearHead(encoder.model.embed_dim, classes)
     head = head.to(device).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
@@ -83,10 +84,7 @@ def train_head(
 
 def lr_share(step: int, steps: int) -> float:
     """The learning rate of a step as a share of the highest: a linear warm-up, then a cosine to 0."""
-    warm_up = max(1, round(steps * WARM_UP))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))) / 2
+    return warmup_cosine(step, steps, max(1, round(steps * WARM_UP)))
 
 
 @torch.no_grad()

@@ -16,13 +16,12 @@ from ...shared.images.views import Preprocess, center_view, to_array
 from ...shared.randomness import generator
 from ...shared.runtime.loader import OneByOne, batches
 from ..evaluation.embed import Execution, embed, refuse_not_finite
+from ..evaluation.held_out import HELD_OUT
 from ..weights.weights import Weights
 from .crops import nearest
 from .masked_images import MaskedImage
 from .masks import IGNORED, MaskRule, read_mask
 
-HELD_OUT = 0.1
-"""Share of the training images on which hyper-parameters are chosen."""
 _MOST_COUNTS = 1 << 24
 """How many counts of classes are in memory at once."""
 

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...shared.errors import DataError, UsageError
+from ...shared.randomness import seeded_torch
 from ...shared.runtime.compat import fake_tensors
 from ...shared.runtime.console import say
 from ...shared.runtime.devices import choose_workers
@@ -51,8 +52,7 @@ class FinetuningModel(TaskModel[LabelledBatch]):
 
     def new_model(self) -> Classifier:
         """The classifier with fresh weights. The caller's random state is left alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.settings.train.seed)
+        with seeded_torch(self.settings.train.seed):
             model = Classifier(self.shape, len(self.names))
         model.freeze(self.settings.model.freeze)
         model.grad_checkpointing = self.settings.execution.grad_checkpointing

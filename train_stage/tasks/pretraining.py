@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...shared.errors import DataError, FingerprintMismatch, UsageError
+from ...shared.randomness import seeded_torch
 from ...shared.runtime.compat import fake_tensors
 from ...shared.runtime.distributed import World
 from ...shared.runtime.memory import as_text, free_bytes
@@ -40,8 +41,7 @@ class PretrainingModel(TaskModel[Batch]):
 
     def new_model(self) -> MaPeT:
         """MaPeT with fresh weights. The caller's random state is left alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.settings.train.seed)
+        with seeded_torch(self.settings.train.seed):
             model = MaPeT(self.shape)
         model.grad_checkpointing = self.settings.execution.grad_checkpointing
         return model
