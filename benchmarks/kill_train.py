@@ -1,6 +1,7 @@
 """Kills pretrain or finetune again and again and compares what it ends with. One JSON line for each way to run it.
 
-python benchmarks/kill_train.py [--command finetune] [--kills 20] [--stops 5] [--steps 300] [--seed 0]
+python benchmarks/kill_train.py [--command finetune] [--kills 20] [--stops 5] [--steps 300] [--processes 1]
+    [--processes 2] [--seed 0]
 
 `kills` SIGKILLs (of one torchrun worker or of everything) and `stops` SIGTERMs at random moments of runs of `steps`
 steps, in turns with 1 and 2 processes (gloo) and 0, 1 and 2 loader workers; then the run goes on, and when it ends its
@@ -46,7 +47,7 @@ TRAIN = {
     "optimizer.warmup_epochs": 1,
 }
 SETTINGS = {"pretrain": {**MODEL, **TRAIN}, "finetune": TRAIN}
-WAYS = [(processes, workers) for processes in (1, 2) for workers in (0, 1, 2)]
+WORKERS = (0, 1, 2)
 FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
 
 
@@ -55,13 +56,15 @@ def main(
     stops: Annotated[int, typer.Option(help="SIGTERMs, spread over all ways.")] = 5,
     command: Annotated[str, typer.Option(help="pretrain or finetune.")] = "pretrain",
     steps: Annotated[int, typer.Option(help="Of a run; a multiple of 6.")] = 300,
+    processes: Annotated[list[int], typer.Option(help="Of a run; may be repeated.")] = [1, 2],  # noqa: B006
     seed: int = 0,
 ) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     draw = random.Random(seed)
-    plan = [[] for _ in WAYS]
+    ways = [(count, workers) for count in processes for workers in WORKERS]
+    plan = [[] for _ in ways]
     for at, number in enumerate([signal.SIGKILL] * kills + [signal.SIGTERM] * stops):
-        plan[at % len(WAYS)].append(number)
+        plan[at % len(ways)].append(number)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         job = Job(root, command, steps)
@@ -72,13 +75,13 @@ def main(
             write_drawings(root / "val", 32, seed=2, per_tar=32)
             Job(root, "pretrain", 2 * IMAGES // BATCH).run(root / "pretrained", 1, 0).wait()
         undisturbed = {}
-        for (processes, workers), signals in zip(WAYS, plan, strict=True):
-            if processes not in undisturbed:
-                whole = root / f"whole-{processes}"
+        for (count, workers), signals in zip(ways, plan, strict=True):
+            if count not in undisturbed:
+                whole = root / f"whole-{count}"
                 began = time.monotonic()
-                job.run(whole, processes, 0).wait()
-                undisturbed[processes] = (whole, time.monotonic() - began)
-            print(json.dumps(campaign(job, processes, workers, signals, *undisturbed[processes], draw)), flush=True)
+                job.run(whole, count, 0).wait()
+                undisturbed[count] = (whole, time.monotonic() - began)
+            print(json.dumps(campaign(job, count, workers, signals, *undisturbed[count], draw)), flush=True)
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,17 @@ from mapet import cli
 from mapet.quickstart.drawings import write_drawings
 from mapet.tokenize_stage.build_codebook import build_codebook
 
-COMMAND = [sys.executable, "-c", "from mapet.cli import main; main()"]
+from .warm import COLD_COMMAND, warm_command
+
 PUBLISHED = Path(__file__).parent / "train_stage" / "oracle" / "pretrain.pth.tar"
 MODEL = ["model.name=null", "model.dim=32", "model.depth=1", "model.heads=2", "model.image_size=64"]
 TRAIN = ["model.patch_size=8", "train.epochs=1", "train.batch_size=32", "optimizer.warmup_epochs=0"]
 
 
 def mapet_command(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    command = COLD_COMMAND if environment else warm_command()
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+        [*command, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
     )
 
 
@@ -352,14 +354,12 @@ def test_a_stopped_command_keeps_what_is_whole_and_says_how_to_go_on(chain, tmp_
     tokens, images = tmp_path / "tokens", tmp_path / "images"
     tars = write_drawings(images, 600, seed=11, per_tar=20)  # enough to be still at it when the signal comes
     options = ["--codebook", chain.codebook, "--out", tokens, "--batch-size", 1, "--workers", workers]
-    command = [*COMMAND, "tokenize", "encode-shards", images, *options]
+    command = [*warm_command(), "tokenize", "encode-shards", images, *options]
     process = subprocess.Popen(
         list(map(str, command)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Background jobs of a script are born deaf to Ctrl-C; these tests may be one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     first = tokens / "shards" / f"{tars[0].stem}.json"
     deadline = time.monotonic() + 60

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SETUP = """
 import atexit, ctypes, logging, os, random, signal, sys, warnings
 from pathlib import Path
@@ -113,6 +115,7 @@ def test_importing_changes_nothing():
     assert (result.stderr, result.stdout) == ("", "unchanged\n")
 
 
+@pytest.mark.campaign
 def test_calling_functions_prints_nothing_and_changes_nothing(chain, tower, tmp_path: Path):
     result = run(CALLED, chain.images, tower, tmp_path)
     assert (result.stderr, result.stdout) == ("", "unchanged\n")

@@ -10,8 +10,9 @@ from mapet.shared.errors import DataError, UsageError
 from PIL import Image
 
 
+@pytest.mark.campaign
 def test_the_demo_runs_on_ones_own_pictures_and_goes_on_where_it_was(tmp_path: Path, capfd: pytest.CaptureFixture):
-    write_drawings(tmp_path / "mine", 120, seed=3)
+    write_drawings(tmp_path / "mine", 60, seed=3)
     rows = mapet.demo(tmp_path / "mine", out=tmp_path / "out")
     said = capfd.readouterr()
     assert [row.features for row in rows] == ["pre-trained", "random init", "pixels 32x32"]

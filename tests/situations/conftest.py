@@ -25,6 +25,8 @@ import pytest
 from mapet.quickstart.drawings import write_drawings
 from PIL import Image
 
+from ..warm import COLD_COMMAND, warm_command
+
 OTHER_PACKAGE = os.environ.get("MAPET_OF")
 TABLE = os.environ.get("SITUATIONS_TABLE")
 LONGEST = 120
@@ -98,12 +100,10 @@ def _environment() -> dict[str, str]:
     return dict(os.environ) if OTHER_PACKAGE is None else {**os.environ, "PYTHONPATH": OTHER_PACKAGE}
 
 
-COMMAND = [sys.executable, "-c", "from mapet.cli import main; main()"]
-
-
-def _start(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
+def _start(*arguments: object, cwd: Path | None = None, cold: bool = False, **environment: str) -> subprocess.Popen:
+    cold = cold or bool(environment) or OTHER_PACKAGE is not None
     return subprocess.Popen(
-        [*COMMAND, *map(str, arguments)],
+        [*(COLD_COMMAND if cold else warm_command()), *map(str, arguments)],
         cwd=cwd,
         env=_environment() | environment,
         stdout=subprocess.PIPE,
@@ -145,7 +145,10 @@ def mapet() -> Callable[..., Outcome]:
 
 @pytest.fixture(scope="session")
 def start() -> Callable[..., subprocess.Popen]:
-    """start("train", "pretrain", ...): the command in a process of its own; `finish(process)` waits for it."""
+    """start("train", "pretrain", ...): the command in a process of its own; `finish(process)` waits for it.
+
+    With `cold` the process begins with Python and inherits which signals are ignored.
+    """
     return _start
 
 

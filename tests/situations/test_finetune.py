@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ from mapet.quickstart.drawings import write_drawings
 from mapet.shared.sources.sources import read_records
 from mapet.train_stage.weights.read import load_weights
 from timm import create_model
+
+from ..warm import warm_command, warm_torchrun
 
 SETTINGS = (
     "train.batch_size=16",
@@ -298,8 +299,8 @@ def test_an_image_that_is_damaged_in_mid_epoch(finetune, write_folder, picture, 
 @pytest.mark.campaign
 def test_two_processes_of_one_torchrun(lab, val: Path, tuned: Path, tmp_path: Path):
     """Under torchrun two processes work on one run, with the losses and accuracies of one process."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    command = [sys.executable, "-c", "from mapet.cli import main; main()", "train", "finetune", lab.run]
+    launch = [*warm_torchrun(), "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*warm_command(), "train", "finetune", lab.run]
     options = ["--images", lab.images, "--val", val, "--out", tmp_path / "run", *SET]
     ran = subprocess.run([*launch, *map(str, [*command, *options])], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr

@@ -16,7 +16,8 @@ from mapet.shared.storage import lock
 from mapet.shared.storage.files import read_sealed_json, write_sealed_json
 from mapet.shared.storage.lock import sole_writer
 
-from .conftest import COMMAND, _environment
+from ..warm import COLD_COMMAND
+from .conftest import _environment
 
 FEW = "{images} --tower {tower} --k 16 --restarts 1 --iterations 2"
 WRITERS = {
@@ -218,9 +219,9 @@ def test_negative_workers(mapet, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def training(start, words, out: Path) -> subprocess.Popen:
+def training(start, words, out: Path, **options) -> subprocess.Popen:
     """A run that would take hours, at its first steps."""
-    process = start(*words("pretrain", out), "--set", "train.epochs=100000", "--device", "cpu")
+    process = start(*words("pretrain", out), "--set", "train.epochs=100000", "--device", "cpu", **options)
     log = out / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while process.poll() is None and not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
@@ -242,7 +243,7 @@ def test_nohup(start, finish, words, tmp_path):
     """The terminal of a run under nohup closes."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        process = training(start, words, tmp_path / "out")
+        process = training(start, words, tmp_path / "out", cold=True)
     finally:
         signal.signal(signal.SIGHUP, before)
     process.send_signal(signal.SIGHUP)
@@ -324,7 +325,7 @@ def under_torchrun(words: list[str], per_rank: str) -> tuple[int, str]:
     """Runs a command in two processes; `per_rank` is appended, in which the shell knows $RANK."""
     shell = f'exec "$@" {per_rank}'
     ran = subprocess.run(
-        [*TORCHRUN, "bash", "-c", shell, "-", *COMMAND, *words],
+        [*TORCHRUN, "bash", "-c", shell, "-", *COLD_COMMAND, *words],
         capture_output=True,
         text=True,
         timeout=100,

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +27,8 @@ from mapet.tokenize_stage.towers.opening import open_tower
 from mapet.tokenize_stage.towers.tower import Tower, TowerSettings
 from mapet.tokenize_stage.verify import verify
 from PIL import Image
+
+from ..warm import COLD_TORCHRUN, warm_command
 
 K = 12
 FAST = {"k": K, "iterations": 6, "restarts": 2, "device": "cpu"}
@@ -364,8 +365,9 @@ def test_options_that_cannot_be_are_usage_errors(chain, tower: str, tmp_path: Pa
 
 
 def mapet_under_torchrun(processes: int, *arguments: object) -> subprocess.Popen:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = ["--no-python", sys.executable, "-c", "from mapet.cli import main; main()", *map(str, arguments)]
+    # Not warm, so that its processes are the children of the one that is returned.
+    launch = [*COLD_TORCHRUN, "--standalone", "--nproc-per-node", str(processes)]
+    command = ["--no-python", *warm_command(), *map(str, arguments)]
     return subprocess.Popen([*launch, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

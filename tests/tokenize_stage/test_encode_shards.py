@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tarfile
 import time
 import zlib
@@ -31,6 +30,8 @@ from mapet.tokenize_stage.encode_shards import encode_shards, encode_shards_dry_
 from mapet.tokenize_stage.towers.opening import open_tower
 from mapet.tokenize_stage.towers.tower import TowerSettings
 from PIL import Image
+
+from ..warm import warm_command, warm_torchrun
 
 
 def files_of(store: Path) -> dict[str, bytes]:
@@ -443,8 +444,8 @@ def test_a_dry_run_counts_what_is_left_only(chain, store: Path):
 
 
 def mapet_under_torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--no-python"]
-    command = [sys.executable, "-c", "from mapet.cli import main; main()", *map(str, arguments)]
+    launch = [*warm_torchrun(), "--nproc-per-node", str(processes), "--no-python"]
+    command = [*warm_command(), *map(str, arguments)]
     port = ["--master-port", str(free_port())]
     return subprocess.run([*launch, *port, *command], capture_output=True, text=True, timeout=120)
 
@@ -506,16 +507,7 @@ def test_a_killed_run_given_again_ends_byte_identical(chain, tmp_path: Path, wri
         "--out",
         str(out),
     ]
-    start = [
-        sys.executable,
-        "-c",
-        "from mapet.cli import main; main()",
-        *command,
-        "--batch-size",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    start = [*warm_command(), *command, "--batch-size", "1", "--device", "cpu"]
     process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(out / "shards/t01.json", process, 60)
     process.send_signal(signal.SIGKILL)

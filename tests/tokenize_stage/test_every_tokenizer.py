@@ -3,7 +3,6 @@ hostile images are named or listed."""
 
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.import_tokens import import_tokenizer
 from mapet.tokenize_stage.verify import verify
 
+from ..warm import warm_command
 from .encoding.test_hostile import IMAGES, SOUND, UNSOUND, expect_listed, expect_stop, pack, stem
 from .test_encode_shards import files_of, wait_for
 from .test_inspect_verify import flips
@@ -46,7 +46,7 @@ def test_a_killed_run_given_again_ends_byte_identical(other_chain, tmp_path: Pat
     out, views = tmp_path / "killed", {"crop": "random-resized", "views": 2}
     encode_shards(other_chain.images, other_chain.codebook, tmp_path / "whole", batch_size=1, device="cpu", **views)
     words = ["--codebook", other_chain.codebook, "--out", out, "--crop", "random-resized", "--views", 2]
-    start = [sys.executable, "-c", "from mapet.cli import main; main()", "tokenize", "encode-shards"]
+    start = [*warm_command(), "tokenize", "encode-shards"]
     command = list(map(str, [*start, other_chain.images, *words, "--batch-size", 1, "--device", "cpu"]))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(out / "shards" / f"{other_chain.tars[0].stem}.json", process, 60)

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.weights.checkpoint import newest_checkpoint
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ..warm import COLD_COMMAND, warm_command
 
 TINY = [
     "model.name=null",
@@ -117,7 +118,11 @@ def test_the_baselines_learn_from_the_same_command(chain, undisturbed: Path, tmp
 
 
 COMPILED = pytest.param(
-    "compile=true", marks=pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+    "compile=true",
+    marks=[
+        pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler"),
+        pytest.mark.campaign,
+    ],
 )
 
 
@@ -179,9 +184,6 @@ def test_weights_of_another_encoder_are_no_start(chain, undisturbed: Path, tmp_p
     assert newest_checkpoint(tmp_path) is None
 
 
-COMMAND = "from mapet.cli import main; main()"
-
-
 def start(chain, out: Path, *overrides: str, group: bool = False) -> subprocess.Popen:
     options = [word for setting in [*TINY, *overrides] for word in ("--set", setting)]
     arguments = [
@@ -197,7 +199,7 @@ def start(chain, out: Path, *overrides: str, group: bool = False) -> subprocess.
         "cpu",
     ]
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *map(str, arguments), *options],
+        [*(COLD_COMMAND if group else warm_command()), *map(str, arguments), *options],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=group,

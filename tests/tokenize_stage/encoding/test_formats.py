@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -22,6 +21,8 @@ from mapet.tokenize_stage.encode_shards import encode_shards, encode_shards_dry_
 from mapet.tokenize_stage.inspect import inspect
 from mapet.tokenize_stage.verify import verify
 from PIL import Image
+
+from ...warm import warm_command, warm_torchrun
 
 VIEWS = {"crop": "random-resized", "views": 3, "seed": 5, "format": "webdataset"}
 IN_THEIR_FILE = ("offsets", "lengths", "paths")
@@ -184,8 +185,8 @@ def test_a_second_run_touches_nothing_and_a_lost_or_cut_tar_is_made_again(chain,
 
 
 def test_two_processes_write_the_same_bytes(chain, tars: Path, tmp_path: Path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    command += [sys.executable, "-c", "from mapet.cli import main; main()", "tokenize", "encode-shards"]
+    command = [*warm_torchrun(), "--standalone", "--nproc-per-node=2", "--no-python"]
+    command += [*warm_command(), "tokenize", "encode-shards"]
     command += [chain.images, "--codebook", chain.codebook, "--out", tmp_path / "out", "--format", "webdataset"]
     command += ["--crop", "random-resized", "--views", "3", "--seed", "5", "--batch-size", "16", "--device", "cpu"]
     ran = subprocess.run([str(word) for word in command], capture_output=True, text=True)

@@ -71,7 +71,8 @@ def under_one_mask(monkeypatch):
     CACHE.clear()
 
 
-PATHS = ["plain", "chunked loss", "one window", "many windows", "checkpointing", "compiled"]
+COMPILED = pytest.param("compiled", marks=pytest.mark.campaign)
+PATHS = ["plain", "chunked loss", "one window", "many windows", "checkpointing", COMPILED]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -79,7 +80,7 @@ def test_logits_loss_and_every_gradient_equal_the_published_implementation(publi
     check_against_published(published, expected, path)
 
 
-@pytest.mark.parametrize("path", ["plain", "checkpointing", "compiled"])
+@pytest.mark.parametrize("path", ["plain", "checkpointing", COMPILED])
 def test_they_are_equal_where_attention_is_computed_under_one_mask(published, expected, under_one_mask, path: str):
     check_against_published(published, expected, path)
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from mapet.train_stage.training.extension import new_extension
 from mapet.train_stage.weights.checkpoint import newest_checkpoint
 from safetensors.torch import load_file
 
+from ...warm import warm_command
 from ..conftest import TINY
 from ..training.test_parallel import finished, keys_of_steps, metrics, same_weights, torchrun
 
@@ -156,9 +156,6 @@ def test_an_extension_resumes_bit_identically_from_each_checkpoint(
     assert keys_of_steps(out) == keys_of_steps(longer)
 
 
-COMMAND = "from mapet.cli import main; main()"
-
-
 def words(chain, out: Path, extend: int, *overrides: str) -> list[str]:
     options = ["--images", chain.images, "--tokens", chain.tokens, "--out", out, "--device", "cpu", "--extend", extend]
     return [
@@ -172,7 +169,7 @@ def test_a_killed_extension_goes_on_with_the_same_command(chain, begun: Path, tm
     whole, out = tmp_path / "whole", tmp_path / "run"
     shutil.copytree(begun, whole)
     shutil.copytree(begun, out)
-    command = [sys.executable, "-c", COMMAND, *words(chain, out, 5)]
+    command = [*warm_command(), *words(chain, out, 5)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and len(metrics(out)) < 18:
         time.sleep(0.005)

@@ -62,8 +62,12 @@ def test_flops_are_those_of_a_real_step(objective: str):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters_of(settings.model.shape(16))
 
 
+SHALLOW = ["model.name=null", "model.dim=192", "model.depth=4", "model.heads=3", "train.batch_size=64"]
+"""ViT-T with a third of its blocks."""
+
+
 def estimate_of(*overrides: str, world: World | None = None, device: str = "cpu") -> MemoryEstimate:
-    settings = resolve(overrides=["model.name=vit-tiny", "train.batch_size=64", *overrides])
+    settings = resolve(overrides=[*SHALLOW, *overrides])
     world = world or World()
     return estimate_memory(PretrainingModel(settings, 8192), make_plan(settings, 1000, world.size), world, device)
 
@@ -84,7 +88,7 @@ def test_the_memory_estimate_knows_what_saves_memory():
 
 
 def test_copies_for_checkpoints_are_added_to_steps_that_follow_one():
-    settings = resolve(overrides=["model.name=vit-tiny", "train.batch_size=64", "train.epochs=20"])
+    settings = resolve(overrides=[*SHALLOW, "train.epochs=20"])
     steps, copies = make_plan(settings, 1000).steps, estimate_of("train.epochs=20").checkpoint_copies
     at_the_end, before = (
         memory_of("train.epochs=20", f"train.checkpoint_every={every}") for every in (steps, steps - 1)

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import pytest
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.weights.checkpoint import newest_checkpoint
 from safetensors.torch import load_file
+
+from ...warm import COLD_TORCHRUN, warm_command, warm_torchrun
 
 SETTINGS = [
     "model.name=null",
@@ -37,12 +38,13 @@ def arguments(chain, out: Path, *overrides: str, images: Path | None = None) -> 
     return ["train", "pretrain", *map(str, options), *settings]
 
 
-def torchrun(processes: int, words: list[str], *options: str) -> subprocess.Popen:
+def torchrun(processes: int, words: list[str], *options: str, warm: bool = True) -> subprocess.Popen:
+    """Unless it is warm, its processes are its children (`workers_of`)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--no-python"]
-    command = [sys.executable, "-c", "from mapet.cli import main; main()", *words]
+    launch = [*(warm_torchrun() if warm else COLD_TORCHRUN), "--nproc-per-node", str(processes), "--no-python"]
+    command = [*warm_command(), *words]
     return subprocess.Popen(
         [*launch, "--master-port", str(port), *options, *command],
         stdout=subprocess.PIPE,
@@ -130,7 +132,7 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
 
 def workers_of(process: subprocess.Popen) -> list[int]:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if b"mapet.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [int(pid) for pid in children if b"pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -138,7 +140,7 @@ def test_two_processes_that_were_asked_to_stop_are_gone_on_with_by_one(
     chain, alone: Path, tmp_path: Path, parallel: str
 ):
     out, overrides = tmp_path / "run", (f"execution.parallel={parallel}", "train.checkpoint_every=1000")
-    process = torchrun(2, arguments(chain, out, *overrides))
+    process = torchrun(2, arguments(chain, out, *overrides), warm=False)
     wait_for_step(out, 4, process)
     os.kill(workers_of(process)[1], signal.SIGTERM)  # whichever process is asked, all stop after the same step
     _, errors = process.communicate(timeout=60)
@@ -155,7 +157,7 @@ def test_two_processes_that_were_asked_to_stop_are_gone_on_with_by_one(
 @pytest.mark.campaign
 def test_torchrun_restarts_what_a_killed_process_ended_and_it_ends_bit_identical(chain, two: Path, tmp_path: Path):
     out = tmp_path / "run"
-    process = torchrun(2, arguments(chain, out, "train.checkpoint_every=3"), "--max-restarts", "1")
+    process = torchrun(2, arguments(chain, out, "train.checkpoint_every=3"), "--max-restarts", "1", warm=False)
     wait_for_step(out, 5, process)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     _, errors = finished(process)
@@ -168,7 +170,7 @@ def test_torchrun_restarts_what_a_killed_process_ended_and_it_ends_bit_identical
 def test_processes_whose_torchrun_was_killed_stop_before_others_go_on(chain, two: Path, tmp_path: Path):
     out = tmp_path / "run"
     words = arguments(chain, out, "train.checkpoint_every=3", "train.epochs=7")
-    process = torchrun(2, words)
+    process = torchrun(2, words, warm=False)
     wait_for_step(out, 2, process)
     process.kill()  # its workers are not told
     finished(torchrun(2, words))
