@@ -29,7 +29,9 @@ from mapet.shared.sources.sources import read_records
 from mapet.shared.tokens.store import TokenStore
 from published_files import make_tokenizer
 
-START = [sys.executable, "-c", "from mapet.cli import main; main()", "tokenize"]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from warm import COLD_TORCHRUN, warm_command
+
 # These hold how long something took, the one thing that may differ.
 CLOCKS = {"timings.json"}
 PUBLISHED = ("vqkd", "dvae")
@@ -45,6 +47,7 @@ def main(
     seed: int = 0,
 ) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # bits depend on the number of threads
+    subprocess.run([*warm_command(), "--version"], check=True, stdout=subprocess.DEVNULL)  # imports
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_drawings(root / "images", images, seed=1, per_tar=images // 16)
@@ -65,8 +68,8 @@ def main(
 
 
 def run(root: Path, arguments: list, name: str, out: Path, processes: int) -> subprocess.Popen:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*(([*launch, "--no-python"]) if processes > 1 else []), *START, name, root / "images"]
+    launch = [*COLD_TORCHRUN, "--standalone", "--nproc-per-node", str(processes), "--no-python"]
+    command = [*(launch if processes > 1 else []), *warm_command(), "tokenize", name, root / "images"]
     options = [*arguments, "--out", out, "--batch-size", 8, "--device", "cpu"]
     return subprocess.Popen(
         list(map(str, command + options)),
@@ -119,6 +122,7 @@ def campaign(
 def kill(process: subprocess.Popen, draw: random.Random) -> None:
     """One worker of torchrun's (torchrun then ends the others), or the whole process group."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    # Each is warm (tests/warm.py): what it stands for is killed with it.
     if children and draw.random() < 0.5:
         os.kill(int(draw.choice(children)), signal.SIGKILL)
     else:

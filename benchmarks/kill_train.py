@@ -29,6 +29,9 @@ from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.weights.checkpoint import newest_checkpoint
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from warm import COLD_TORCHRUN, warm_command
+
 IMAGES, BATCH = 96, 16
 MODEL = {
     "model.name": "null",
@@ -60,6 +63,7 @@ def main(
     seed: int = 0,
 ) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    subprocess.run([*warm_command(), "--version"], check=True, stdout=subprocess.DEVNULL)  # imports
     draw = random.Random(seed)
     ways = [(count, workers) for count in processes for workers in WORKERS]
     plan = [[] for _ in ways]
@@ -108,13 +112,8 @@ class Job:
 
 
 def start(words: list[object], processes: int, out: Path) -> subprocess.Popen:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [
-        *([*launch, "--no-python"] if processes > 1 else []),
-        sys.executable,
-        "-c",
-        "from mapet.cli import main; main()",
-    ]
+    launch = [*COLD_TORCHRUN, "--standalone", "--nproc-per-node", str(processes), "--no-python"]
+    command = [*(launch if processes > 1 else []), *warm_command()]
     with open(f"{out}.log", "a") as log:
         return subprocess.Popen(
             list(map(str, [*command, *words])),
@@ -164,7 +163,7 @@ def campaign(
 def kill(process: subprocess.Popen, number: int, draw: random.Random) -> None:
     """One worker of torchrun's (torchrun then ends the others), or everything; SIGTERM as a scheduler sends it."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [pid for pid in children if b"mapet.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = [pid for pid in children if b"warm.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     if number == signal.SIGTERM:
         os.kill(process.pid, number)
     elif workers and draw.random() < 0.5:
