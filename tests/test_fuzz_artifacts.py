@@ -7,10 +7,11 @@ file that is opened.
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .warm import warm_python
 
 KINDS = (
     "codebook",
@@ -54,7 +55,7 @@ def artifacts(chain, tower, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fuzz(artifacts: Path, work: Path, count: int, *kinds: str) -> list[dict]:
     """What became of `count` mutations of each kind: description, outcome, seconds, and files opened elsewhere."""
     command = [
-        sys.executable,
+        *warm_python(),
         str(Path(__file__).with_name("fuzzing.py")),
         str(artifacts),
         str(work),

@@ -13,6 +13,7 @@ import functools
 import gc
 import json
 import os
+import runpy
 import selectors
 import signal
 import socket
@@ -41,6 +42,11 @@ LONGEST_MESSAGE = 1 << 17
 def warm_command() -> list[str]:
     """The command line of `mapet`, without its arguments."""
     return [*_client(), "mapet"]
+
+
+def warm_python() -> list[str]:
+    """The command line of Python, without the script and its arguments."""
+    return [*_client(), "python"]
 
 
 def warm_torchrun() -> list[str]:
@@ -137,11 +143,15 @@ def run(request: dict) -> None:
     for number in PASSED_ON:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = [request["name"], *request["arguments"]]
+    script = request["name"] == "python"
+    sys.argv = request["arguments"] if script else [request["name"], *request["arguments"]]
     # Those of the server are what its own standard streams were: files, perhaps.
     sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
-    if request["name"] == "torchrun":
+    if script:
+        sys.path[0] = str(Path(sys.argv[0]).parent)
+        main = functools.partial(runpy.run_path, sys.argv[0], run_name="__main__")
+    elif request["name"] == "torchrun":
         from torch.distributed.run import main
     else:
         from mapet.cli import main
