@@ -7,8 +7,14 @@ import mapet
 import pytest
 import torch
 from mapet.shared.errors import UsageError
+from mapet.shared.tokens.store import TokenStore
 from mapet.throughput.bench import show
+from mapet.throughput.loading import Loading
+from mapet.throughput.tokenizing import Encoding, ready_pixels, with_random_codes
 from mapet.throughput.training import PlainViT, plain_flops
+from mapet.tokenize_stage.towers.opening import open_tower
+from mapet.tokenize_stage.towers.tower import TowerSettings
+from mapet.train_stage.data.join import join
 from mapet.train_stage.model.shape import Shape
 from mapet.train_stage.settings import resolve
 from mapet.train_stage.tasks.pretraining import PretrainingModel
@@ -61,12 +67,18 @@ def test_json_holds_what_the_table_shows(measured, capfd):
     assert measured.training.sentences[0].split(":")[0] in shown
 
 
-def test_workers_are_measured_after_they_have_started(chain):
-    found = mapet.bench(
-        images=chain.tars[0], overrides=MODEL, k=16, batch_size=2, workers=1, device="cpu", seconds=0.01
-    )
-    assert found.about["workers"] == 1
-    assert [row.part for row in found.rows] == ROWS
+def test_workers_load_and_encode_all_batches_but_their_first(chain, tower):
+    settings = resolve("vit-tiny-16", [*MODEL, "train.batch_size=2"])
+    images = join(chain.tars[0], TokenStore(chain.tokens))
+    loading = Loading(images, settings, workers=2)
+    records = [images.record(index) for index in range(3)]
+    opened = open_tower(TowerSettings(tower))
+    pixels = ready_pixels(records, opened.preprocess)
+    encoding = Encoding(with_random_codes(opened, 8, pixels), records, pixels, workers=1)
+    for run, count in ((loading.ours, 2 * 4), (loading.bare, 2 * 4), (encoding.encode, 3 * 2)):
+        images_done, seconds = run()
+        assert images_done == count
+        assert seconds > 0
 
 
 def test_the_flops_of_the_plain_model_are_those_of_a_step_that_is_computed():
