@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .shared.doctor import doctor
     from .shared.tokens.codebook import Codebook
     from .shared.tokens.store import TokenStore
+    from .throughput.bench import bench
     from .tokenize_stage.build_codebook import build_codebook
     from .tokenize_stage.encode_shards import encode_shards, encode_shards_dry_run
     from .tokenize_stage.import_tokens import import_codebook, import_tokenizer, import_tokens
@@ -40,6 +41,7 @@ _HOME = {
     "MaPeT": ".train_stage.model.mapet",
     "TokenStore": ".shared.tokens.store",
     "Tokenizer": ".tokenize_stage.tokenizers.base",
+    "bench": ".throughput.bench",
     "build_codebook": ".tokenize_stage.build_codebook",
     "demo": ".quickstart.demo",
     "doctor": ".shared.doctor",
@@ -72,6 +74,7 @@ __all__ = [
     "MaPeT",
     "TokenStore",
     "Tokenizer",
+    "bench",
     "build_codebook",
     "demo",
     "doctor",

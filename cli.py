@@ -178,6 +178,13 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "Run the whole chain in a few minutes, offline, on images drawn by this package.",
             "quickstart.demo:demo",
         ),
+        "bench": Command(
+            "Measure decode, loader, tower, k-means and step beside bare libraries, and say what bounds a run here.",
+            "throughput.bench:bench",
+            renamed={"overrides": "--set"},
+            at_least={"k": 2},
+            shown_by="throughput.bench:show",
+        ),
         "doctor": Command(
             "Print versions, devices, the FAISS build and what is missing, for a bug report.",
             "shared.doctor:doctor",

@@ -28,18 +28,17 @@ import torch
 import typer
 from mapet.quickstart.demo import TOWER
 from mapet.quickstart.drawings import write_drawings
-from mapet.shared.images.decode import read_image
-from mapet.shared.images.views import CENTER, Preprocess, center_view, to_array
+from mapet.shared.images.views import CENTER
 from mapet.shared.runtime.console import running_command
 from mapet.shared.runtime.devices import choose_device
 from mapet.shared.sources.sources import open_source
 from mapet.shared.tokens.codebook import Codebook
 from mapet.shared.tokens.store import write_shard
+from mapet.throughput.tokenizing import ready_pixels, with_random_codes
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.tokenize_stage.encoding.shards import Encoder
 from mapet.tokenize_stage.tokenizers.base import Tokenizer
-from mapet.tokenize_stage.tokenizers.nearest_code import NearestCode
 from mapet.tokenize_stage.tokenizers.opening import read_tokenizer
 from mapet.tokenize_stage.towers.opening import open_tower
 from mapet.tokenize_stage.towers.tower import TowerSettings
@@ -107,27 +106,14 @@ def open_tokenizer(kind: str, source: str | Path, tower: str, k: int, folder: Pa
         make_tokenizer(kind, Path(source), folder / kind, PUBLISHED)
         return read_tokenizer(folder / kind).open(device=device)
     opened = open_tower(TowerSettings("pixels") if kind == "pixels" else TowerSettings(tower, "none"), device)
-    random = np.random.default_rng(0)
-    features = opened.features(views(source, opened.preprocess, 16, most=16)).flatten(0, 1).cpu().numpy()
-    noise = random.normal(0, 0.1, (k, opened.dim)).astype(np.float32)
-    centroids = np.ascontiguousarray(features[random.integers(0, len(features), k)] + noise)
-    description = {**opened.description(), "k": k, "metric": "l2"}
-    return NearestCode(opened, Codebook(centroids, np.zeros(k, np.int64), description), {})
-
-
-def views(source: str | Path, preprocess: Preprocess, multiple: int, most: int | None = None) -> torch.Tensor:
-    """uint8 (n, 3, S, S): the centre views of the images, as many as are a multiple of `multiple`."""
     (shard,) = open_source(source)
-    records = shard.index()[:most]
-    records = records[: len(records) // multiple * multiple]
-    return torch.stack(
-        [torch.from_numpy(to_array(center_view(read_image(record)[0], preprocess))) for record in records]
-    )
+    return with_random_codes(opened, k, ready_pixels(shard.index()[:16], opened.preprocess))
 
 
 def speed(source: str | Path, tokenizer: Tokenizer, batch_size: int, workers: int, pairs: int, folder: Path) -> dict:
     (shard,) = open_source(source)
-    pixels = views(source, tokenizer.preprocess, batch_size)
+    records = shard.index()
+    pixels = ready_pixels(records[: len(records) // batch_size * batch_size], tokenizer.preprocess)
     encoder = Encoder(tokenizer, CENTER, False, batch_size, workers)
 
     def ours() -> None:
@@ -140,11 +126,11 @@ def speed(source: str | Path, tokenizer: Tokenizer, batch_size: int, workers: in
 
     speed_ratio, our_seconds, bare_seconds = ratio(ours, bare, pairs)
     # Ours also encodes the last images, which do not fill a batch.
-    share = len(shard.index()) / len(pixels)
+    share = len(records) / len(pixels)
     return {
         "ratio": round(speed_ratio * share, 3),
         "target": "at least 0.95",
-        "images_per_second": round(len(shard.index()) / our_seconds, 2),
+        "images_per_second": round(len(records) / our_seconds, 2),
         "bare_images_per_second": round(len(pixels) / bare_seconds, 2),
         "batch_size": batch_size,
     }

@@ -5,7 +5,6 @@ python benchmarks/kmeans.py memory --folder DIR   # 20 M x 64 under --memory 1GB
 """
 
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import faiss
 import numpy as np
 import typer
 from mapet.shared.runtime.memory import memory_budget
+from mapet.throughput.tokenizing import bare_kmeans
 from mapet.tokenize_stage.kmeans.train import (
     KMeansSettings,
     block_rows,
@@ -83,18 +83,7 @@ def compare_time(
         floats = rows.astype(np.float32)
 
         def bare(array: np.ndarray) -> faiss.Kmeans:
-            most = math.ceil(count / k) + 1
-            kmeans = faiss.Kmeans(
-                dim,
-                k,
-                niter=iterations,
-                nredo=restarts,
-                seed=0,
-                max_points_per_centroid=most,
-                min_points_per_centroid=1,
-            )
-            kmeans.train(array)
-            return kmeans
+            return bare_kmeans(array, k, iterations, restarts)
 
         sides = {
             "in memory": lambda: train_kmeans(rows, settings, memory=1 << 40, state=Path(folder, "state")),

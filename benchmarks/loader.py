@@ -2,7 +2,7 @@
 
 python benchmarks/loader.py TAR [--part bare] [--workers 1] [--jitter 0.4] [--crop center] [--pairs 7] [--passes 30]
 
-TAR holds photographs. Parts: `bare` (images/s of our loader, over as many processes that read, decode, crop and resize
+TAR holds photographs. Parts: `bare` (images/s of our loader, over as many workers that read, decode, crop and resize
 the same bytes with the same kernels and do nothing else), `usual` (over PIL, crop and bicubic resize, flip,
 ColorJitter, ToTensor and Normalize in a DataLoader; ours draws the jitter and leaves the last three to the device),
 `wait` (share of pre-training steps spent waiting for data). Ours and the reference take turns; one JSON line per
@@ -11,7 +11,6 @@ that others use, too), and the medians of images/s. Repeat an option for more va
 """
 
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
@@ -30,6 +29,7 @@ from mapet.shared.runtime.devices import choose_device
 from mapet.shared.runtime.distributed import World
 from mapet.shared.runtime.loader import batches
 from mapet.shared.sources.records import read_bytes
+from mapet.throughput.loading import BareLoad
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
 from mapet.train_stage.data.batch import LoadBatch, load_batches
@@ -41,8 +41,6 @@ from mapet.train_stage.tasks.pretraining import PretrainingModel
 from mapet.train_stage.training.plan import make_plan
 from mapet.train_stage.training.trainer import Trainer
 from PIL import Image
-from simplejpeg import decode_jpeg
-from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import functional
@@ -129,25 +127,8 @@ class Ours(Side):
 
 class Bare(Side):
     def run(self) -> int:
-        context = multiprocessing.get_context("fork")
-        shares = [self.places[number :: self.workers] for number in range(self.workers)]
-        processes = [context.Process(target=self.load, args=(share,)) for share in shares]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        return sum(map(len, self.places))
-
-    def load(self, share: list[list[Place]]) -> None:
-        torch.set_num_threads(1)
-        size = self.settings.model.image_size
-        for _, index in (place for places in share for place in places):
-            content, box, _ = self.view(index)
-            top, left, height, width = map(round, box)
-            pixels = torch.from_numpy(decode_jpeg(content, "RGB")).permute(2, 0, 1)
-            region = pixels[None, :, top : top + height, left : left + width]
-            region = region.contiguous(memory_format=torch.channels_last)
-            interpolate(region, (size, size), mode="bicubic", antialias=True)
+        load = BareLoad(self.data, self.settings.model.image_size)
+        return sum(len(batch["index"]) for batch in batches(load, self.places, self.workers))
 
 
 class Usual(Side, Dataset):

@@ -8,15 +8,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import timm
 import torch
 from dense_reference import DenseMaPeT, build_masks
+from mapet.throughput.training import PlainViT
 from mapet.train_stage.model.mapet import MaPeT
 from mapet.train_stage.model.shape import SIZES, Shape
 from mapet.train_stage.objectives.layouts import make_layout
 from mapet.train_stage.objectives.token_loss import token_loss
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 K, VISIBLE, PATCHES = 8192, 49, 196
@@ -69,16 +68,9 @@ class Batch:
 
     def plain(self, mode: str = "eager") -> Step:
         """timm's ViT with an 8192-way head on the rows of as many patches as MaPeT predicts."""
-        model = timm.create_model(f"vit_{self.size}_patch16_224", num_classes=0, init_values=0.1, global_pool="")
-        model, head = model.to(self.device), nn.Linear(model.embed_dim, K).to(self.device)
-        index = 1 + self.hidden[:, :, None].expand(-1, -1, model.embed_dim)
-        targets = self.tokens.gather(1, self.hidden).flatten()
-
-        def forward(images: Tensor) -> Tensor:
-            logits = head(model(images).gather(1, index))
-            return cross_entropy(logits.float().flatten(0, 1), targets)
-
-        return partial(torch.compile(forward) if mode == "compiled" else forward, self.images)
+        model = PlainViT(self.model.shape).to(self.device)
+        forward = torch.compile(model) if mode == "compiled" else model
+        return partial(forward, self.images, self.hidden, self.tokens.gather(1, self.hidden))
 
 
 def under(precision: str, step: Step, device: str = "cpu") -> Step:

@@ -1,4 +1,4 @@
-"""The whole chain in a few minutes, offline. This is the only module that imports both stages."""
+"""The whole chain in a few minutes, offline."""
 
 import io
 import json
@@ -214,15 +214,16 @@ def _own_pictures(images: str | Path, out: Path, seed: int) -> tuple[Path, Path,
     train, val = out / "images" / "train", out / "images" / "val"
     for folder, part in ((train, subset[split:]), (val, subset[:split])):
         if not (folder / _OWN_TAR).exists():
-            _copy(part, folder / _OWN_TAR)
+            copy_images(part, folder / _OWN_TAR)
     say(f"{len(subset) - split} of your {len(records)} pictures to train on, {split} to validate on.")
     return train, val, all(record.label is not None for record in subset)
 
 
-def _copy(records: list[ImageRecord], path: Path) -> None:
+def copy_images(records: list[ImageRecord], path: Path) -> None:
+    """Writes a tar of images and their labels. Raises DataError, with its name, for a file that is not an image."""
     with written_whole(path) as partial, webdataset.TarWriter(str(partial), mtime=0) as tar:
         for record in records:
-            _, data = read_image(record)  # raises DataError, with its name, for a file that is not an image
+            _, data = read_image(record)
             extension = str(Image.open(io.BytesIO(data)).format).lower().replace("jpeg", "jpg")
             sample = {"__key__": record.key, extension: data}
             tar.write(sample if record.label is None else {**sample, "cls": str(record.label).encode()})

@@ -232,11 +232,18 @@ def _png(image: Image.Image) -> bytes:
 
 
 def write_drawings(
-    directory: Path, count: int, seed: int, per_tar: int = 1000, prefix: str = "drawings", *, masks: bool = False
+    directory: Path,
+    count: int,
+    seed: int,
+    per_tar: int = 1000,
+    prefix: str = "drawings",
+    *,
+    masks: bool = False,
+    size: int = 64,
 ) -> list[Path]:
     """Writes drawings 0 to `count` - 1 of the series `seed` as WebDataset tars and returns their paths.
 
-    Each sample has `KEY.jpg` (64 x 64 pixels), `KEY.cls` (the label in ASCII) and `KEY.txt` (the caption,
+    Each sample has `KEY.jpg` (`size` x `size` pixels), `KEY.cls` (the label in ASCII) and `KEY.txt` (the caption,
     UTF-8); with `masks` also `KEY.seg.png` (`Drawing.mask`). The tars are `directory/PREFIX-000000.tar` and so on;
     existing files of these names are replaced.
 
@@ -255,7 +262,7 @@ def write_drawings(
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         with webdataset.TarWriter(str(partial), mtime=0.0) as tar:
             for index in range(first, min(first + per_tar, count)):
-                drawing, jpeg = draw(index, seed), io.BytesIO()
+                drawing, jpeg = draw(index, seed, size), io.BytesIO()
                 drawing.image.save(jpeg, "JPEG", quality=92)
                 parts = {"jpg": jpeg.getvalue(), "cls": drawing.label, "txt": drawing.caption}
                 if masks:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("shared", "tokenize_stage", "train_stage", "quickstart")
+ROOMS = ("shared", "tokenize_stage", "train_stage", "quickstart", "throughput")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 DATA_FILES = {"json", "safetensors", "yaml", "jsonl", "zarr", "html", "md", "css", "js", "jpg", "png", "cls", "txt"}

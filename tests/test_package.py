@@ -30,7 +30,7 @@ def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(whe
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {
         f"mapet/{path.relative_to(ROOT).as_posix()}"
-        for room in ("shared", "tokenize_stage", "train_stage")
+        for room in ("shared", "tokenize_stage", "train_stage", "throughput")
         for path in (ROOT / room).rglob("*.py")
     } | {
         "mapet/__init__.py",

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = ("tokenize_stage", "train_stage")
 LAYERS = {
-    "": [["cli"], ["quickstart"], list(STAGES), ["shared"]],
+    "": [["cli"], ["throughput"], ["quickstart"], list(STAGES), ["shared"]],
     "shared": [
         ["doctor"],
         ["tokens"],
@@ -54,7 +54,9 @@ FEWEST, MOST = 2, 9
 
 
 def modules() -> list[Path]:
-    return [path for room in ("quickstart", "shared", *STAGES) for path in sorted((ROOT / room).rglob("*.py"))]
+    return [
+        path for room in ("quickstart", "throughput", "shared", *STAGES) for path in sorted((ROOT / room).rglob("*.py"))
+    ]
 
 
 def imported(path: Path, root: Path = ROOT) -> set[tuple[str, ...]]:
@@ -135,9 +137,9 @@ def test_tests_mirror_the_rooms():
     assert {room for room in rooms if not (ROOT / room / "__init__.py").exists()} == set()
 
 
-def test_the_stages_meet_in_the_quickstart_only():
-    rooms = {target[0] for target in imported(ROOT / "quickstart" / "demo.py")}
-    assert rooms >= set(STAGES)
+def test_the_stages_meet_in_the_quickstart_and_in_the_bench():
+    for path in (ROOT / "quickstart" / "demo.py", ROOT / "throughput" / "bench.py"):
+        assert {target[0] for target in imported(path)} >= set(STAGES)
 
 
 def test_the_wall_check_sees_a_breach(tmp_path: Path):

@@ -1,0 +1,1 @@
+"""What this machine achieves: each part of tokenizing and of training beside its bare reference."""
