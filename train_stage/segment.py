@@ -1,61 +1,26 @@
 """segment: measures semantic segmentation with pre-trained weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ..shared.errors import UsageError
 from ..shared.report.render import say_page
-from ..shared.runtime.console import foreign, progress, results
 from ..shared.runtime.devices import choose_device, choose_workers, refuse_many_processes
 from ..shared.sources.options import SourceOptions
 from ..shared.storage.files import refuse_folder
 from ..shared.storage.lock import sole_writer
 from .evaluation.embed import PRETRAINED, Execution, fresh_weights
+from .masked.data import read_data
+from .masked.masks import MaskRule
 from .segmentation import page
-from .segmentation.crops import RandomCrops, WholeImages
-from .segmentation.linear_head import Training, measure_heads, train_head
-from .segmentation.masked_images import MaskedImage, class_pixels, masked_images, refuse_other_classes
-from .segmentation.masks import MaskRule
-from .segmentation.patch_classifiers import FITS, PatchNeighbours, PatchRegression
-from .segmentation.patches import PatchEncoder, SquashedImages, patch_sets
-from .segmentation.pixel_classifier import measure
-from .segmentation.scores import Measured
+from .segmentation.frozen import classify_patches, linear_heads
+from .segmentation.linear_head import Training
+from .segmentation.patches import PatchEncoder
+from .segmentation.result import SegmentationResult, show_tables
 from .weights.read import load_weights
-from .weights.weights import Weights
 
 HEADS = ("linear",)
-
-
-@dataclass(frozen=True)
-class SegmentationResult:
-    """What one segmentation achieves on the validation images; figures lie in [0, 1]."""
-
-    features: str
-    """Whose features: "pre-trained" or "random init"."""
-    classifier: str
-    """What reads them: "logistic regression", "k-NN" or "linear head"."""
-    mean_iou: float
-    """Mean intersection over union of the classes that occur in the validation masks."""
-    pixel_accuracy: float
-    """Share of the pixels that are right, ignored ones left out."""
-    iou: dict[str, float | None]
-    """By the name of each class, or its index; None for one that does not occur in the validation masks."""
-    protocol: dict[str, Any]
-    """Everything that is needed to repeat the measurement, as plain JSON values."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "features": self.features,
-            "classifier": self.classifier,
-            "numbers": {"mean_iou": self.mean_iou, "pixel_accuracy": self.pixel_accuracy},
-            "iou": self.iou,
-            "protocol": self.protocol,
-        }
 
 
 def segment(
@@ -138,118 +103,22 @@ def segment(
     execution = Execution(batch_size, choose_workers(workers, device_name), device_name)
     options = SourceOptions(key_until, key_prefix, image_field, max_pixels)
     with nullcontext() if path is None else sole_writer(path, option="--html"):
-        data = _read(images, val, options, mask_field, rule, execution)
+        data = read_data(images, val, options, mask_field, rule, execution.workers)
         encoders = [PatchEncoder.of(PRETRAINED, loaded, device_name)]
         if random_init:
             encoders.append(PatchEncoder.of("random init", fresh_weights(loaded), device_name))
+        shown = {pair.image.key for pair in page.shown_images(data.val)}
         if head is None:
-            measured = _frozen(loaded, encoders, data, max_patches, execution)
+            measured = classify_patches(loaded, encoders, data, max_patches, shown, execution)
         else:
-            measured = _linear_heads(loaded, encoders, data, Training(iterations, iteration_batch, seed), execution)
+            training = Training(iterations, iteration_batch, seed)
+            measured = linear_heads(loaded, encoders, data, training, shown, execution)
         if path is not None:
             page.write(path, Path(weights), measured, data.val, rule)
             say_page(path)
-    return [_result(one, data) for one in measured]
-
-
-@dataclass(frozen=True)
-class _Data:
-    """Training and validation images with their masks."""
-
-    train: Sequence[MaskedImage]
-    val: Sequence[MaskedImage]
-    rule: MaskRule
-    classes: int
-    """Every class index is lower."""
-    shown: set[str]
-    """Keys of the validation images that a page shows."""
-
-
-def _read(
-    images: str | Path | Sequence[str | Path],
-    val: str | Path | Sequence[str | Path],
-    options: SourceOptions,
-    mask_field: str,
-    rule: MaskRule,
-    execution: Execution,
-) -> _Data:
-    """Finds and checks all images and masks."""
-    train, test = (masked_images(source, options, mask_field) for source in (images, val))
-    with progress("checking masks", len(train) + len(test), "masks") as advance:
-        learned, measured = (class_pixels(pairs, rule, execution.workers, advance) for pairs in (train, test))
-    refuse_other_classes(learned, measured, rule)
-    classes = len(rule.names) if rule.names is not None else int(np.flatnonzero(learned + measured)[-1]) + 1
-    return _Data(train, test, rule, classes, {pair.image.key for pair in page.shown_images(test)})
-
-
-def _frozen(
-    weights: Weights, encoders: Sequence[PatchEncoder], data: _Data, most: int, execution: Execution
-) -> list[Measured]:
-    """Logistic regression and k-NN of each encoder's patches."""
-    train, val = (SquashedImages.of(pairs, data.rule, weights) for pairs in (data.train, data.val))
-    with progress("extracting features", len(data.train)) as advance:
-        patches = patch_sets(encoders, train, data.classes, most, _with(execution, advance))
-    with progress("fitting classifiers", FITS * len(encoders), "fits") as advance:
-        fitted = [
-            (encoder, (PatchRegression(of, advance), PatchNeighbours(of, advance)))
-            for encoder, of in zip(encoders, patches, strict=True)
-        ]
-    with progress("measuring", len(data.val)) as advance:
-        return measure(fitted, val, data.classes, data.shown, _with(execution, advance))
-
-
-def _linear_heads(
-    weights: Weights, encoders: Sequence[PatchEncoder], data: _Data, training: Training, execution: Execution
-) -> list[Measured]:
-    """A linear head on each encoder."""
-    crops = RandomCrops(data.train, data.rule, weights.preprocess, training.seed)
-    with progress("training", training.iterations * len(encoders), "steps") as advance:
-        heads = [
-            (encoder, train_head(encoder, crops, data.classes, training, _with(execution, advance)))
-            for encoder in encoders
-        ]
-    whole = WholeImages(data.val, data.rule, weights.preprocess)
-    with progress("measuring", len(data.val)) as advance:
-        return measure_heads(heads, whole, data.classes, training, data.shown, _with(execution, advance))
-
-
-def _with(execution: Execution, advance: Callable[[int], Any]) -> Execution:
-    return replace(execution, advance=advance)
-
-
-def _result(measured: Measured, data: _Data) -> SegmentationResult:
-    scores = measured.scores
-    protocol = {
-        "mean_iou": "mean over the classes that occur in the validation masks",
-        "ignored": list(data.rule.ignore),
-        "classes": data.classes,
-        **measured.protocol,
-    }
-    iou = {data.rule.name_of(index): value for index, value in enumerate(scores.iou)}
-    return SegmentationResult(
-        measured.features, measured.classifier, scores.mean_iou, scores.pixel_accuracy, iou, protocol
-    )
+    return [SegmentationResult.of(one, data) for one in measured]
 
 
 def show(rows: Sequence[SegmentationResult], *, as_json: bool = False) -> None:
     """Prints the figures as two tables, or everything as one JSON object."""
-    if as_json:
-        results.print_json({"rows": [row.to_json() for row in rows]})
-        return
-    from rich.table import Table
-
-    occurring = [name for name, value in rows[0].iou.items() if value is not None]
-    images = rows[0].protocol["val_images"]
-    grid = Table(title=f"Segmentation: {images:,} images, {len(occurring)} classes")
-    for heading in ("features", "classifier", "mean IoU", "pixel accuracy"):
-        grid.add_column(heading, justify="right" if heading in ("mean IoU", "pixel accuracy") else "left")
-    for row in rows:
-        grid.add_row(row.features, row.classifier, f"{row.mean_iou:.1%}", f"{row.pixel_accuracy:.1%}")
-    results.print(grid)
-    by_class = Table(title="IoU by class")
-    by_class.add_column("class", overflow="fold")
-    for row in rows:
-        by_class.add_column(f"{row.classifier}, {row.features}", justify="right")
-    for name in occurring:
-        by_class.add_row(foreign(name), *(f"{row.iou[name] or 0:.1%}" for row in rows))
-    results.print(by_class)
+    show_tables(rows, as_json=as_json)

@@ -12,9 +12,9 @@ from ...shared.images.decode import read_image
 from ...shared.randomness import generator
 from ...shared.report.pictures import data_uri, golden_colours, hex_colours, overlay_uri
 from ...shared.report.render import write_page
-from .crops import nearest
-from .masked_images import MaskedImage
-from .masks import MaskRule, read_mask
+from ..masked.crops import nearest
+from ..masked.masked_images import MaskedImage
+from ..masked.masks import MaskRule, read_mask
 from .scores import Measured
 
 SHOWN = 24
