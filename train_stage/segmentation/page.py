@@ -30,6 +30,11 @@ def shown_images(val: Sequence[MaskedImage]) -> list[MaskedImage]:
     return [pair for pair in val if pair.image.key in keys]
 
 
+def shown_keys(val: Sequence[MaskedImage]) -> set[str]:
+    """The keys of the images that a page shows."""
+    return {pair.image.key for pair in shown_images(val)}
+
+
 def write(path: Path, weights: Path, measured: Sequence[Measured], val: Sequence[MaskedImage], rule: MaskRule) -> Path:
     """Writes the page as one self-contained HTML file. Raises DataError if it cannot be written."""
     colours = golden_colours(len(measured[0].scores.iou))
