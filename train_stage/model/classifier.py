@@ -6,12 +6,12 @@ Parameters carry the names of the published fine-tuned checkpoints, so that `wei
 
 from torch import Tensor, nn
 
-from .encoder import Encoder
 from .mapet import NORM_EPS
+from .plain_vit import PlainViT
 from .shape import Shape
 
 
-class Classifier(Encoder):
+class Classifier(PlainViT):
     """Images (B, 3, S, S) float, normalised -> logits (B, classes)."""
 
     def __init__(self, shape: Shape, classes: int):
@@ -23,7 +23,7 @@ class Classifier(Encoder):
         self.initialise()
 
     def forward(self, images: Tensor, drop_path_scale: Tensor | None = None) -> Tensor:
-        """The logits. Arguments and errors: see `Encoder.encode`."""
+        """The logits. Arguments and errors: see `PlainViT.encode`."""
         rows = self.encode(images, drop_path_scale)[-1]
         logits: Tensor = self.head(self.fc_norm(rows[:, 1:].mean(dim=1)))
         return logits

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from .encoder import Encoder
+from .plain_vit import PlainViT
 from .shape import Shape
 
 POOLS = (1, 2, 3, 6)
@@ -118,7 +118,7 @@ class AuxiliaryHead(nn.Module):
         return logits
 
 
-class UPerNet(Encoder):
+class UPerNet(PlainViT):
     """Images (B, 3, S, S) float, normalised -> logits of classes; S is at least two patches."""
 
     def __init__(self, shape: Shape, classes: int, channels: int):
@@ -142,7 +142,7 @@ class UPerNet(Encoder):
 
         Args:
             images: (B, 3, S, S) float, normalised.
-            drop_path_scale: (B, depth, 2) float, as for `Encoder.encode`.
+            drop_path_scale: (B, depth, 2) float, as for `PlainViT.encode`.
             dropout_scale: (B, `dropped_channels`) float, the factors of channels before both classifiers; None
                 drops nothing.
 

@@ -15,7 +15,7 @@ from .mapet import Block, PatchEmbed
 from .shape import Shape
 
 
-class Encoder(nn.Module):
+class PlainViT(nn.Module):
     """Embedding and blocks. A subclass adds what reads their rows, and then initialises everything."""
 
     def __init__(self, shape: Shape):
