@@ -147,9 +147,10 @@ COMMANDS: dict[str, dict[str, Command]] = {
             shown_by="train_stage.probe:show",
         ),
         "segment": Command(
-            "Measure semantic segmentation with frozen features: patches, or a linear head.",
+            "Measure semantic segmentation: frozen patches, a linear head, or fine-tuning with UPerNet.",
             "train_stage.segment:segment",
             arguments=("weights",),
+            renamed={"overrides": "--set"},
             shown_by="train_stage.segment:show",
         ),
         "report": Command(

@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "train_stage" / "settings.py"
-PAGES = {"settings.md": "Settings", "finetune.md": "FinetuneSettings"}
+PAGES = {"settings.md": "Settings", "finetune.md": "FinetuneSettings", "segment.md": "SegmentSettings"}
 """The pages in docs/, and the dataclass whose groups each one shows."""
 BEGIN, END = "<!-- settings -->", "<!-- end -->"
 

@@ -19,7 +19,7 @@ import mapet
 import pytest
 import typer
 from mapet import cli
-from mapet.train_stage.settings import FinetuneSettings, Settings, resolve
+from mapet.train_stage.settings import FinetuneSettings, SegmentSettings, Settings, resolve
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -143,7 +143,7 @@ def test_the_pages_show_every_command():
 @pytest.mark.parametrize("page", PAGES)
 def test_options_and_settings_in_the_text_exist(page: str):
     groups: dict[str, set[str]] = {}
-    for field in [*fields(Settings), *fields(FinetuneSettings)]:
+    for field in [*fields(Settings), *fields(FinetuneSettings), *fields(SegmentSettings)]:
         groups.setdefault(field.name, set()).update(inner.name for inner in fields(field.default_factory))
     text = read(page)
     names = re.findall(rf"`(?:--set )?({'|'.join(groups)})\.(?!safetensors|onnx)(\w+)(?:=[^`]*)?`", text)

@@ -40,7 +40,8 @@ def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(whe
     }
     pretraining = ("vit-tiny-16", "vit-small-16", "vit-small-16-one-gpu", "vit-base-16")
     finetuning = ("finetune-vit-tiny-16", "finetune-vit-small-16", "finetune-vit-base-16", "finetune-small-data")
-    recipes = {f"mapet/recipes/{name}.yaml" for name in (*pretraining, *finetuning)}
+    segmentation = ("segment-vit-base-16", "segment-small-data")
+    recipes = {f"mapet/recipes/{name}.yaml" for name in (*pretraining, *finetuning, *segmentation)}
     tower = {
         f"mapet/quickstart/tower/{name}"
         for name in ("README.md", "open_clip_config.json", "open_clip_model.safetensors")

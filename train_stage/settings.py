@@ -1,5 +1,5 @@
-"""The settings of pre-training and of fine-tuning: documented structures, filled from a recipe and overrides and
-checked as a whole.
+"""The settings of pre-training, fine-tuning and segmentation: documented structures, filled from a recipe and overrides
+and checked as a whole.
 
 The defaults are the paper's for ViT-B/16 at 224 pixels (arXiv 2306.07346, section 4). A default of MISSING is derived
 from other settings by `resolve`; a resolved structure has a value everywhere.
@@ -326,6 +326,13 @@ class Settings:
         return asdict(self)
 
 
+def _refuse_frozen_fresh(freeze: int, from_scratch: bool) -> None:
+    _require(
+        not (freeze and from_scratch),
+        "model.freeze would keep blocks of fresh weights; set one of model.freeze and model.from_scratch.",
+    )
+
+
 @dataclass
 class ClassifierSettings:
     """The fine-tuned model. Width, depth, heads and patch size are those of the weights that it starts from."""
@@ -346,10 +353,7 @@ class ClassifierSettings:
         _require(0 <= self.drop_path < 1, f"model.drop_path {self.drop_path} must lie in [0, 1).")
         _require(self.freeze >= 0, f"model.freeze {self.freeze} must not be negative.")
         _require(self.classes is None or self.classes >= 1, "model.classes must be at least 1, or null.")
-        _require(
-            not (self.freeze and self.from_scratch),
-            "model.freeze would keep blocks of fresh weights; set one of the two.",
-        )
+        _refuse_frozen_fresh(self.freeze, self.from_scratch)
 
 
 @dataclass
@@ -475,6 +479,119 @@ class FinetuneSettings:
         return asdict(self)
 
 
+@dataclass
+class SegmenterSettings:
+    """The segmentation model. Width, depth, heads and patch size are those of the weights that it starts from."""
+
+    image_size: int = MISSING
+    """Pixels of a crop, a multiple of the patch size; positions are resampled. Derived from the weights."""
+    drop_path: float = 0.15
+    """Drop path rate of the last block, rising linearly from 0 in the first."""
+    channels: int = 768
+    """Of UPerNet's head, a multiple of 16; the auxiliary head has at most 256."""
+    dropout: float = 0.1
+    """Share of the channels that are dropped before a pixel is classified."""
+    auxiliary_weight: float = 0.4
+    """Weight of the auxiliary head's loss."""
+    freeze: int = 0
+    """Leave the embedding and so many of the first blocks as they are; 0 trains everything."""
+    from_scratch: bool = False
+    """Start from fresh weights of the same shape, as a control."""
+
+    def __post_init__(self) -> None:
+        check_numbers("model", self)
+        for name in ("drop_path", "dropout"):
+            _require(0 <= getattr(self, name) < 1, f"model.{name} {getattr(self, name)} must lie in [0, 1).")
+        _require(
+            self.channels >= 16 and self.channels % 16 == 0, f"model.channels {self.channels} must be a multiple of 16."
+        )
+        _require_at_least_zero("model", self, "freeze", "auxiliary_weight")
+        _refuse_frozen_fresh(self.freeze, self.from_scratch)
+
+
+@dataclass
+class CropSettings:
+    """Augmentation of the training images, drawn for each (seed, epoch, key)."""
+
+    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    """Lowest and highest shorter side of an image, as a multiple of the crop's; what it does not fill is ignored."""
+    flip: float = 0.5
+    """Probability of mirroring left to right."""
+
+    def __post_init__(self) -> None:
+        check_numbers("augment", self)
+        _require(
+            len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1] <= 16,
+            "augment.scale must be two numbers up to 16, the lower one first.",
+        )
+        _require(0 <= self.flip <= 1, f"augment.flip {self.flip} must be a probability from 0 to 1.")
+
+
+@dataclass
+class SegmentOptimizerSettings(FinetuneOptimizerSettings):
+    """AdamW. No weight decay on 1-D parameters, positions and class token."""
+
+    lr: float = 5e-5
+    """Peak learning rate of what follows the blocks, for the whole global batch."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup_lr: float = 0.0
+    """Learning rate at the first step of the warm-up."""
+    warmup_epochs: float = 1.2
+    """Linear warm-up; fractions of an epoch are fine."""
+    layer_decay: float = 0.75
+    """Each layer's learning rate is this share of that of the layer above it; 1 gives all the same."""
+
+
+@dataclass
+class SegmentDataSettings(DataSettings):
+    color_jitter: float = 0.4
+    """Strength of brightness, contrast and saturation jitter; 0 is none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.cache is None and self.cache_gb is None, "data.cache is of pre-training on remote tars.")
+
+
+@dataclass
+class SegmentTrainSettings(TrainSettings):
+    epochs: int = 127
+    """Passes over all training images."""
+    batch_size: int = 16
+    """Global batch: images per optimizer step, whatever the number of processes."""
+
+
+@dataclass
+class SegmentValidationSettings:
+    """Figures of the validation images during the run, written to RUN/probe.jsonl."""
+
+    every: int | None = None
+    """Steps between evaluations; null measures at the end of the run only."""
+    batch_size: int = 16
+    """Windows per forward pass."""
+
+    def __post_init__(self) -> None:
+        check_numbers("validation", self)
+        _require(self.every is None or self.every >= 1, f"validation.every {self.every} must be at least 1, or null.")
+        _require(self.batch_size >= 1, f"validation.batch_size {self.batch_size} must be at least 1.")
+
+
+@dataclass
+class SegmentSettings:
+    """The settings of `train segment --head upernet`; their defaults are the published ones of ViT-B/16 on ADE20K."""
+
+    model: SegmenterSettings = field(default_factory=SegmenterSettings)
+    augment: CropSettings = field(default_factory=CropSettings)
+    optimizer: SegmentOptimizerSettings = field(default_factory=SegmentOptimizerSettings)
+    data: SegmentDataSettings = field(default_factory=SegmentDataSettings)
+    train: SegmentTrainSettings = field(default_factory=SegmentTrainSettings)
+    validation: SegmentValidationSettings = field(default_factory=SegmentValidationSettings)
+    execution: ExecutionSettings = field(default_factory=ExecutionSettings)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def flat(settings: "RunSettings") -> dict[str, Any]:
     """All settings by key, such as "optimizer.lr"."""
     return {f"{group}.{name}": value for group, values in settings.to_json().items() for name, value in values.items()}
@@ -518,13 +635,27 @@ def resolve_finetuning(
     `image_size` and `model_input` (mean, std, interpolation) are those of the weights, unless others are given.
     Raises UsageError as `resolve` does.
     """
+    return cast(FinetuneSettings, _filled_for(FinetuneSettings, recipe, overrides, image_size, model_input))
+
+
+def resolve_segmenting(
+    recipe: str | Path | None, overrides: Sequence[str], image_size: int, model_input: Mapping[str, Any]
+) -> SegmentSettings:
+    """The settings of fine-tuned segmentation; arguments and errors are those of `resolve_finetuning`."""
+    return cast(SegmentSettings, _filled_for(SegmentSettings, recipe, overrides, image_size, model_input))
+
+
+def _filled_for(
+    kind: type, recipe: str | Path | None, overrides: Sequence[str], image_size: int, model_input: Mapping[str, Any]
+) -> Any:
+    """The settings of a model that starts from weights of that image size and input."""
 
     def derive(merged: Any) -> None:
         if OmegaConf.is_missing(merged.model, "image_size"):
             merged.model.image_size = image_size
 
     defaults = {"data": {name: model_input[name] for name in ("mean", "std", "interpolation")}}
-    return cast(FinetuneSettings, _filled(FinetuneSettings, recipe, overrides, derive, defaults))
+    return _filled(kind, recipe, overrides, derive, defaults)
 
 
 def _filled(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mapet.shared.errors import UsageError
-from mapet.train_stage.settings import RECIPES, resolve, resolve_finetuning
+from mapet.train_stage.settings import RECIPES, resolve, resolve_finetuning, resolve_segmenting
 from mapet.train_stage.training.plan import make_plan
 from mapet.train_stage.weights.weights import Input
 
@@ -33,7 +33,13 @@ def test_every_shipped_recipe_resolves():
         "vit-tiny-16": "vit-tiny",
     }
     of_fine_tuning = {path.stem for path in RECIPES.glob("*.yaml")} - {path.stem for path in RECIPES.glob("vit-*.yaml")}
-    assert all(resolve_finetuning(name, [], 224, Input().to_json()) for name in of_fine_tuning)
+    kinds = {"finetune": resolve_finetuning, "segment": resolve_segmenting}
+    assert all(kinds[name.split("-")[0]](name, [], 224, Input().to_json()) for name in of_fine_tuning)
+
+
+def test_the_published_recipe_of_segmentation_has_the_defaults_at_512_pixels():
+    recipe, defaults = (resolve_segmenting(name, [], 512, Input().to_json()) for name in ("segment-vit-base-16", None))
+    assert recipe == defaults
 
 
 def test_the_published_recipes_of_fine_tuning_have_the_published_settings():

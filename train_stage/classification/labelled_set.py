@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ...shared.sources.folders import FOLDER_SHARD_IMAGES
-from ...shared.sources.keys import EXTENSIONS, extension_of
 from ...shared.sources.records import ImageRecord, keys_sha256
-from ..data.image_set import RemoteTar
+from ..data.image_set import RemoteTar, ranked, shard_ends
 from .classes import labels_of, labels_sha256, output_indices, output_names
 
 
@@ -79,9 +77,7 @@ def labelled_set(records: Sequence[ImageRecord], outputs: int | None = None) -> 
     labels = labels_of(records)
     names = output_names(labels, outputs)
     keys = [record.key.encode() for record in records]
-    rows = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
-    images = np.empty_like(rows)
-    images[rows] = np.arange(len(rows))
+    rows, images = ranked(keys)
     paths = {path: number for number, path in enumerate(dict.fromkeys(str(record.path) for record in records))}
     text = [record.key for record in records]
     return LabelledSet(
@@ -89,7 +85,7 @@ def labelled_set(records: Sequence[ImageRecord], outputs: int | None = None) -> 
         classes=output_indices(labels, names)[rows],
         images=images,
         rows=rows,
-        shard_ends=_shard_ends(records),
+        shard_ends=shard_ends(records),
         keys_sha256=keys_sha256(text),
         labels_sha256=labels_sha256(names, text, labels),
         keys=b"".join(keys),
@@ -100,12 +96,3 @@ def labelled_set(records: Sequence[ImageRecord], outputs: int | None = None) -> 
         lengths=np.array([record.length for record in records], dtype=np.int64),
         max_pixels=records[0].max_pixels,
     )
-
-
-def _shard_ends(records: Sequence[ImageRecord]) -> NDArray[np.int64]:
-    count = len(records)
-    if extension_of(records[0].path.name) in EXTENSIONS:
-        ends = [*range(FOLDER_SHARD_IMAGES, count, FOLDER_SHARD_IMAGES), count]
-    else:
-        ends = [row for row in range(1, count) if records[row].path != records[row - 1].path] + [count]
-    return np.array(ends, dtype=np.int64)

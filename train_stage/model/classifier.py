@@ -1,82 +1,29 @@
 """The fine-tuning model: the plain ViT of MaPeT, the mean over its patches, a norm and a linear head.
 
 Parameters carry the names of the published fine-tuned checkpoints, so that `weights.weights.Weights` holds them as a
-"classifier". LayerScale and drop path are those of pre-training.
+"classifier".
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ...shared.errors import UsageError
-from .attention import Pattern, Window
-from .mapet import NORM_EPS, Block, PatchEmbed
+from .mapet import NORM_EPS
+from .plain_vit import PlainViT
 from .shape import Shape
 
 
-class Classifier(nn.Module):
+class Classifier(PlainViT):
     """Images (B, 3, S, S) float, normalised -> logits (B, classes)."""
 
     def __init__(self, shape: Shape, classes: int):
         """A model with fresh weights; `shape.k` is not used."""
-        super().__init__()
-        self.shape, self.classes = shape, classes
-        self.patch_embed = PatchEmbed(shape.patch_size, shape.dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + shape.patches, shape.dim))
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.depth))
+        super().__init__(shape)
+        self.classes = classes
         self.fc_norm = nn.LayerNorm(shape.dim, eps=NORM_EPS)
         self.head = nn.Linear(shape.dim, classes)
-        self.grad_checkpointing = False
-        """Whether the backward pass computes each block again instead of keeping its activations."""
-        self._initialise()
-
-    def _initialise(self) -> None:
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-
-    def freeze(self, blocks: int) -> None:
-        """Stops training of the embedding and the first `blocks` blocks; 0 freezes nothing.
-
-        Raises UsageError if the model has fewer blocks.
-        """
-        if blocks > self.shape.depth:
-            raise UsageError(f"model.freeze {blocks} is more than the {self.shape.depth} blocks of the model.")
-        if blocks:
-            for module in (self.patch_embed, *list(self.blocks)[:blocks]):
-                module.requires_grad_(False)
-            for parameter in (self.cls_token, self.pos_embed):
-                parameter.requires_grad_(False)
+        self.initialise()
 
     def forward(self, images: Tensor, drop_path_scale: Tensor | None = None) -> Tensor:
-        """The logits.
-
-        Args:
-            images: (B, 3, S, S) float, normalised.
-            drop_path_scale: (B, depth, 2) float, as for `MaPeT.predict_rows`; None drops nothing.
-
-        Raises:
-            UsageError if `images` do not fit the model.
-        """
-        size = self.shape.image_size
-        if images.shape[1:] != (3, size, size):
-            raise UsageError(f"images have shape {tuple(images.shape)}; this model takes (B, 3, {size}, {size}).")
-        rows = torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)], dim=1) + self.pos_embed
-        every = slice(0, rows.shape[1])
-        pattern = Pattern([[Window(every, every)]])
-        for index, block in enumerate(self.blocks):
-            scale = None if drop_path_scale is None else drop_path_scale[:, index]
-            arguments: tuple[Any, ...] = (rows, [rows], pattern, scale)
-            (rows,) = (
-                checkpoint(block, *arguments, use_reentrant=False)
-                if self.grad_checkpointing and torch.is_grad_enabled()
-                else block(*arguments)
-            )
+        """The logits. Arguments and errors: see `PlainViT.encode`."""
+        rows = self.encode(images, drop_path_scale)[-1]
         logits: Tensor = self.head(self.fc_norm(rows[:, 1:].mean(dim=1)))
         return logits

@@ -1,13 +1,11 @@
 """The linear head: batch normalisation and a 1x1 convolution on the patches of a frozen ViT (as in DINOv3)."""
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
@@ -16,18 +14,14 @@ from ...shared.randomness import seeded_torch
 from ...shared.runtime.loader import OneByOne, batches
 from ..evaluation.embed import Execution, embed
 from ..evaluation.schedule import warmup_cosine
-from .crops import SCALES, RandomCrops, WholeImages, places
-from .masked_images import MaskedImage
-from .masks import IGNORED
+from ..masked.crops import SCALES, RandomCrops, places
+from ..masked.masked_images import MaskedImage
+from ..masked.masks import IGNORED
 from .patches import PatchEncoder, encode
-from .scores import Confusion, Measured
 
 LR, WEIGHT_DECAY = 1e-3, 1e-3
 WARM_UP = 1_500 / 40_000
 """Share of the iterations in which the learning rate rises, as published (arXiv 2508.10104)."""
-STRIDE = 341 / 512
-"""Distance of the sliding windows as a share of their side, as published."""
-_CLASSES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -87,88 +81,22 @@ def lr_share(step: int, steps: int) -> float:
     return warmup_cosine(step, steps, max(1, round(steps * WARM_UP)))
 
 
-@torch.no_grad()
-def measure_heads(
-    heads: Sequence[tuple[PatchEncoder, LinearHead]],
-    whole: WholeImages,
-    classes: int,
-    training: Training,
-    shown: Collection[str],
-    execution: Execution,
-) -> list[Measured]:
-    """Measures heads on images of their own aspect ratio, by sliding windows, at the size of their masks; `shown` are
-    keys whose predictions are kept.
+class LinearSegmenter:
+    """A trained head on its encoder, as `sliding.measure` takes it."""
 
-    Raises DataError for an image or a mask that cannot be read.
-    """
-    preprocess, device = whole.preprocess, execution.device
-    normalise = Normalise(preprocess.mean, preprocess.std, device)
-    confusions = [Confusion(classes) for _ in heads]
-    maps: list[dict[str, NDArray[np.int16]]] = [{} for _ in heads]
-    indices = [[index] for index in range(len(whole.images))]
-    for pair, one in zip(whole.images, batches(OneByOne(whole), indices, execution.workers), strict=True):
-        pixels, truth = normalise(one["pixels"]), one["mask"][0]
-        for (encoder, head), confusion, of_head in zip(heads, confusions, maps, strict=True):
-            logits = _window_logits(encoder, head, pair, pixels, preprocess.image_size, execution.batch_size)
-            predicted = argmax_resized(logits, truth.shape[0], truth.shape[1]).cpu()
-            confusion.add(truth, predicted)
-            if pair.image.key in shown:
-                of_head[pair.image.key] = predicted.numpy().astype(np.int16)
-        execution.advance(1)
-    protocol = {**_protocol(preprocess.image_size, training, len(whole.images)), "preprocess": preprocess.to_json()}
-    return [
-        Measured(encoder.name, "linear head", {"feature": encoder.feature, **protocol}, confusion.scores(), of_head)
-        for (encoder, _), confusion, of_head in zip(heads, confusions, maps, strict=True)
-    ]
+    classifier = "linear head"
+
+    def __init__(self, encoder: PatchEncoder, head: LinearHead, size: int, training: Training):
+        self._encoder, self._head, self._size = encoder, head, size
+        self.features = encoder.name
+        self.protocol = {"feature": encoder.feature, **_protocol(size, training)}
+
+    def logits(self, images: Sequence[MaskedImage], windows: Tensor) -> Tensor:
+        """Logits (B, classes, S, S) of windows (B, 3, S, S). Raises DataError for features that are not finite."""
+        return self._head(encode(self._encoder, images, windows), self._size)  # type: ignore[no-any-return]
 
 
-def windows(height: int, width: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yields top and left of the windows of `size` x `size` that cover an image; the last ones end at its edges."""
-    stride = max(1, int(size * STRIDE))
-    for top in range(0, max(height - size + stride - 1, 0) // stride * stride + 1, stride):
-        for left in range(0, max(width - size + stride - 1, 0) // stride * stride + 1, stride):
-            yield min(top, height - size), min(left, width - size)
-
-
-def _window_logits(
-    encoder: PatchEncoder, head: LinearHead, pair: MaskedImage, pixels: Tensor, size: int, batch: int
-) -> Tensor:
-    """Logits (classes, height, width), means over the windows that a pixel is in; pixels (1, 3, height, width)."""
-    height, width = pixels.shape[-2:]
-    corners = list(windows(height, width, size))
-    total: Tensor | None = None
-    count = pixels.new_zeros(height, width)
-    for start in range(0, len(corners), batch):
-        part = corners[start : start + batch]
-        crops = torch.cat([pixels[..., top : top + size, left : left + size] for top, left in part])
-        logits = head(encode(encoder, [pair] * len(part), crops), size)
-        total = pixels.new_zeros(logits.shape[1], height, width) if total is None else total
-        for (top, left), of_window in zip(part, logits, strict=True):
-            total[:, top : top + size, left : left + size] += of_window
-            count[top : top + size, left : left + size] += 1
-    assert total is not None
-    return total / count
-
-
-def argmax_resized(logits: Tensor, height: int, width: int) -> Tensor:
-    """The class with the highest logit of (classes, h, w), resized to (height, width) int64, a few classes at a time:
-    all of them together take gigabytes for a photograph and 150 classes."""
-    best: Tensor | None = None
-    found: Tensor | None = None
-    for start in range(0, len(logits), _CLASSES_AT_ONCE):
-        part = logits[None, start : start + _CLASSES_AT_ONCE]
-        resized = interpolate(part, size=(height, width), mode="bilinear", align_corners=False)[0]
-        values, classes = resized.max(0)
-        if best is None or found is None:
-            best, found = values, classes
-            continue
-        found = torch.where(values > best, classes + start, found)
-        best = torch.maximum(values, best)
-    assert found is not None
-    return found
-
-
-def _protocol(size: int, training: Training, images: int) -> dict[str, Any]:
+def _protocol(size: int, training: Training) -> dict[str, Any]:
     return {
         "classifier": "batch normalisation and a 1x1 convolution on frozen patches; logits are bilinear "
         "between patches",
@@ -179,8 +107,5 @@ def _protocol(size: int, training: Training, images: int) -> dict[str, Any]:
         "seed": training.seed,
         "training_input": f"crops of {size}x{size}, mirrored at random, of images whose shorter side is "
         f"{SCALES[0]:g} to {SCALES[1]:g} times {size}",
-        "test_input": f"shorter side {size}; windows of {size}x{size} with stride {max(1, int(size * STRIDE))}, logits "
-        "averaged and resized to the mask; measured at the mask's size",
         "hyper_parameters": "fixed beforehand",
-        "val_images": images,
     }

@@ -12,9 +12,9 @@ from ...shared.images.decode import read_image
 from ...shared.randomness import generator
 from ...shared.report.pictures import data_uri, golden_colours, hex_colours, overlay_uri
 from ...shared.report.render import write_page
-from .crops import nearest
-from .masked_images import MaskedImage
-from .masks import MaskRule, read_mask
+from ..masked.crops import nearest
+from ..masked.masked_images import MaskedImage
+from ..masked.masks import MaskRule, read_mask
 from .scores import Measured
 
 SHOWN = 24
@@ -28,6 +28,11 @@ def shown_images(val: Sequence[MaskedImage]) -> list[MaskedImage]:
     drawn = sorted(val, key=lambda pair: (generator("segment", "page", pair.image.key).random(), pair.image.key))
     keys = {pair.image.key for pair in drawn[:SHOWN]}
     return [pair for pair in val if pair.image.key in keys]
+
+
+def shown_keys(val: Sequence[MaskedImage]) -> set[str]:
+    """The keys of the images that a page shows."""
+    return {pair.image.key for pair in shown_images(val)}
 
 
 def write(path: Path, weights: Path, measured: Sequence[Measured], val: Sequence[MaskedImage], rule: MaskRule) -> Path:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..masked.masks import IGNORED
 from ..probing.linear_probe import LinearClassifier, logistic_regression
-from .masks import IGNORED
 from .patches import PatchSet, most_frequent
 from .pixel_classifier import PixelClassifier, Standardise, mean_iou
 

@@ -17,10 +17,10 @@ from ...shared.randomness import generator
 from ...shared.runtime.loader import OneByOne, batches
 from ..evaluation.embed import Execution, embed, refuse_not_finite
 from ..evaluation.held_out import HELD_OUT
+from ..masked.crops import nearest
+from ..masked.masked_images import MaskedImage
+from ..masked.masks import IGNORED, MaskRule, read_mask
 from ..weights.weights import Weights
-from .crops import nearest
-from .masked_images import MaskedImage
-from .masks import IGNORED, MaskRule, read_mask
 
 _MOST_COUNTS = 1 << 24
 """How many counts of classes are in memory at once."""

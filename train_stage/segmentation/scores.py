@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .masks import IGNORED
+from ..masked.masks import IGNORED
 
 
 class Scores(NamedTuple):

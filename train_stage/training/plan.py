@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...shared.errors import UsageError
-from ..settings import FinetuneSettings, RunSettings
+from ..settings import FinetuneSettings, RunSettings, SegmentSettings
 from ..weights.schema import Extension
+
+_SMALL_DATA: dict[type, str] = {FinetuneSettings: "finetune-small-data", SegmentSettings: "segment-small-data"}
+"""A recipe with a short warm-up."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,10 @@ def _schedule(settings: RunSettings, steps: int) -> Schedule:
     optimizer, epochs = settings.optimizer, settings.train.epochs
     warmup = round(optimizer.warmup_epochs * (steps // epochs))
     if warmup >= steps:
-        recipe = ", or use --recipe finetune-small-data" if isinstance(settings, FinetuneSettings) else ""
+        recipe = _SMALL_DATA.get(type(settings))
         raise UsageError(
             f"optimizer.warmup_epochs {optimizer.warmup_epochs} is not shorter than {epochs} epochs; lower it, such as "
-            f"--set optimizer.warmup_epochs={epochs / 10:g}{recipe}."
+            f"--set optimizer.warmup_epochs={epochs / 10:g}{f', or use --recipe {recipe}' if recipe else ''}."
         )
     return Schedule(0, steps, warmup, optimizer.warmup_lr, optimizer.lr, optimizer.min_lr)
 

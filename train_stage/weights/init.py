@@ -12,6 +12,8 @@ from ..model.shape import Shape
 from .read import load_weights
 from .weights import Weights
 
+_MOST_NAMED = 8
+
 
 def start_from(model: nn.Module, path: str | Path, leave_out: Sequence[str] = ()) -> dict[str, str]:
     """Copies weights into a fresh model, in place: every tensor that both have in the same size.
@@ -40,9 +42,14 @@ def start_from(model: nn.Module, path: str | Path, leave_out: Sequence[str] = ()
         if name in initial and initial[name].shape == tensor.shape and name not in leave_out
     }
     model.load_state_dict(shared, strict=False)
-    fresh = ", ".join(name for name in initial if name not in shared)
+    fresh = ", ".join(_by_module([name for name in initial if name not in shared]))
     say(f"Starting from {weights.file}{f'; not in it, so newly initialised: {fresh}' if fresh else ''}.")
     return {"file": str(weights.file), "sha256": weights.sha256()}
+
+
+def _by_module(names: Sequence[str]) -> list[str]:
+    """The names, of more than `_MOST_NAMED` only the modules that they are of."""
+    return list(names) if len(names) <= _MOST_NAMED else list(dict.fromkeys(name.split(".")[0] for name in names))
 
 
 def _refuse_other_shape(weights: Weights, shape: Shape, path: str | Path) -> None:

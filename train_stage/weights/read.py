@@ -70,6 +70,11 @@ def _read_tensors(path: Path, digest: str | UnsetType) -> dict[str, Tensor]:
 def _read_checkpoint(folder: Path) -> Weights:
     content = read_state(folder)
     state = checked(content, CheckpointState, folder / "state.json", "use another checkpoint")
+    if state.task == "segmentation":
+        raise DataError(
+            f"{folder} is of a segmentation, whose encoder was trained without a final norm; give the weights that the "
+            "run started from, or measure it with train segment --head upernet."
+        )
     if state.model is UNSET or state.input is UNSET or state.seed is UNSET:
         raise DataError(f"{folder / 'state.json'} lacks the model, its input or its seed; use another checkpoint.")
     name = EMA if EMA in state.files else TENSORS

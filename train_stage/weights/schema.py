@@ -108,6 +108,7 @@ class CheckpointState(Struct):
     input: InputFields | UnsetType = UNSET
     model: ShapeFields | UnsetType = UNSET
     class_names: ClassNames | UnsetType = UNSET
+    task: Text = "pretraining"
 
     def __post_init__(self) -> None:
         if "model.safetensors" not in self.files:
@@ -124,10 +125,10 @@ class RunState(CheckpointState, kw_only=True):
     init: Start | None
     loss_watch: LossWatch
     pending: list[PendingStep]
-    task: Text = "pretraining"
     codebook_fingerprint: Text | UnsetType = UNSET
     view: dict[str, Any] | UnsetType = UNSET
     labels_sha256: Sha256 | UnsetType = UNSET
+    masks_sha256: Sha256 | UnsetType = UNSET
     extensions: list[Extension] = []
 
     def __post_init__(self) -> None:
@@ -138,6 +139,9 @@ class RunState(CheckpointState, kw_only=True):
         of_classifier = (self.model, self.input, self.class_names, self.labels_sha256)
         if self.task == "finetuning" and any(field is UNSET for field in of_classifier):
             raise ValueError("a fine-tuning names its model, input, class_names and labels_sha256")
+        of_segmenter = (self.model, self.input, self.class_names, self.masks_sha256)
+        if self.task == "segmentation" and any(field is UNSET for field in of_segmenter):
+            raise ValueError("a segmentation names its model, input, class_names and masks_sha256")
 
 
 class ImportedWeights(Struct):

@@ -1,85 +1,7 @@
-"""Crops, windows and the schedule of the linear head."""
+"""The schedule of the linear head."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
-import torch
-from mapet.quickstart.drawings import draw, write_drawings
-from mapet.shared.images.views import Preprocess
-from mapet.shared.sources.options import DEFAULT
-from mapet.train_stage.segmentation.crops import Place, RandomCrops, WholeImages, places
-from mapet.train_stage.segmentation.linear_head import argmax_resized, lr_share, windows
-from mapet.train_stage.segmentation.masked_images import masked_images
-from mapet.train_stage.segmentation.masks import IGNORED, MaskRule
-from PIL import Image
-
-PREPROCESS = Preprocess(32, "shortest", 32, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("masked")
-    write_drawings(folder, 4, seed=3, masks=True)
-    return masked_images(folder, DEFAULT, "seg.png")
-
-
-def test_crops_are_a_function_of_seed_step_and_key(images):
-    crops = RandomCrops(images, MaskRule(), PREPROCESS, seed=1)
-    drawn = list(places(len(images), 3, 2, seed=1))
-    first, again = crops(drawn[2][1]), crops(drawn[2][1])
-    assert all(np.array_equal(first[name], again[name]) for name in first)
-    other = RandomCrops(images, MaskRule(), PREPROCESS, seed=2)(drawn[2][1])
-    assert not np.array_equal(first["pixels"], other["pixels"])
-
-
-def test_every_image_comes_once_an_epoch():
-    drawn = [place for step in places(5, 6, 3, seed=0) for place in step]
-    assert [place.step for place in drawn] == [step for step in range(6) for _ in range(3)]
-    assert [sorted(place.image for place in drawn[at : at + 5]) for at in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
-
-
-def test_the_pixels_and_the_mask_of_a_crop_show_the_same_place(tmp_path: Path):
-    """An image of four greys, whose mask says which: away from edges, a crop's greys are those of its classes."""
-    classes = np.kron(np.array([[0, 1], [2, 3]], np.uint8), np.ones((30, 40), np.uint8))
-    for folder, values in (("images", classes * 80), ("annotations", classes)):
-        (tmp_path / folder).mkdir()
-        Image.fromarray(values).save(tmp_path / folder / "four.png")
-    crops = RandomCrops(masked_images(tmp_path, DEFAULT, "seg.png"), MaskRule(), PREPROCESS, seed=1)
-    seen = set()
-    for step in range(16):
-        one = crops(Place(step, 0))
-        mask, pixels = one["mask"], one["pixels"].astype(int)
-        assert (mask.shape, pixels.shape) == ((32, 32), (3, 32, 32))
-        windows_of = np.lib.stride_tricks.sliding_window_view(np.pad(mask, 3, constant_values=-2), (7, 7))
-        inside = (windows_of == mask[:, :, None, None]).all((2, 3))
-        inside &= mask != IGNORED
-        assert (np.abs(pixels[:, inside] - mask[inside] * 80) <= 2).all()
-        assert (pixels[:, mask == IGNORED] == 128).all()  # the mean colour, where a small image ends
-        seen.add(tuple(np.unique(mask).tolist()))
-    assert len(seen) > 2  # crops of several places
-    assert any(IGNORED in classes for classes in seen)  # and of images that were smaller than a crop
-
-
-def test_whole_images_keep_their_masks(images):
-    whole = WholeImages(images, MaskRule(), PREPROCESS)(2)
-    assert whole["pixels"].shape == (3, 32, 32)
-    assert np.array_equal(whole["mask"], np.asarray(draw(2, 3).mask))
-
-
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 65), (64, 106), (64, 107), (300, 64)])
-def test_windows_cover_the_image_and_end_at_its_edges(height: int, width: int):
-    covered = np.zeros((height, width), int)
-    corners = list(windows(height, width, 64))
-    for top, left in corners:
-        assert 0 <= top <= height - 64
-        assert 0 <= left <= width - 64
-        covered[top : top + 64, left : left + 64] += 1
-    assert covered.min() >= 1
-    assert len(set(corners)) == len(corners)
-    stride = int(64 * 341 / 512)
-    expected = [-(-(length - 64) // stride) + 1 for length in (height, width)]
-    assert len(corners) == expected[0] * expected[1]
+from mapet.train_stage.segmentation.linear_head import lr_share
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -89,9 +11,3 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert shares[15 + 385 // 2] == pytest.approx(0.5, abs=0.01)
     assert sorted(shares[15:], reverse=True) == shares[15:]
     assert shares[-1] < 1e-4
-
-
-def test_classes_a_few_at_a_time_are_the_argmax_of_all():
-    logits = torch.randn(40, 5, 7, generator=torch.Generator().manual_seed(0))
-    whole = torch.nn.functional.interpolate(logits[None], size=(11, 20), mode="bilinear", align_corners=False)[0]
-    assert torch.equal(argmax_resized(logits, 11, 20), whole.argmax(0))

@@ -8,8 +8,8 @@ from mapet.quickstart.drawings import draw, write_drawings
 from mapet.shared.errors import DataError
 from mapet.shared.images.decode import read_image
 from mapet.shared.sources.options import DEFAULT
-from mapet.train_stage.segmentation.masked_images import class_pixels, masked_images
-from mapet.train_stage.segmentation.masks import MaskRule, read_mask
+from mapet.train_stage.masked.masked_images import check_masks, masked_images
+from mapet.train_stage.masked.masks import MaskRule, read_mask
 
 
 def test_masks_in_tars(tmp_path: Path):
@@ -45,7 +45,7 @@ def test_a_folder_that_holds_images_and_annotations(write_folder, png, jpeg, tmp
 def test_pixels_of_each_class_are_counted(tmp_path: Path, workers: int):
     write_drawings(tmp_path, 3, seed=6, masks=True)
     advanced: list[int] = []
-    counts = class_pixels(masked_images(tmp_path, DEFAULT, "seg.png"), MaskRule((2,)), workers, advanced.append)
+    counts = check_masks(masked_images(tmp_path, DEFAULT, "seg.png"), MaskRule((2,)), workers, advanced.append).pixels
     masks = np.stack([np.asarray(draw(index, 6).mask) for index in range(3)])
     assert counts[:4].tolist() == [(masks == 0).sum(), (masks == 1).sum(), 0, (masks == 3).sum()]
     assert counts[4:].sum() == 0
@@ -56,4 +56,4 @@ def test_an_image_of_another_size_than_its_mask_is_named(write_folder, png, jpeg
     files = {"images/a.jpg": jpeg, "annotations/a.png": png(np.ones((64, 60), np.uint8))}
     pairs = masked_images(write_folder(tmp_path, files), DEFAULT, "seg.png")
     with pytest.raises(DataError, match="the mask of 'a' has 60x64 pixels, and its image, upright, 64x64"):
-        class_pixels(pairs, MaskRule(), 0, lambda count: None)
+        check_masks(pairs, MaskRule(), 0, lambda count: None)

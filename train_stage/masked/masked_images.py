@@ -1,10 +1,11 @@
 """Images with their masks: KEY.jpg and KEY.seg.png in tars, or folders `images` and `annotations` side by side."""
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,11 +113,12 @@ class _Checked:
     rule: MaskRule
 
     def __call__(self, indices: Sequence[int]) -> dict[str, Any]:
-        counts = np.zeros(HIGHEST + 1, np.int64)
+        counts, digests = np.zeros(HIGHEST + 1, np.int64), []
         for index in indices:
             mask = self._fitting(self.images[index])
             counts += np.bincount(mask[mask != IGNORED], minlength=len(counts))
-        return {"counts": counts}
+            digests.append(hashlib.sha256(mask.tobytes()).hexdigest())
+        return {"counts": counts, "digests": digests}
 
     def _fitting(self, pair: MaskedImage) -> NDArray[np.int16]:
         mask = read_mask(pair.mask, self.rule)
@@ -135,20 +137,31 @@ class _Checked:
         return mask
 
 
-def class_pixels(
+class CheckedMasks(NamedTuple):
+    """What a pass over masks found."""
+
+    pixels: NDArray[np.int64]
+    """(`HIGHEST` + 1,): how many pixels each class has, by class index."""
+    sha256: str
+    """Hex digest of the class indices of each key's mask, independent of the order of the keys."""
+
+
+def check_masks(
     images: Sequence[MaskedImage], rule: MaskRule, workers: int, advance: Callable[[int], Any]
-) -> NDArray[np.int64]:
-    """How many pixels each class has, by class index, (`HIGHEST` + 1,); every mask is checked.
+) -> CheckedMasks:
+    """Reads every mask.
 
     Raises DataError, which names the mask, as `read_mask` does, for one of another size than its upright image, and for
     one with only ignored pixels.
     """
     indices = [range(at, min(at + _CHECKED_TOGETHER, len(images))) for at in range(0, len(images), _CHECKED_TOGETHER)]
-    counts = np.zeros(HIGHEST + 1, np.int64)
+    counts, digests = np.zeros(HIGHEST + 1, np.int64), list[str]()
     for of_batch, batch in zip(indices, batches(_Checked(images, rule), indices, workers), strict=True):
         counts += np.asarray(batch["counts"])
+        digests += batch["digests"]
         advance(len(of_batch))
-    return counts
+    lines = sorted(f"{pair.image.key}\t{digest}" for pair, digest in zip(images, digests, strict=True))
+    return CheckedMasks(counts, hashlib.sha256("\0".join(lines).encode()).hexdigest())
 
 
 def refuse_other_classes(train: NDArray[np.int64], val: NDArray[np.int64], rule: MaskRule) -> None:

@@ -38,10 +38,7 @@ def places(count: int, steps: int, batch: int, seed: int) -> Iterator[list[Place
 
 @dataclass(frozen=True)
 class RandomCrops:
-    """Crops of the model's input size, S x S, from images of a random scale, mirrored in half of the draws.
-
-    What a small image does not fill is the mean colour, and ignored.
-    """
+    """Crops of the model's input size, S x S, from images of a random scale, mirrored in half of the draws."""
 
     images: Sequence[MaskedImage]
     rule: MaskRule
@@ -50,20 +47,38 @@ class RandomCrops:
 
     def __call__(self, place: Place) -> dict[str, Any]:
         """`pixels` (3, S, S) uint8 and `mask` (S, S) int16, a pure function of seed, step and key."""
-        pair, size = self.images[place.image], self.preprocess.image_size
+        pair = self.images[place.image]
         random = generator(self.seed, "segment", "crop", place.step, pair.image.key)
-        image = _scaled(read_image(pair.image)[0], max(1, round(size * random.uniform(*SCALES))), self.preprocess)
-        mask = nearest(read_mask(pair.mask, self.rule), image.height, image.width)
-        top, left = (int(random.integers(0, max(length - size, 0) + 1)) for length in mask.shape)
-        canvas = np.full((size, size), IGNORED, np.int16)
-        crop = mask[top : top + size, left : left + size]
-        canvas[: crop.shape[0], : crop.shape[1]] = crop
-        colour = tuple(round(255 * mean) for mean in self.preprocess.mean)
-        picture = Image.new("RGB", (size, size), colour)
-        picture.paste(image.crop((left, top, left + crop.shape[1], top + crop.shape[0])))
-        if random.random() < 0.5:
-            picture, canvas = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), canvas[:, ::-1]
-        return {"pixels": to_array(picture), "mask": np.ascontiguousarray(canvas)}
+        pixels, mask = random_crop(pair, self.rule, self.preprocess, random)
+        return {"pixels": pixels, "mask": mask}
+
+
+def random_crop(
+    pair: MaskedImage,
+    rule: MaskRule,
+    preprocess: Preprocess,
+    random: np.random.Generator,
+    scales: tuple[float, float] = SCALES,
+    flip: float = 0.5,
+) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
+    """The pixels (3, S, S) and the mask (S, S) of a crop of the model's input size.
+
+    The image's shorter side is first scaled to `scales` times S; `flip` is the probability of mirroring. What a small
+    image does not fill is the mean colour, and ignored. Raises DataError for an image or a mask that cannot be read.
+    """
+    size = preprocess.image_size
+    image = _scaled(read_image(pair.image)[0], max(1, round(size * random.uniform(*scales))), preprocess)
+    mask = nearest(read_mask(pair.mask, rule), image.height, image.width)
+    top, left = (int(random.integers(0, max(length - size, 0) + 1)) for length in mask.shape)
+    canvas = np.full((size, size), IGNORED, np.int16)
+    crop = mask[top : top + size, left : left + size]
+    canvas[: crop.shape[0], : crop.shape[1]] = crop
+    colour = tuple(round(255 * mean) for mean in preprocess.mean)
+    picture = Image.new("RGB", (size, size), colour)
+    picture.paste(image.crop((left, top, left + crop.shape[1], top + crop.shape[0])))
+    if random.random() < flip:
+        picture, canvas = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), canvas[:, ::-1]
+    return to_array(picture), np.ascontiguousarray(canvas)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import zlib
 import numpy as np
 import pytest
 from mapet.shared.errors import DataError, UsageError
-from mapet.train_stage.segmentation.crops import nearest
-from mapet.train_stage.segmentation.masks import IGNORED, MaskRule, read_mask
+from mapet.train_stage.masked.crops import nearest
+from mapet.train_stage.masked.masks import IGNORED, MaskRule, read_mask
 from PIL import Image
 
 EVERYTHING = MaskRule(ignore=())

@@ -1,0 +1,1 @@
+"""Images with masks: where they lie, what a mask holds, crops of both, batches."""
