@@ -178,6 +178,12 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "Run the whole chain in a few minutes, offline, on images drawn by this package.",
             "quickstart.demo:demo",
         ),
+        "study": Command(
+            "Compare tokenizers, objectives and models over seeds under one protocol; resumable, on many machines.",
+            "study.study:study",
+            arguments=("study",),
+            shown_by="study.study:show",
+        ),
         "doctor": Command(
             "Print versions, devices, the FAISS build and what is missing, for a bug report.",
             "shared.doctor:doctor",

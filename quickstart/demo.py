@@ -1,4 +1,4 @@
-"""The whole chain in a few minutes, offline. This is the only module that imports both stages."""
+"""The whole chain in a few minutes, offline. It calls the public functions of both stages."""
 
 import io
 import json
