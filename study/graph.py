@@ -77,7 +77,7 @@ class Graph:
     steps: dict[str, Step] = field(default_factory=dict)
 
     def add(self, kind: str, label: str, content: Any, needs: Iterable[str], **made: Any) -> str:
-        """Adds a step unless there is one of the same content, and returns its folder. `made` are fields of the step."""
+        """Adds a step unless there is one of the same content; returns its folder. `made` are fields of the step."""
         needs = tuple(needs)
         digest = hashlib.sha256(canonical_json([kind, content, *needs]).encode()).hexdigest()[:12]
         known = [folder for folder, step in self.steps.items() if folder.endswith(digest) and step.kind == kind]

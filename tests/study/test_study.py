@@ -1,4 +1,4 @@
-"""mapet study as a whole: steps by real commands, killed and shared. `command` of a step is replaced nowhere."""
+"""mapet study as a whole: steps by real commands, killed and shared."""
 
 import csv
 import json
