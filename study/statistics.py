@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 CONFIDENCE = 0.95
+_SAME = 1e-12
+"""Deviation of differences that are equal but for rounding: they say nothing about how far differences vary."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Difference:
 
     mean: float
     low: float | None
-    """None of fewer than two pairs."""
+    """None of fewer than two pairs, or if all differences are equal."""
     high: float | None
     pairs: int
 
@@ -52,7 +54,7 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     if not pairs:
         return None
     mean = fmean(pairs)
-    if len(pairs) < 2:
+    if len(pairs) < 2 or stdev(pairs) < _SAME:
         return Difference(mean, None, None, len(pairs))
     from scipy.stats import t
 

@@ -41,17 +41,17 @@ def difference_text(difference: Difference | None) -> str:
 
 
 def show_table(result: StudyResult) -> None:
-    """Prints one table per tokenizer, model and budget."""
+    """Prints one table per tokenizer, model and budget, without seconds, which the files have."""
     groups: dict[tuple[str, str, str], list[Summary]] = {}
     for summary in result.summaries:
         groups.setdefault((summary.tokenizer, summary.model, summary.budget), []).append(summary)
     for place, rows in groups.items():
         grid = Table(title=foreign(f"{', '.join(place)}: top-1 in %, and difference from {result.study.baseline}"))
         grid.add_column("row")
-        for heading in _headings(result)[4:]:
-            grid.add_column(heading, justify="right")
+        for heading in _headings(result)[4:-4]:
+            grid.add_column(heading, justify="right", no_wrap=True)
         for row in rows:
-            name, *cells = _row(result, row)[3:]
+            name, *cells = _row(result, row)[3:-4]
             grid.add_row(foreign(name), *cells)
         results.print(grid)
 

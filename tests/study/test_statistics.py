@@ -39,3 +39,11 @@ def test_one_pair_has_no_interval_and_none_has_no_difference():
     assert found is not None
     assert (found.mean, found.low, found.high, found.is_significant) == (0.75, None, None, False)
     assert paired_difference({3: 1.0}, {4: 1.0}) is None
+
+
+def test_differences_that_are_all_equal_have_no_interval():
+    # Two small test sets often give the same difference twice; an interval of no width would look certain.
+    found = paired_difference({0: 0.5, 1: 0.7, 2: 0.9}, {0: 0.4, 1: 0.6, 2: 0.8})
+    assert found is not None
+    assert found.mean == pytest.approx(0.1)
+    assert (found.low, found.high, found.is_significant) == (None, None, False)
