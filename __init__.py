@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .shared.doctor import doctor
     from .shared.tokens.codebook import Codebook
     from .shared.tokens.store import TokenStore
-    from .study.study import study
+    from .studies.study import study
     from .tokenize_stage.build_codebook import build_codebook
     from .tokenize_stage.encode_shards import encode_shards, encode_shards_dry_run
     from .tokenize_stage.import_tokens import import_codebook, import_tokenizer, import_tokens
@@ -65,7 +65,7 @@ _HOME = {
     "probe": ".train_stage.probe",
     "report": ".train_stage.report",
     "segment": ".train_stage.segment",
-    "study": ".study.study",
+    "study": ".studies.study",
     "verify": ".tokenize_stage.verify",
 }
 

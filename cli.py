@@ -180,9 +180,9 @@ COMMANDS: dict[str, dict[str, Command]] = {
         ),
         "study": Command(
             "Compare tokenizers, objectives and models over seeds under one protocol; resumable, on many machines.",
-            "study.study:study",
+            "studies.study:study",
             arguments=("study",),
-            shown_by="study.study:show",
+            shown_by="studies.study:show",
         ),
         "doctor": Command(
             "Print versions, devices, the FAISS build and what is missing, for a bug report.",

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = ("tokenize_stage", "train_stage")
 LAYERS = {
-    "": [["cli"], ["study"], ["quickstart"], list(STAGES), ["shared"]],
+    "": [["cli"], ["studies"], ["quickstart"], list(STAGES), ["shared"]],
     "shared": [
         ["doctor"],
         ["tokens"],
@@ -54,7 +54,9 @@ FEWEST, MOST = 2, 9
 
 
 def modules() -> list[Path]:
-    return [path for room in ("study", "quickstart", "shared", *STAGES) for path in sorted((ROOT / room).rglob("*.py"))]
+    return [
+        path for room in ("studies", "quickstart", "shared", *STAGES) for path in sorted((ROOT / room).rglob("*.py"))
+    ]
 
 
 def imported(path: Path, root: Path = ROOT) -> set[tuple[str, ...]]:

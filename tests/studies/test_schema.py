@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from mapet.shared.errors import DataError, UsageError
-from mapet.study.schema import STUDIES, read_study
+from mapet.studies.schema import STUDIES, read_study
 
 SMOKE = yaml.safe_load((STUDIES / "smoke.yaml").read_text())
 

@@ -12,7 +12,7 @@ from ..shared.errors import DataError, UsageError
 from ..shared.runtime.static_signature import read_signature
 
 _PACKAGE = Path(__file__).parent.parent
-STUDIES = Path(__file__).parent / "studies"
+STUDIES = Path(__file__).parent / "shipped"
 RANDOM_INIT, FROM_SCRATCH, PIXELS = "random init", "from scratch", "pixels"
 FROZEN = ("linear", "attentive", "knn")
 _REMEDY = "correct it (docs/study.md lists the fields)"

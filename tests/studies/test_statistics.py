@@ -1,7 +1,7 @@
 """Means and paired intervals, against examples that are worked by hand."""
 
 import pytest
-from mapet.study.statistics import paired_difference, spread
+from mapet.studies.statistics import paired_difference, spread
 
 
 def test_a_spread_is_mean_and_sample_deviation():

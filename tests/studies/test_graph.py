@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from mapet.shared.errors import UsageError
-from mapet.study.graph import Graph, Inputs, build_graph, epochs_of
-from mapet.study.schema import Budget, Study, Tokenizer, read_study
+from mapet.studies.graph import Graph, Inputs, build_graph, epochs_of
+from mapet.studies.schema import Budget, Study, Tokenizer, read_study
 from msgspec.structs import replace
 
 BOOK = {"tower": "package", "k": 16}

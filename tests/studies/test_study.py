@@ -14,8 +14,8 @@ import pytest
 import yaml
 from mapet.shared.errors import UsageError
 from mapet.shared.storage.lock import claimed
-from mapet.study.schema import STUDIES
-from mapet.study.study import study
+from mapet.studies.schema import STUDIES
+from mapet.studies.study import study
 
 pytest.importorskip("scipy", reason="no scipy: differences have no intervals")
 COMMAND = [sys.executable, "-c", "from mapet.cli import main; main()", "study"]
