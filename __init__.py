@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .shared.doctor import doctor
     from .shared.tokens.codebook import Codebook
     from .shared.tokens.store import TokenStore
+    from .studies.study import study
     from .throughput.bench import bench
     from .tokenize_stage.build_codebook import build_codebook
     from .tokenize_stage.encode_shards import encode_shards, encode_shards_dry_run
@@ -66,6 +67,7 @@ _HOME = {
     "probe": ".train_stage.probe",
     "report": ".train_stage.report",
     "segment": ".train_stage.segment",
+    "study": ".studies.study",
     "verify": ".tokenize_stage.verify",
 }
 
@@ -99,6 +101,7 @@ __all__ = [
     "probe",
     "report",
     "segment",
+    "study",
     "verify",
 ]
 

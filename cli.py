@@ -186,6 +186,12 @@ COMMANDS: dict[str, dict[str, Command]] = {
             at_least={"k": 2},
             shown_by="throughput.bench:show",
         ),
+        "study": Command(
+            "Compare tokenizers, objectives and models over seeds under one protocol; resumable, on many machines.",
+            "studies.study:study",
+            arguments=("study",),
+            shown_by="studies.study:show",
+        ),
         "doctor": Command(
             "Print versions, devices, the FAISS build and what is missing, for a bug report.",
             "shared.doctor:doctor",

@@ -30,7 +30,7 @@ def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(whe
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {
         f"mapet/{path.relative_to(ROOT).as_posix()}"
-        for room in ("shared", "tokenize_stage", "train_stage", "throughput")
+        for room in ("shared", "studies", "tokenize_stage", "train_stage", "throughput")
         for path in (ROOT / room).rglob("*.py")
     } | {
         "mapet/__init__.py",
@@ -57,7 +57,8 @@ def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(whe
             *(f"vendor/{name}" for name in ("README.md", "d3.LICENSE", "d3.min.js", "plot.LICENSE", "plot.min.js")),
         )
     }
-    assert names == modules | recipes | tower | report
+    studies = {f"mapet/studies/shipped/{name}.yaml" for name in ("smoke", "tiny")}
+    assert names == modules | recipes | studies | tower | report
 
 
 def test_what_the_demo_carries_is_at_most_5_mb(wheel: Path):

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STAGES = ("tokenize_stage", "train_stage")
 LAYERS = {
-    "": [["cli"], ["throughput"], ["quickstart"], list(STAGES), ["shared"]],
+    "": [["cli"], ["studies", "throughput"], ["quickstart"], list(STAGES), ["shared"]],
     "shared": [
         ["doctor"],
         ["tokens"],
@@ -56,7 +56,9 @@ FEWEST, MOST = 2, 9
 
 def modules() -> list[Path]:
     return [
-        path for room in ("quickstart", "throughput", "shared", *STAGES) for path in sorted((ROOT / room).rglob("*.py"))
+        path
+        for room in ("studies", "quickstart", "throughput", "shared", *STAGES)
+        for path in sorted((ROOT / room).rglob("*.py"))
     ]
 
 

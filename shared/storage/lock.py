@@ -89,6 +89,35 @@ def sole_writer(out: Path | UPath, world: Ranks | None = None, *, option: str = 
         yield
 
 
+@contextmanager
+def claimed(out: Path) -> Iterator[bool]:
+    """Takes the lock of `sole_writer` on `out` without waiting, and holds it while the block runs.
+
+    Yields False, holding nothing, if another process has it. On a file system without locks it yields True.
+
+    Raises:
+        DataError: the folder of `out` cannot be written.
+    """
+    place = _LockPlace.of(out)
+    lock = filelock.FileLock(place.lock, thread_local=False)
+    is_claimed = True
+    with _explained(out):
+        place.make_folder()
+        try:
+            _acquire(lock, place.lock, 0)
+        except filelock.Timeout:
+            is_claimed = False
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+        except NotImplementedError:
+            pass
+    try:
+        yield is_claimed
+    finally:
+        _release(lock, place.lock)
+
+
 def writes_to_out(function: Callable[P, R]) -> Callable[P, R]:
     """Makes a function of one process hold the lock of its parameter `out` while it runs (see `sole_writer`)."""
     signature = inspect.signature(function)

@@ -1,0 +1,1 @@
+"""Studies: pre-training objectives compared under one protocol, made by the commands of both stages."""

@@ -1,0 +1,253 @@
+"""The cells of a study and the steps that make them: one step for each different content, whichever cells need it."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..quickstart.demo import TOWER
+from ..shared.errors import UsageError
+from ..shared.storage.files import canonical_json
+from ..train_stage.settings import Settings, resolve
+from .schema import FROM_SCRATCH, PIXELS, RANDOM_INIT, Budget, Study, Tokenizer, Value, Values
+
+CODEBOOK, TOKENS, RUN, PROBE, CLASSIFIER = "codebook", "tokens", "run", "probe", "classifier"
+KINDS = (CODEBOOK, TOKENS, RUN, PROBE, CLASSIFIER)
+PRETRAINED = "pre-trained"
+OUTPUT = "output"
+"""Name of a step's artifact in its folder."""
+_FEATURES = {RANDOM_INIT: "random init", PIXELS: "pixels 32x32"}
+"""How `train probe` calls the features of a comparison."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all steps of a study read, and where they write."""
+
+    images: str
+    val: str
+    count: int
+    """Training images."""
+    root: Path
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a command. Steps of equal content are one step."""
+
+    kind: str
+    folder: str
+    """Relative to the study's folder."""
+    words: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    """Folders of the steps whose artifacts it reads."""
+    images_seen: int = 0
+    flops: int = 0
+    """Of a pre-training."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of the table at one seed: the steps that its figures come from."""
+
+    row: str
+    tokenizer: str
+    model: str
+    budget: str
+    """Empty for what is not pre-trained."""
+    seed: int
+    codebook: str
+    tokens: str
+    run: str
+    probe: str | None = None
+    features: str = PRETRAINED
+    classifier: str | None = None
+
+
+@dataclass
+class Graph:
+    """Cells, and steps by folder, each after those that it needs."""
+
+    cells: list[Cell] = field(default_factory=list)
+    steps: dict[str, Step] = field(default_factory=dict)
+
+    def add(self, kind: str, label: str, content: Any, needs: Iterable[str], **made: Any) -> str:
+        """Adds a step unless there is one of the same content; returns its folder. `made` are fields of the step."""
+        needs = tuple(needs)
+        digest = hashlib.sha256(canonical_json([kind, content, *needs]).encode()).hexdigest()[:12]
+        known = [folder for folder, step in self.steps.items() if folder.endswith(digest) and step.kind == kind]
+        if known:
+            return known[0]
+        folder = f"{kind}/{re.sub(r'[^a-z0-9.]+', '-', label.lower()).strip('-.')}-{digest}"
+        self.steps[folder] = Step(kind, folder, needs=needs, **made)
+        return folder
+
+
+def build_graph(study: Study, inputs: Inputs) -> Graph:
+    """The cells and steps of a study.
+
+    Raises:
+        UsageError for settings that do not fit together, or a budget of less than half an epoch.
+    """
+    graph, builder = Graph(), _Builder(study, inputs)
+    for tokenizer_name, tokenizer in study.tokenizers.items():
+        codebook, tokens = builder.tokens(graph, tokenizer_name, tokenizer)
+        for model in study.models:
+            for seed in study.seeds:
+                for budget in study.budgets:
+                    for row in study.objectives:
+                        place = (tokenizer_name, model, budget, seed, codebook, tokens)
+                        graph.cells.append(builder.pretrained(graph, row, *place))
+                first = next(cell for cell in reversed(graph.cells) if cell.row == study.baseline)
+                graph.cells += builder.comparisons(graph, first)
+    return graph
+
+
+class _Builder:
+    def __init__(self, study: Study, inputs: Inputs) -> None:
+        self.study, self.inputs = study, inputs
+        self._device = ("--device", inputs.device)
+        self._labelled = ("--images", inputs.images, "--val", inputs.val)
+
+    def _output(self, folder: str) -> str:
+        return str(self.inputs.root / folder / OUTPUT)
+
+    def tokens(self, graph: Graph, name: str, tokenizer: Tokenizer) -> tuple[str, str]:
+        """The steps of a tokenizer: its codebook and its token store."""
+        book = {**tokenizer.codebook}
+        if book.get("tower") == "package":
+            book["tower"] = f"local-dir:{TOWER}"
+        words = ("tokenize", "build-codebook", self.inputs.images, *_options(book), *self._device)
+        codebook = graph.add(CODEBOOK, name, tokenizer.codebook, (), words=words)
+        words = ("tokenize", "encode-shards", self.inputs.images, "--codebook", self._output(codebook))
+        words += (*_options(tokenizer.tokens), *self._device)
+        return codebook, graph.add(TOKENS, name, tokenizer.tokens, (codebook,), words=words)
+
+    def pretrained(
+        self, graph: Graph, row: str, tokenizer: str, model: str, budget: str, seed: int, codebook: str, tokens: str
+    ) -> Cell:
+        """A pre-training and its evaluations."""
+        k = int(self.study.tokenizers[tokenizer].codebook.get("k", 8192))  # type: ignore[arg-type]
+        values: Values = {
+            **self.study.settings, **self.study.models[model], **self.study.objectives[row], "train.seed": seed,
+        }  # fmt: skip
+        settings = self.settings(values, row, model)
+        flops, per_epoch = flops_of(canonical_json(values), self.study.recipe, k), self.images_per_epoch(settings)
+        epochs = epochs_of(self.study.budgets[budget], flops, per_epoch, f"objective {row}, budget {budget}")
+        values = {"optimizer.warmup_epochs": self.study.warmup * epochs, **values, "train.epochs": epochs}
+        if self.study.curve_points:
+            steps = epochs * per_epoch // settings.train.batch_size
+            values |= {"probe.images": self.inputs.images, "probe.val": self.inputs.val}
+            values["probe.every"] = max(steps // self.study.curve_points, 1)
+        label = f"{row} {model} seed {seed} {budget}"
+        recipe = _recipe(self.study.recipe)
+        words = ("train", "pretrain", "--images", self.inputs.images, "--tokens", self._output(tokens))
+        words += (*recipe, *_settings(values), *self._device)
+        seen = epochs * per_epoch
+        content = {**values, "recipe": self.study.recipe}
+        made = {"words": words, "images_seen": seen, "flops": seen * flops}
+        run = graph.add(RUN, label, _without_paths(content), (tokens,), **made)
+        probe = self.probe(graph, label, run, seed, row, budget) if self.study.frozen else None
+        classifier = None
+        if "finetuned" in self.study.evaluations:
+            classifier = self.classifier(graph, label, run, seed)
+        return Cell(row, tokenizer, model, budget, seed, codebook, tokens, run, probe, PRETRAINED, classifier)
+
+    def settings(self, values: Mapping[str, Value], row: str, model: str) -> Settings:
+        """Raises UsageError, which names the row, for settings that do not fit together."""
+        try:
+            return resolve(self.study.recipe, _pairs(values))
+        except UsageError as error:
+            raise UsageError(f"objective {row}, model {model}: {error}") from None
+
+    def images_per_epoch(self, settings: Settings) -> int:
+        """Without the incomplete batch at the end."""
+        batch = settings.train.batch_size
+        if batch > self.inputs.count:
+            raise UsageError(f"train.batch_size {batch} is larger than the {self.inputs.count} training images.")
+        return self.inputs.count // batch * batch
+
+    def probe(self, graph: Graph, label: str, run: str, seed: int, row: str, budget: str) -> str:
+        """The frozen evaluations of a run; the baseline's at its last budget include the comparisons."""
+        flags = ["--attentive"] if "attentive" in self.study.frozen else []
+        if row == self.study.baseline and budget == list(self.study.budgets)[-1]:
+            flags += ["--random-init"] if RANDOM_INIT in self.study.comparisons else []
+            flags += ["--pixels"] if PIXELS in self.study.comparisons else []
+        words = ("train", "probe", self._output(run), *self._labelled, "--json", "--seed", str(seed), *flags)
+        return graph.add(PROBE, label, flags, (run,), words=(*words, *self._device))
+
+    def classifier(self, graph: Graph, label: str, run: str, seed: int, *flags: str) -> str:
+        """The fine-tuning of a run."""
+        values: Values = {**self.study.finetuning, "train.seed": seed}
+        recipe = _recipe(self.study.finetuning_recipe)
+        words = ("train", "finetune", self._output(run), *self._labelled, *recipe, *_settings(values), *flags)
+        content = [values, self.study.finetuning_recipe, *flags]
+        return graph.add(CLASSIFIER, label, content, (run,), words=(*words, *self._device))
+
+    def comparisons(self, graph: Graph, of: Cell) -> list[Cell]:
+        """The cells without pre-training, of the model and seed of a cell."""
+        place = (of.tokenizer, of.model, "", of.seed, of.codebook, of.tokens, of.run)
+        cells = []
+        for name in self.study.comparisons:
+            if name == FROM_SCRATCH:
+                label = f"from scratch {of.model} seed {of.seed}"
+                classifier = self.classifier(graph, label, of.run, of.seed, "--from-scratch")
+                cells.append(Cell(name, *place, classifier=classifier))
+            else:
+                cells.append(Cell(name, *place, of.probe, _FEATURES[name]))
+        return cells
+
+
+def epochs_of(budget: Budget, flops_per_image: int, images_per_epoch: int, what: str) -> int:
+    """The number of whole epochs that comes closest to a budget. Raises UsageError under half an epoch."""
+    images = budget.images if budget.flops is None else budget.flops / flops_per_image
+    assert images is not None  # a budget has one of the two
+    epochs = images / images_per_epoch
+    if epochs < 0.5:
+        raise UsageError(
+            f"{what}: the budget is {epochs:.2g} epochs of {images_per_epoch:,} images; give at least one epoch."
+        )
+    return round(epochs) or 1
+
+
+@cache
+def flops_of(values: str, recipe: str | None, k: int) -> int:
+    """FLOPs of forward and backward per image of a pre-training; `values` are its settings as JSON."""
+    from ..train_stage.tasks.pretraining import flops_per_image
+
+    return flops_per_image(resolve(recipe, _pairs(json.loads(values))), k)
+
+
+def _pairs(values: Mapping[str, Value]) -> list[str]:
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+
+
+def _settings(values: Mapping[str, Value]) -> list[str]:
+    return [word for pair in _pairs(values) for word in ("--set", pair)]
+
+
+def _recipe(name: str | None) -> tuple[str, ...]:
+    return () if name is None else ("--recipe", name)
+
+
+def _options(values: Mapping[str, Value]) -> list[str]:
+    """Options of a command; a list is several values of one option."""
+    words = []
+    for name, value in values.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, list):
+            words += [f"--{option}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{option}", str(value)]
+    return words
+
+
+def _without_paths(values: Mapping[str, Value]) -> dict[str, Value]:
+    return {key: value for key, value in values.items() if key not in ("probe.images", "probe.val")}

@@ -1,0 +1,104 @@
+"""mapet study as a whole: steps by real commands, killed and shared."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from mapet.shared.errors import UsageError
+from mapet.shared.storage.lock import claimed
+from mapet.studies.schema import STUDIES
+from mapet.studies.study import study
+
+pytest.importorskip("scipy", reason="no scipy: differences have no intervals")
+COMMAND = [sys.executable, "-c", "from mapet.cli import main; main()", "study"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke study with one budget."""
+    content = yaml.safe_load((STUDIES / "smoke.yaml").read_text())
+    content["budgets"] = {"images": {"images": 160}}
+    path = tmp_path_factory.mktemp("study") / "small.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def scores(out: Path) -> list[tuple[str, ...]]:
+    with (out / "results.csv").open() as file:
+        return [
+            (one["row"], one["budget"], one["seed"], one["evaluation"], one["top1"]) for one in csv.DictReader(file)
+        ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "study"
+    study(small, out)
+    return out
+
+
+@pytest.mark.campaign
+def test_a_study_measures_every_cell(undisturbed: Path):
+    # 2 objectives and 2 comparisons, 2 seeds, 2 evaluations.
+    rows = [line for line in scores(undisturbed) if line[3] in ("linear", "knn")]
+    assert len(rows) == len(scores(undisturbed)) == 16
+    assert all(0 <= float(line[-1]) <= 1 for line in rows)
+    table = (undisturbed / "results.md").read_text()
+    assert table.count("\n| k-CLIP |") == 4
+    assert "measure once on VAL" in table
+    assert (undisturbed / "results.tex").read_text().count(r"MIM 40 \%") == 1
+    summaries = json.loads((undisturbed / "results.json").read_text())["summaries"]
+    assert [one["row"] for one in summaries] == ["MIM 40 %", "MaPeT", "random init", "pixels"]
+    assert summaries[0]["differences"] == {}
+    assert summaries[1]["differences"]["linear"]["pairs"] == 2
+
+
+@pytest.mark.campaign
+def test_a_study_that_is_killed_at_random_ends_with_the_same_figures(small: Path, undisturbed: Path, tmp_path: Path):
+    out, moments = tmp_path / "study", random.Random(0)
+    for _ in range(8):
+        process = subprocess.Popen([*COMMAND, small, "--out", out], start_new_session=True, stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(2, 15))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*COMMAND, small, "--out", out], check=True)
+    assert scores(out) == scores(undisturbed)
+
+
+@pytest.mark.campaign
+def test_two_processes_share_a_study_and_end_with_the_same_figures(small: Path, undisturbed: Path, tmp_path: Path):
+    out = tmp_path / "study"
+    pair = [subprocess.Popen([*COMMAND, small, "--out", out], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    assert scores(out) == scores(undisturbed)
+    made = [{line.split(":")[0] for line in text.splitlines() if ": mapet t" in line} for text in said]
+    assert made[0]
+    assert made[1]
+    assert not made[0] & made[1]
+
+
+def test_a_claim_is_not_waited_for(tmp_path: Path):
+    with claimed(tmp_path / "step") as first, claimed(tmp_path / "step") as second:
+        assert (first, second) == (True, False)
+    with claimed(tmp_path / "step") as again:
+        assert again
+
+
+def test_images_are_given_exactly_where_the_study_draws_none(small: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="draws its own images; leave out --images and --val"):
+        study(small, tmp_path / "out", images="a", val="b")
+    content = yaml.safe_load(small.read_text())
+    del content["drawings"]
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UsageError, match="needs images: give --images and --val"):
+        study(tmp_path / "other.yaml", tmp_path / "out", images="a")
+    assert not (tmp_path / "out").exists()
