@@ -122,7 +122,7 @@ class _Builder:
         book = {**tokenizer.codebook}
         if book.get("tower") == "package":
             book["tower"] = f"local-dir:{TOWER}"
-        words = ("tokenize", "build-codebook", self.inputs.images, *_options(book), *self._device)
+        words: tuple[str, ...] = ("tokenize", "build-codebook", self.inputs.images, *_options(book), *self._device)
         codebook = graph.add(CODEBOOK, name, tokenizer.codebook, (), words=words)
         words = ("tokenize", "encode-shards", self.inputs.images, "--codebook", self._output(codebook))
         words += (*_options(tokenizer.tokens), *self._device)
@@ -146,7 +146,7 @@ class _Builder:
             values["probe.every"] = max(steps // self.study.curve_points, 1)
         label = f"{row} {model} seed {seed} {budget}"
         recipe = _recipe(self.study.recipe)
-        words = ("train", "pretrain", "--images", self.inputs.images, "--tokens", self._output(tokens))
+        words: tuple[str, ...] = ("train", "pretrain", "--images", self.inputs.images, "--tokens", self._output(tokens))
         words += (*recipe, *_settings(values), *self._device)
         seen = epochs * per_epoch
         content = {**values, "recipe": self.study.recipe}

@@ -135,7 +135,8 @@ def _summaries(study: Study, cells: list[Measured]) -> list[Summary]:
 
 def _summary(study: Study, group: list[Measured], row: str, place: tuple[str, str, str]) -> Summary:
     own = [one for one in group if one.cell.row == row]
-    scores, differences = {}, {}
+    scores: dict[str, Spread] = {}
+    differences: dict[str, Difference] = {}
     for evaluation in study.evaluations:
         values, baseline = _by_seed(group, row, evaluation), _by_seed(group, study.baseline, evaluation)
         if not values:

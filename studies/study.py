@@ -86,7 +86,8 @@ def _inputs(plan: Study, out: Path, images: str | Path | None, val: str | Path |
                 partial.write_text(json.dumps(noted, indent=1) + "\n")
     if {name: noted.get(name) for name in given} != given:
         raise UsageError(f"--out {out} holds another study or one of other images; choose another --out or delete it.")
-    return Inputs(*_paths(plan, noted, out), noted["count"], out, device)
+    train, held_out = _paths(plan, noted, out)
+    return Inputs(train, held_out, noted["count"], out, device)
 
 
 def _paths(plan: Study, noted: dict[str, Any], out: Path) -> Sequence[str]:

@@ -209,7 +209,7 @@ def test_links_lead_to_pages_and_headings(page: str):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_named_in_the_text_exist(page: str):
-    rooms = "tokenize_stage|train_stage|shared|quickstart|throughput|benchmarks|recipes|tests|scripts|docs"
+    rooms = "tokenize_stage|train_stage|shared|quickstart|throughput|studies|benchmarks|recipes|tests|scripts|docs"
     text = re.sub(r"^```.*?^```$", "", read(page), flags=re.MULTILINE | re.DOTALL)
     named = re.findall(rf"`((?:{rooms})/[\w./-]*)`", text)
     missing = {name for name in named if "NAME" not in name and not (ROOT / name).exists()}
@@ -278,7 +278,7 @@ def messages() -> list[str]:
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    for room in ("shared", "tokenize_stage", "train_stage", "quickstart", "throughput"):
+    for room in ("shared", "tokenize_stage", "train_stage", "quickstart", "throughput", "studies"):
         for path in sorted((ROOT / room).rglob("*.py")):
             visit(ast.parse(path.read_text()))
     return found
