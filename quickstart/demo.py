@@ -32,7 +32,7 @@ from ..train_stage.report import report
 from .drawings import CLASSES, write_drawings
 
 TOWER = Path(__file__).parent / "tower"
-TRAIN_IMAGES, VAL_IMAGES, _PER_TAR = 4000, 1000, 1000
+TRAIN_IMAGES, VAL_IMAGES, _PER_TAR = 3000, 1000, 1000
 _SEED_OF_VAL = 500
 _OWN_VAL_SHARE, _OWN_TAR = 0.2, "images-000000.tar"
 K = 128
@@ -54,7 +54,7 @@ _SETTINGS = {
     "train.epochs": 4,
 }
 
-_FINETUNE_PASSES, _FINETUNE_EPOCHS, _FINETUNE_BATCH = 8000, 8, 32
+_FINETUNE_PASSES, _FINETUNE_EPOCHS, _FINETUNE_BATCH = 6000, 6, 32
 _FINETUNE_SETTINGS = {
     # The same for both starts, and the same rate in every layer, which does not favour pre-trained ones.
     "optimizer.lr": 1e-3,

@@ -19,7 +19,7 @@ def test_the_demo_runs_on_ones_own_pictures_and_goes_on_where_it_was(tmp_path: P
     assert "mapet tokenize build-codebook" in said.err
     assert "linear probe" in said.out
     assert said.out.index("classifier, fine-tuned") < said.out.index("classifier, from scratch")
-    assert "labelled pictures in 8 epoch(s), with the same settings and seed 0" in said.err
+    assert "labelled pictures in 6 epoch(s), with the same settings and seed 0" in said.err
     starts = [json.loads((tmp_path / "out" / name / "run.json").read_text()) for name in ("finetuned", "scratch")]
     assert starts[1]["init"] is None
     assert starts[0]["init"]["file"].startswith(str(tmp_path / "out" / "run"))
