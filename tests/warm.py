@@ -190,3 +190,4 @@ if __name__ == "__main__":
         request = serve(socket.socket(fileno=int(sys.argv[2])))
         if request is not None:
             run(request)
+        os._exit(0)
