@@ -1,12 +1,13 @@
 """Rates of the package's code and of its references, measured in turns within one run."""
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
-from torch.utils.benchmark import timer  # waits for the GPU before it reads the clock
+import torch
 
 T = TypeVar("T")
 Side = Callable[[], tuple[float, float]]
@@ -70,6 +71,13 @@ class Row:
             "rounds": len(self.rates.ours),
             "against": self.against,
         }
+
+
+def timer() -> float:
+    """Seconds, once the GPU has done what it was given (torch.utils.benchmark's clock, which warns when imported)."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def timed(call: Callable[[], object], amount: float) -> Side:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapet.shared.errors import UsageError
 from mapet.train_stage.settings import RECIPES, resolve, resolve_finetuning, resolve_segmenting
@@ -67,6 +67,7 @@ def test_the_published_batch_is_shared_by_any_number_of_processes(processes: int
     assert (plan.parts, plan.micro_batch, plan.share) == (parts, micro_batch, 2048 // processes)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4096), st.integers(1, 16), st.none() | st.integers(1, 500))
 def test_parts_are_equal_and_as_few_as_the_micro_batch_allows(batch: int, processes: int, micro: int | None):
     settings = resolve(overrides=[f"train.batch_size={batch}", f"execution.micro_batch={micro or 'null'}"])
