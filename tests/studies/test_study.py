@@ -39,44 +39,56 @@ def scores(out: Path) -> list[tuple[str, ...]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def smaller(small: Path) -> Path:
+    """With one objective."""
+    content = yaml.safe_load(small.read_text())
+    content["objectives"] = {content["baseline"]: content["objectives"][content["baseline"]]}
+    path = small.with_name("smaller.yaml")
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(smaller: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "study"
-    study(small, out)
+    study(smaller, out)
     return out
 
 
 @pytest.mark.campaign
-def test_a_study_measures_every_cell(undisturbed: Path):
+def test_a_study_measures_every_cell(small: Path, tmp_path: Path):
     # 2 objectives and 2 comparisons, 2 seeds, 2 evaluations.
-    rows = [line for line in scores(undisturbed) if line[3] in ("linear", "knn")]
-    assert len(rows) == len(scores(undisturbed)) == 16
+    out = tmp_path / "study"
+    study(small, out)
+    rows = [line for line in scores(out) if line[3] in ("linear", "knn")]
+    assert len(rows) == len(scores(out)) == 16
     assert all(0 <= float(line[-1]) <= 1 for line in rows)
-    table = (undisturbed / "results.md").read_text()
+    table = (out / "results.md").read_text()
     assert table.count("\n| k-CLIP |") == 4
     assert "measure once on VAL" in table
-    assert (undisturbed / "results.tex").read_text().count(r"MIM 40 \%") == 1
-    summaries = json.loads((undisturbed / "results.json").read_text())["summaries"]
+    assert (out / "results.tex").read_text().count(r"MIM 40 \%") == 1
+    summaries = json.loads((out / "results.json").read_text())["summaries"]
     assert [one["row"] for one in summaries] == ["MIM 40 %", "MaPeT", "random init", "pixels"]
     assert summaries[0]["differences"] == {}
     assert summaries[1]["differences"]["linear"]["pairs"] == 2
 
 
-@pytest.mark.campaign
-def test_a_study_that_is_killed_at_random_ends_with_the_same_figures(small: Path, undisturbed: Path, tmp_path: Path):
+@pytest.mark.nightly
+def test_a_study_that_is_killed_at_random_ends_with_the_same_figures(smaller: Path, undisturbed: Path, tmp_path: Path):
     out, moments = tmp_path / "study", random.Random(0)
-    for _ in range(8):
-        process = subprocess.Popen([*COMMAND, small, "--out", out], start_new_session=True, stderr=subprocess.DEVNULL)
+    for _ in range(4):
+        process = subprocess.Popen([*COMMAND, smaller, "--out", out], start_new_session=True, stderr=subprocess.DEVNULL)
         time.sleep(moments.uniform(2, 15))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    subprocess.run([*COMMAND, small, "--out", out], check=True)
+    subprocess.run([*COMMAND, smaller, "--out", out], check=True)
     assert scores(out) == scores(undisturbed)
 
 
-@pytest.mark.campaign
-def test_two_processes_share_a_study_and_end_with_the_same_figures(small: Path, undisturbed: Path, tmp_path: Path):
+@pytest.mark.nightly
+def test_two_processes_share_a_study_and_end_with_the_same_figures(smaller: Path, undisturbed: Path, tmp_path: Path):
     out = tmp_path / "study"
-    pair = [subprocess.Popen([*COMMAND, small, "--out", out], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    pair = [subprocess.Popen([*COMMAND, smaller, "--out", out], stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said
     assert scores(out) == scores(undisturbed)
