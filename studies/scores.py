@@ -1,4 +1,4 @@
-"""What a finished study measured: figures of each cell, their summary over seeds, and learning curves."""
+"""What a finished study measured: figures of each cell, and their summary over seeds."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -152,33 +152,3 @@ def _summary(study: Study, group: list[Measured], row: str, place: tuple[str, st
 
 def _by_seed(group: list[Measured], row: str, evaluation: str) -> dict[int, float]:
     return {one.cell.seed: one.scores[evaluation] for one in group if one.cell.row == row and evaluation in one.scores}
-
-
-def curves(result: StudyResult) -> list[dict[str, Any]]:
-    """Points of the learning curves: metrics of each pre-training at the images and FLOPs that it had seen."""
-    points: list[dict[str, Any]] = []
-    seen: set[tuple[str, ...]] = set()
-    for one in result.cells:
-        cell = one.cell
-        place = (cell.tokenizer, cell.model, cell.budget, cell.row, str(cell.seed))
-        if not cell.budget or place in seen:
-            continue
-        seen.add(place)
-        folder = result.root / cell.run / OUTPUT
-        metrics, probes = read_lines(folder / "metrics.jsonl"), read_lines(folder / "probe.jsonl")
-        steps = metrics[-1]["step"] if metrics else 1
-        for name, lines in (("accuracy", metrics), ("knn", probes)):
-            points += [
-                {
-                    "row": cell.row,
-                    "group": f"{cell.tokenizer}, {cell.model}, {cell.budget}",
-                    "seed": cell.seed,
-                    "metric": name,
-                    "images": one.images * line["step"] / steps,
-                    "flops": one.flops * line["step"] / steps,
-                    "value": line[name],
-                }
-                for line in lines
-                if line.get(name) is not None
-            ]
-    return points

@@ -1,7 +1,6 @@
 """study: tokenizers, objectives, models and seeds compared under one protocol, by the project's own commands."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..shared.sources.sources import read_records
 from ..shared.storage.files import written_whole
 from ..shared.storage.lock import sole_writer
 from .graph import Inputs, build_graph
-from .schema import Study, read_study
+from .schema import Drawings, Study, read_study
 from .scores import StudyResult, collect
 from .tables import show_table, to_csv, to_latex, to_markdown
 from .work import work
@@ -77,21 +76,19 @@ def _inputs(plan: Study, out: Path, images: str | Path | None, val: str | Path |
     if plan.drawings is not None and (images is not None or val is not None):
         raise UsageError("The study draws its own images; leave out --images and --val.")
     given = {"study": to_builtins(plan), "images": None if images is None else str(images), "val": val and str(val)}
+    drawn = out / "images"
+    train, held_out = (str(images), str(val)) if plan.drawings is None else (str(drawn / "train"), str(drawn / "val"))
     with sole_writer(out / _PLAN):
         noted = _noted(out / _PLAN)
         if noted is None:
-            train, held_out = (str(images), str(val)) if plan.drawings is None else _drawn(plan, out)
-            noted = {**given, "count": plan.train_images or len(read_records(train)), "paths": [train, held_out]}
+            if plan.drawings is not None:
+                _draw(plan.drawings, train, held_out)
+            noted = {**given, "count": plan.train_images or len(read_records(train))}
             with written_whole(out / _PLAN) as partial:
                 partial.write_text(json.dumps(noted, indent=1) + "\n")
     if {name: noted.get(name) for name in given} != given:
         raise UsageError(f"--out {out} holds another study or one of other images; choose another --out or delete it.")
-    train, held_out = _paths(plan, noted, out)
     return Inputs(train, held_out, noted["count"], out, device)
-
-
-def _paths(plan: Study, noted: dict[str, Any], out: Path) -> Sequence[str]:
-    return noted["paths"] if plan.drawings is None else [str(out / "images" / name) for name in ("train", "val")]
 
 
 def _noted(path: Path) -> dict[str, Any] | None:
@@ -106,12 +103,9 @@ def _noted(path: Path) -> dict[str, Any] | None:
     return noted
 
 
-def _drawn(plan: Study, out: Path) -> tuple[str, str]:
-    assert plan.drawings is not None  # as `_inputs` found
-    folders = [out / "images" / name for name in ("train", "val")]
-    for folder, count, seed in zip(folders, (plan.drawings.train, plan.drawings.val), (0, _SEED_OF_VAL), strict=True):
+def _draw(drawings: Drawings, train: str, val: str) -> None:
+    for folder, count, seed in ((Path(train), drawings.train, 0), (Path(val), drawings.val, _SEED_OF_VAL)):
         write_drawings(folder, count, seed=seed, prefix=folder.name)
-    return str(folders[0]), str(folders[1])
 
 
 def _write(result: StudyResult) -> None:

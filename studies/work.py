@@ -105,12 +105,7 @@ def _scores(step: Step, folder: Path) -> dict[str, dict[str, float]]:
     """Top-1 accuracies in [0, 1] by features and evaluation."""
     if step.kind == PROBE:
         rows = json.loads((folder / _PRINTED).read_text())["rows"]
-        return {
-            row["features"]: {
-                one["name"]: one["numbers"]["top1"] for one in row["evaluations"] if "top1" in one["numbers"]
-            }
-            for row in rows
-        }
+        return {row["features"]: _top1(row["evaluations"]) for row in rows}
     if step.kind == CLASSIFIER:
         last = (folder / OUTPUT / "probe.jsonl").read_text().splitlines()[-1]
         return {"classifier": {"finetuned": json.loads(last)["top1"]}}

@@ -7,13 +7,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..shared.images.normalise import Normalise
 from ..shared.randomness import seeded_torch
-from ..shared.runtime.compat import fake_tensors
 from ..shared.runtime.distributed import World
 from ..train_stage.data.batch import Batch
+from ..train_stage.model.flops import training_flops
 from ..train_stage.model.shape import Shape
 from ..train_stage.objectives.layouts import step_layout
 from ..train_stage.settings import Settings
@@ -53,13 +52,13 @@ class PlainViT(nn.Module):
 
 def plain_flops(shape: Shape, predicted: int) -> int:
     """FLOPs of forward and backward of `PlainViT` for one image with so many predicted patches."""
-    with torch.device("meta"):
-        model = PlainViT(shape)
-    with fake_tensors(), FlopCounterMode(display=False) as counter:  # nothing is computed
-        model.to_empty(device="cpu")
+
+    def loss(model: PlainViT) -> Tensor:
         patches = torch.empty(1, predicted, dtype=torch.int64)
-        torch.autograd.backward(model(torch.empty(1, 3, shape.image_size, shape.image_size), patches, patches))
-    return int(counter.get_total_flops())
+        entropy: Tensor = model(torch.empty(1, 3, shape.image_size, shape.image_size), patches, patches)
+        return entropy
+
+    return training_flops(lambda: PlainViT(shape), loss)
 
 
 class Steps:

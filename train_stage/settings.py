@@ -426,6 +426,10 @@ class FinetuneOptimizerSettings(OptimizerSettings):
         _require(0 < self.layer_decay <= 1, f"optimizer.layer_decay {self.layer_decay} must lie in (0, 1].")
 
 
+def _refuse_cache(data: DataSettings) -> None:
+    _require(data.cache is None and data.cache_gb is None, "data.cache is of pre-training on remote tars.")
+
+
 @dataclass
 class FinetuneDataSettings(DataSettings):
     color_jitter: float = 0.0
@@ -434,7 +438,7 @@ class FinetuneDataSettings(DataSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(not self.color_jitter, "data.color_jitter is of pre-training; set augment.rand_augment instead.")
-        _require(self.cache is None and self.cache_gb is None, "data.cache is of pre-training on remote tars.")
+        _refuse_cache(self)
 
 
 @dataclass
@@ -457,10 +461,8 @@ class ValidationSettings:
     """Images per forward pass."""
 
     def __post_init__(self) -> None:
-        check_numbers("validation", self)
-        _require(self.every is None or self.every >= 1, f"validation.every {self.every} must be at least 1, or null.")
+        _check_validation(self)
         _require(0 < self.crop <= 1, f"validation.crop {self.crop} must lie in (0, 1].")
-        _require(self.batch_size >= 1, f"validation.batch_size {self.batch_size} must be at least 1.")
 
 
 @dataclass
@@ -550,7 +552,7 @@ class SegmentDataSettings(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.cache is None and self.cache_gb is None, "data.cache is of pre-training on remote tars.")
+        _refuse_cache(self)
 
 
 @dataclass
@@ -571,9 +573,14 @@ class SegmentValidationSettings:
     """Windows per forward pass."""
 
     def __post_init__(self) -> None:
-        check_numbers("validation", self)
-        _require(self.every is None or self.every >= 1, f"validation.every {self.every} must be at least 1, or null.")
-        _require(self.batch_size >= 1, f"validation.batch_size {self.batch_size} must be at least 1.")
+        _check_validation(self)
+
+
+def _check_validation(validation: "ValidationSettings | SegmentValidationSettings") -> None:
+    check_numbers("validation", validation)
+    every, size = validation.every, validation.batch_size
+    _require(every is None or every >= 1, f"validation.every {every} must be at least 1, or null.")
+    _require(size >= 1, f"validation.batch_size {size} must be at least 1.")
 
 
 @dataclass

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from mapet.train_stage.weights.read import load_weights
 from timm import create_model
 
 from ..warm import warm_command, warm_torchrun
+from .runs import checkpoints, kill_at_first_checkpoint, left_at_step, lines, same
 
 SETTINGS = (
     "train.batch_size=16",
@@ -53,29 +52,6 @@ def finetune(mapet, lab, val: Path, tmp_path: Path) -> Callable[..., object]:
         return mapet("train", "finetune", weights, "--images", images, "--val", val, "--out", out, *SET, *options)
 
     return call
-
-
-def checkpoints(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step-*"))
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def same(one: Path, other: Path) -> bool:
-    """Whether the last checkpoints of two runs have the same bytes, and the losses are the same."""
-    first, second = checkpoints(one)[-1], checkpoints(other)[-1]
-    names = ["model.safetensors", "ema.safetensors", "optimizer.safetensors"]
-    assert lines(one / "metrics.jsonl")[-1]["step"] == lines(other / "metrics.jsonl")[-1]["step"] == 6
-    losses = [[(line["step"], line["loss"]) for line in lines(run / "metrics.jsonl")] for run in (one, other)]
-    accuracies = [lines(run / "probe.jsonl") for run in (one, other)]
-    return (
-        first.name == second.name
-        and all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
-        and losses[0] == losses[1]
-        and accuracies[0] == accuracies[1]
-    )
 
 
 def test_a_finished_run_has_class_names_and_accuracies(tuned: Path):
@@ -180,9 +156,7 @@ def test_shipped_recipes(mapet, lab, val: Path, recipe: str):
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_run_resumes_in_mid_epoch(finetune, tuned: Path, tmp_path: Path, step: int):
     """A run resumes from a checkpoint in the middle of an epoch and ends with the same bytes."""
-    shutil.copytree(tuned, tmp_path / "run")
-    for checkpoint in checkpoints(tmp_path / "run")[step // 2 :]:
-        shutil.rmtree(checkpoint)
+    left_at_step(tuned, tmp_path / "run", step)
     assert f"step {step} of 6" in finetune().ok().text
     assert same(tuned, tmp_path / "run")
 
@@ -191,12 +165,7 @@ def test_a_killed_run_resumes(start, finetune, lab, val: Path, tuned: Path, tmp_
     """A run that was killed resumes and ends with the same bytes."""
     out = tmp_path / "run"
     process = start("train", "finetune", lab.run, "--images", lab.images, "--val", val, "--out", out, *SET)
-    deadline = time.monotonic() + 60
-    while len(checkpoints(out)) < 1 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert checkpoints(out)
+    kill_at_first_checkpoint(process, out)
     finetune().ok()
     assert same(tuned, out)
 

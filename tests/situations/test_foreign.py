@@ -8,13 +8,14 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+
+from ..warm import COLD_COMMAND
 
 HOSTILE_NAMES = {
     "markup": "[/x][red]",
@@ -133,7 +134,7 @@ def test_ascii_terminal(mapet, lab, tmp_path):
 @pytest.mark.parametrize("files", [24, 32])
 def test_few_descriptors(finish, lab, files):
     """A process that may open 24 or 32 files."""
-    command = [sys.executable, "-c", "from mapet.cli import main; main()", "tokenize", "verify", str(lab.tokens)]
+    command = [*COLD_COMMAND, "tokenize", "verify", str(lab.tokens)]
     limited = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
     environment = dict(os.environ)
     if "MAPET_OF" in environment:

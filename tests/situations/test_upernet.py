@@ -2,10 +2,7 @@
 
 import json
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +12,9 @@ from mapet.quickstart.drawings import write_drawings
 from mapet.train_stage.weights.read import load_weights
 from PIL import Image
 from safetensors.torch import load_file
+
+from ..warm import warm_command, warm_torchrun
+from .runs import checkpoints, kill_at_first_checkpoint, left_at_step, lines, same
 
 SETTINGS = (
     "model.channels=16",
@@ -58,23 +58,6 @@ def segment(mapet, lab, drawings: Path, tmp_path: Path) -> Callable[..., object]
     return lambda *options: mapet(*words(lab, drawings, tmp_path / "run"), *options)
 
 
-def checkpoints(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step-*"))
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def same(one: Path, other: Path) -> bool:
-    """Whether the last checkpoints of two runs have the same bytes, and the losses are the same."""
-    first, second = checkpoints(one)[-1], checkpoints(other)[-1]
-    names = ["model.safetensors", "ema.safetensors", "optimizer.safetensors"]
-    losses = [[(line["step"], line["loss"]) for line in lines(run / "metrics.jsonl")] for run in (one, other)]
-    assert [step for step, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
-    return losses[0] == losses[1] and all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
-
-
 def test_a_run_and_its_figures(segment, lab, tmp_path: Path):
     """A run is trained and measured: tables, a page, and figures during the run with validation.every."""
     outcome = segment("--html", tmp_path / "page.html", "--set", "validation.every=3").ok()
@@ -103,9 +86,7 @@ def test_a_finished_run_is_only_measured(segment, tuned: Path, tmp_path: Path):
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_run_resumes_in_mid_epoch(segment, tuned: Path, tmp_path: Path, step: int):
     """A run resumes from a checkpoint in the middle of an epoch and ends with the same bytes."""
-    shutil.copytree(tuned, tmp_path / "run")
-    for checkpoint in checkpoints(tmp_path / "run")[step // 2 :]:
-        shutil.rmtree(checkpoint)
+    left_at_step(tuned, tmp_path / "run", step)
     assert f"step {step} of 6" in segment().ok().text
     assert same(tuned, tmp_path / "run")
 
@@ -114,12 +95,7 @@ def test_a_killed_run_resumes(start, segment, lab, drawings: Path, tuned: Path, 
     """A run that was killed resumes and ends with the same bytes."""
     out = tmp_path / "run"
     process = start(*words(lab, drawings, out))
-    deadline = time.monotonic() + 120
-    while len(checkpoints(out)) < 1 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate()
-    assert checkpoints(out), errors
+    kill_at_first_checkpoint(process, out)
     segment().ok()
     assert same(tuned, out)
 
@@ -239,8 +215,8 @@ def test_validation_images_of_another_size(mapet, lab, drawings: Path, write_fol
 @pytest.mark.campaign
 def test_two_processes_of_one_torchrun(lab, drawings: Path, tuned: Path, tmp_path: Path):
     """Under torchrun two processes work on one run, with the losses of one process, and the first one measures it."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    command = [sys.executable, "-c", "from mapet.cli import main; main()", *words(lab, drawings, tmp_path / "run")]
+    launch = [*warm_torchrun(), "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*warm_command(), *words(lab, drawings, tmp_path / "run")]
     ran = subprocess.run([*launch, *map(str, command)], capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("IoU by class") == 1

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,8 +16,10 @@ from mapet.shared.storage.lock import claimed
 from mapet.studies.schema import STUDIES
 from mapet.studies.study import study
 
+from ..warm import COLD_COMMAND
+
 pytest.importorskip("scipy", reason="no scipy: differences have no intervals")
-COMMAND = [sys.executable, "-c", "from mapet.cli import main; main()", "study"]
+COMMAND = [*COLD_COMMAND, "study"]
 
 
 @pytest.fixture(scope="module")

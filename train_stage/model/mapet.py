@@ -121,6 +121,29 @@ def _add(rows: Tensor, branch: Tensor, drop_path_scale: Tensor | None, column: i
     return rows + (branch if drop_path_scale is None else branch * drop_path_scale[:, column, None, None])
 
 
+def draw_linear_layers(model: nn.Module) -> None:
+    """Draws the initial values of all linear layers of a model."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+
+def refuse_other_size(images: Tensor, shape: Shape) -> None:
+    """Raises UsageError unless `images` are (B, 3, S, S) of the model's size."""
+    size = shape.image_size
+    if images.shape[1:] != (3, size, size):
+        raise UsageError(f"images have shape {tuple(images.shape)}; this model takes (B, 3, {size}, {size}).")
+
+
+def plain_rows(patches: Tensor, cls_token: Tensor, pos_embed: Tensor) -> tuple[Tensor, Pattern]:
+    """The rows of a plain ViT before its first block, (B, 1 + N, dim) with the class token first, each of which attends
+    to all; from embedded patches (B, N, dim)."""
+    rows = torch.cat([cls_token.expand(len(patches), -1, -1), patches], dim=1) + pos_embed
+    every = slice(0, rows.shape[1])
+    return rows, Pattern([[Window(every, every)]])
+
+
 class MaPeT(nn.Module):
     """The model. `forward` predicts tokens; `encode` is the plain ViT that is used after pre-training."""
 
@@ -142,10 +165,7 @@ class MaPeT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.mask_positional_token, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        draw_linear_layers(self)
 
     def forward(self, images: Tensor, order: Tensor, layout: Layout, drop_path_scale: Tensor | None = None) -> Tensor:
         """Logits (B, P, K) of the tokens of the patches at `layout.ranks`. Arguments and errors: see `predict_rows`."""
@@ -184,9 +204,8 @@ class MaPeT(nn.Module):
         return rows
 
     def _check(self, images: Tensor, order: Tensor) -> None:
-        size, patches = self.shape.image_size, self.shape.patches
-        if images.shape[1:] != (3, size, size):
-            raise UsageError(f"images have shape {tuple(images.shape)}; this model takes (B, 3, {size}, {size}).")
+        patches = self.shape.patches
+        refuse_other_size(images, self.shape)
         if order.shape != (len(images), patches):
             raise UsageError(f"order has shape {tuple(order.shape)}; this model takes ({len(images)}, {patches}).")
 
@@ -206,9 +225,7 @@ class MaPeT(nn.Module):
 
         The final norm is not applied.
         """
-        rows = torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)], dim=1) + self.pos_embed
-        every = slice(0, rows.shape[1])
-        pattern = Pattern([[Window(every, every)]])
+        rows, pattern = plain_rows(self.patch_embed(images), self.cls_token, self.pos_embed)
         for block in self.blocks:
             (rows,) = block(rows, [rows], pattern)
         return rows

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...shared.errors import UsageError
-from .attention import Pattern, Window
-from .mapet import Block, PatchEmbed
+from .mapet import Block, PatchEmbed, draw_linear_layers, plain_rows, refuse_other_size
 from .shape import Shape
 
 
@@ -33,10 +32,7 @@ class PlainViT(nn.Module):
         """Draws the initial values of positions, class token and all linear layers."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        draw_linear_layers(self)
 
     def freeze(self, blocks: int) -> None:
         """Stops training of the embedding and the first `blocks` blocks; 0 freezes nothing.
@@ -61,12 +57,8 @@ class PlainViT(nn.Module):
         Raises:
             UsageError if `images` do not fit the model.
         """
-        size = self.shape.image_size
-        if images.shape[1:] != (3, size, size):
-            raise UsageError(f"images have shape {tuple(images.shape)}; this model takes (B, 3, {size}, {size}).")
-        rows = torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)], dim=1) + self.pos_embed
-        every = slice(0, rows.shape[1])
-        pattern = Pattern([[Window(every, every)]])
+        refuse_other_size(images, self.shape)
+        rows, pattern = plain_rows(self.patch_embed(images), self.cls_token, self.pos_embed)
         after = []
         for index, block in enumerate(self.blocks):
             scale = None if drop_path_scale is None else drop_path_scale[:, index]

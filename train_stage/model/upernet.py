@@ -33,6 +33,16 @@ def tapped_blocks(depth: int) -> tuple[int, ...]:
     return tuple(max(1, round(depth * share)) - 1 for share in _TAPS)
 
 
+def auxiliary_channels(channels: int) -> int:
+    """The channels of the auxiliary head beside a head of `channels`."""
+    return min(channels, AUXILIARY_CHANNELS)
+
+
+def dropped_channels(channels: int) -> int:
+    """The number of channels that dropout draws for: those of the head, then those of the auxiliary head."""
+    return channels + auxiliary_channels(channels)
+
+
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Maps (B, C, h, w) at another size, bilinear between pixel centres."""
     return interpolate(maps, size=size, mode="bilinear", align_corners=False)
@@ -127,13 +137,8 @@ class UPerNet(PlainViT):
         self.classes, self.channels = classes, channels
         self.neck = Neck(shape.dim)
         self.decode_head = PyramidHead(shape.dim, channels, classes)
-        self.auxiliary_head = AuxiliaryHead(shape.dim, min(channels, AUXILIARY_CHANNELS), classes)
+        self.auxiliary_head = AuxiliaryHead(shape.dim, auxiliary_channels(channels), classes)
         self.initialise()
-
-    @property
-    def dropped_channels(self) -> int:
-        """The number of channels that dropout draws for: those of the head, then those of the auxiliary head."""
-        return self.channels + min(self.channels, AUXILIARY_CHANNELS)
 
     def forward(
         self, images: Tensor, drop_path_scale: Tensor | None = None, dropout_scale: Tensor | None = None

@@ -8,11 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 
-from ...shared.errors import DataError, UsageError
+from ...shared.errors import DataError
 from ...shared.randomness import seeded_torch
-from ...shared.runtime.compat import fake_tensors
 from ...shared.runtime.console import say
 from ...shared.runtime.devices import choose_workers
 from ...shared.runtime.loader import batches
@@ -24,6 +22,7 @@ from ..classification.layer_decay import lr_scale, without_weight_decay
 from ..classification.logits import classify, top_k
 from ..evaluation.embed import Execution
 from ..model.classifier import Classifier
+from ..model.flops import training_flops
 from ..model.shape import Shape
 from ..settings import FinetuneSettings
 from ..training.task import Places, Task, TaskModel
@@ -45,16 +44,18 @@ class FinetuningModel(TaskModel[LabelledBatch]):
         self.names = names
         self.computed_together = 2 if settings.augment.mixes else 1
         self.augment = Augment(settings)
-        if settings.model.freeze > self.shape.depth:
-            raise UsageError(
-                f"model.freeze {settings.model.freeze} is more than the {self.shape.depth} blocks of the model."
-            )
+        with torch.device("meta"):
+            self._build()  # refuses more frozen blocks than there are
+
+    def _build(self) -> Classifier:
+        model = Classifier(self.shape, len(self.names))
+        model.freeze(self.settings.model.freeze)
+        return model
 
     def new_model(self) -> Classifier:
         """The classifier with fresh weights. The caller's random state is left alone."""
         with seeded_torch(self.settings.train.seed):
-            model = Classifier(self.shape, len(self.names))
-        model.freeze(self.settings.model.freeze)
+            model = self._build()
         model.grad_checkpointing = self.settings.execution.grad_checkpointing
         return model
 
@@ -86,20 +87,14 @@ class FinetuningModel(TaskModel[LabelledBatch]):
 
     def flops_per_image(self) -> int:
         """As `torch.utils.flop_counter` counts them; what gradient checkpointing computes again does not count."""
-        with torch.device("meta"):
-            model = Classifier(self.shape, len(self.names))
-        model.freeze(self.settings.model.freeze)
-        with fake_tensors(), FlopCounterMode(display=False) as counter:  # nothing is computed
-            model.to_empty(device="cpu")
-            logits = model(torch.empty(1, 3, self.shape.image_size, self.shape.image_size))
-            torch.autograd.backward(logits.sum())
-        return int(counter.get_total_flops())
+        size = self.shape.image_size
+        return training_flops(self._build, lambda model: model(torch.empty(1, 3, size, size)).sum())
 
     def describe(self, steps: int) -> list[tuple[str, str]]:
         """The model, what of it is trained, and the classes."""
         shape, frozen = self.shape, self.settings.model.freeze
         with torch.device("meta"):
-            count = sum(parameter.numel() for parameter in Classifier(shape, len(self.names)).parameters())
+            count = sum(parameter.numel() for parameter in self._build().parameters())
         trained = f"; embedding and {frozen} blocks are frozen" if frozen else ""
         return [
             ("model", f"dim {shape.dim}, depth {shape.depth}, {shape.heads} heads, {count:,} parameters{trained}"),

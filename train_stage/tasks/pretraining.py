@@ -6,17 +6,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...shared.errors import DataError, FingerprintMismatch, UsageError
 from ...shared.randomness import seeded_torch
-from ...shared.runtime.compat import fake_tensors
 from ...shared.runtime.distributed import World
 from ...shared.runtime.memory import as_text, free_bytes
 from ...shared.tokens.store import TokenStore
 from ..data.batch import Batch, LoadBatch, load_batches
 from ..data.dataset import TokenisedImages
 from ..data.join import join
+from ..model.flops import training_flops
 from ..model.mapet import MaPeT
 from ..model.shape import Shape
 from ..objectives.layouts import step_layout
@@ -186,16 +185,14 @@ def flops_per_image(settings: Settings, k: int) -> int:
     """
     shape = settings.model.shape(k)
     layout = step_layout(settings.objective, shape.patches, settings.train.seed, 0, 1, "cpu")
-    with torch.device("meta"):
-        model = MaPeT(shape)
-    with fake_tensors(), FlopCounterMode(display=False) as counter:  # nothing is computed
-        model.to_empty(device="cpu")
+
+    def loss(model: MaPeT) -> Tensor:
         images = torch.empty(1, 3, shape.image_size, shape.image_size)
         order = torch.empty(1, shape.patches, dtype=torch.int64)
         targets = torch.empty(1, len(layout.ranks), dtype=torch.int64)
-        loss, _ = token_loss(model.predict_rows(images, order, layout), model.decoder, targets)
-        torch.autograd.backward(loss)
-    return int(counter.get_total_flops())
+        return token_loss(model.predict_rows(images, order, layout), model.decoder, targets)[0]
+
+    return training_flops(lambda: MaPeT(shape), loss)
 
 
 def parameters_of(shape: Shape) -> int:

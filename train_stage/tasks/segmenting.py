@@ -7,12 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...shared.errors import DataError, UsageError
 from ...shared.images.views import Preprocess
 from ...shared.randomness import seeded_torch
-from ...shared.runtime.compat import fake_tensors
 from ...shared.runtime.console import say
 from ...shared.runtime.devices import choose_workers
 from ...shared.runtime.loader import OneByOne, batches
@@ -23,8 +21,9 @@ from ..masked.crops import WholeImages
 from ..masked.data import SegmentationData
 from ..masked.masked_images import MaskedImage
 from ..masked.masked_set import MaskedSet
+from ..model.flops import training_flops
 from ..model.shape import Shape
-from ..model.upernet import UPerNet, tapped_blocks
+from ..model.upernet import UPerNet, dropped_channels, tapped_blocks
 from ..segmentation.scores import Measured
 from ..segmentation.sliding import measure
 from ..settings import SegmentSettings
@@ -49,11 +48,13 @@ class SegmentingModel(TaskModel[MaskedBatch]):
                 f"model.image_size {self.shape.image_size} is less than two patches of {self.shape.patch_size}, which "
                 "UPerNet needs; give a larger one."
             )
-        self._build("meta").freeze(settings.model.freeze)  # refuses more blocks than there are
+        with torch.device("meta"):
+            self._build()  # refuses more frozen blocks than there are
 
-    def _build(self, device: str) -> UPerNet:
-        with torch.device(device):
-            return UPerNet(self.shape, len(self.names), self.settings.model.channels)
+    def _build(self) -> UPerNet:
+        model = UPerNet(self.shape, len(self.names), self.settings.model.channels)
+        model.freeze(self.settings.model.freeze)
+        return model
 
     @property
     def preprocess(self) -> Preprocess:
@@ -70,8 +71,7 @@ class SegmentingModel(TaskModel[MaskedBatch]):
     def new_model(self) -> UPerNet:
         """The model with fresh weights. The caller's random state is left alone."""
         with seeded_torch(self.settings.train.seed):
-            model = UPerNet(self.shape, len(self.names), self.settings.model.channels)
-        model.freeze(self.settings.model.freeze)
+            model = self._build()
         model.grad_checkpointing = self.settings.execution.grad_checkpointing
         return model
 
@@ -99,29 +99,27 @@ class SegmentingModel(TaskModel[MaskedBatch]):
             pixels=torch.empty(count, 3, size, size, dtype=torch.uint8),
             mask=torch.empty(count, size, size, dtype=torch.int16),
             uniform_draws=torch.empty(count, self.shape.depth, 2),
-            channel_draws=torch.empty(count, self._channels),
+            channel_draws=torch.empty(count, dropped_channels(self.settings.model.channels)),
             jitter_factors=torch.empty(count, 3),
             jitter_order=torch.empty(count, 3, dtype=torch.int64),
         )
 
-    @property
-    def _channels(self) -> int:
-        return self._build("meta").dropped_channels
-
     def flops_per_image(self) -> int:
         """As `torch.utils.flop_counter` counts them; what gradient checkpointing computes again does not count."""
-        model = self._build("meta")
-        model.freeze(self.settings.model.freeze)
-        with fake_tensors(), FlopCounterMode(display=False) as counter:  # nothing is computed
-            model.to_empty(device="cpu")
-            head, auxiliary = model(torch.empty(1, 3, self.shape.image_size, self.shape.image_size))
-            torch.autograd.backward(head.sum() + auxiliary.sum())
-        return int(counter.get_total_flops())
+        size = self.shape.image_size
+
+        def loss(model: UPerNet) -> Tensor:
+            head, auxiliary = model(torch.empty(1, 3, size, size))
+            total: Tensor = head.sum() + auxiliary.sum()
+            return total
+
+        return training_flops(self._build, loss)
 
     def describe(self, steps: int) -> list[tuple[str, str]]:
         """The model, what of it is trained, and the classes."""
         shape, frozen = self.shape, self.settings.model.freeze
-        count = sum(parameter.numel() for parameter in self._build("meta").parameters())
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in self._build().parameters())
         trained = f"; embedding and {frozen} blocks are frozen" if frozen else ""
         return [
             ("model", f"dim {shape.dim}, depth {shape.depth}, {shape.heads} heads, {count:,} parameters{trained}"),
@@ -140,7 +138,8 @@ class SegmentingTask(SegmentingModel, Task[MaskedBatch]):
 
     def batches(self, places: Iterator[Places], workers: int, *, pin_memory: bool) -> Iterator[MaskedBatch]:
         """Batches of random crops."""
-        load = LoadMasked(self.images, self.settings, self.preprocess, self.shape.depth, self._channels)
+        channels = dropped_channels(self.settings.model.channels)
+        load = LoadMasked(self.images, self.settings, self.preprocess, self.shape.depth, channels)
         for tensors in batches(OneByOne(load), places, workers, pin_memory=pin_memory):
             yield MaskedBatch(**tensors)
 
