@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .train_stage.pretrain import pretrain, pretrain_dry_run
     from .train_stage.probe import probe
     from .train_stage.report import report
-    from .train_stage.segment import segment
+    from .train_stage.segment import segment, segment_dry_run
     from .train_stage.weights.published import load_published
     from .train_stage.weights.read import load_weights
 
@@ -67,6 +67,7 @@ _HOME = {
     "probe": ".train_stage.probe",
     "report": ".train_stage.report",
     "segment": ".train_stage.segment",
+    "segment_dry_run": ".train_stage.segment",
     "study": ".studies.study",
     "verify": ".tokenize_stage.verify",
 }
@@ -101,6 +102,7 @@ __all__ = [
     "probe",
     "report",
     "segment",
+    "segment_dry_run",
     "study",
     "verify",
 ]

@@ -151,6 +151,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "train_stage.segment:segment",
             arguments=("weights",),
             renamed={"overrides": "--set"},
+            dry_run=("train_stage.segment:segment_dry_run", "train_stage.training.dry_run:show_estimate"),
             shown_by="train_stage.segment:show",
         ),
         "report": Command(

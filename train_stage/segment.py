@@ -17,6 +17,7 @@ from .evaluation.embed import PRETRAINED, Execution, fresh_weights
 from .masked.data import SegmentationData, read_data
 from .masked.masked_images import Source
 from .masked.masks import MaskRule
+from .runs.loop import dry_run
 from .runs.loop import train as train_run
 from .runs.opening import open_run
 from .runs.resume import find_resume_point
@@ -28,8 +29,10 @@ from .segmentation.result import SegmentationResult, show_tables
 from .segmentation.scores import Measured
 from .settings import SegmentSettings, flat, resolve_segmenting
 from .tasks.segmenting import SegmentingTask, refuse_other_masks
+from .training.dry_run import RunEstimate
 from .weights.checkpoint import EMA, MODEL, load_tensors
 from .weights.read import load_weights
+from .weights.weights import Weights
 
 HEADS = ("linear", "upernet")
 MAX_PATCHES, ITERATIONS, ITERATION_BATCH, SEED = 200_000, 1_000, 16, 0
@@ -150,10 +153,81 @@ def segment(
     _refuse(of_frozen, "is of frozen encoders; --head upernet has --from-scratch, and takes its settings by --set")
     if out is None:
         raise UsageError("--head upernet trains a run; give its folder with --out.")
+    loaded, settings = _resolve(weights, recipe, overrides, from_scratch, image_size, workers)
+    return _fine_tuned(job, Path(out), loaded, settings, resume)
+
+
+def segment_dry_run(
+    weights: str | Path,
+    images: str | Path | Sequence[str | Path],
+    val: str | Path | Sequence[str | Path],
+    *,
+    classes: str | Path | None = None,
+    ignore: Sequence[int] = (255,),
+    mask_field: str = "seg.png",
+    head: str | None = None,
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    from_scratch: bool = False,
+    image_size: int | None = None,
+    key_until: str | None = None,
+    key_prefix: str | None = None,
+    image_field: str | None = None,
+    max_pixels: int | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+) -> RunEstimate:
+    """With --head upernet, estimates the steps, FLOPs, memory and time of a run, from ten measured steps. Nothing is
+    written.
+
+    Args:
+        weights: As for `segment`.
+        images: As for `segment`.
+        val: As for `segment`.
+        classes: As for `segment`.
+        ignore: As for `segment`.
+        mask_field: As for `segment`.
+        head: upernet.
+        recipe: As for `segment`.
+        overrides: As for `segment`.
+        from_scratch: As for `segment`.
+        image_size: As for `segment`.
+        key_until: As for `segment`.
+        key_prefix: As for `segment`.
+        image_field: As for `segment`.
+        max_pixels: As for `segment`.
+        workers: As for `segment`.
+        device: Where the model runs: auto (CUDA if it is there), cpu or cuda.
+
+    Raises:
+        UsageError for another head, and UsageError and DataError as `segment` does.
+    """
+    if head != "upernet":
+        raise UsageError("--dry-run estimates a run; add --head upernet, or leave it out.")
+    options, device = SourceOptions(key_until, key_prefix, image_field, max_pixels), choose_device(device)
+    rule, readers = MaskRule.read(tuple(ignore), classes), choose_workers(workers, device)
+    loaded, settings = _resolve(weights, recipe, overrides, from_scratch, image_size, workers)
+    with joined_world(device, {"weights": weights, "images": images, "val": val, **flat(settings)}) as world:
+        task = world.all_or_raise(
+            lambda: SegmentingTask(settings, loaded.shape, read_data(images, val, options, mask_field, rule, readers))
+        )
+        return dry_run(task, world, device)
+
+
+def _resolve(
+    weights: str | Path,
+    recipe: str | Path | None,
+    overrides: Sequence[str],
+    from_scratch: bool,
+    image_size: int | None,
+    workers: int | None,
+) -> tuple[Weights, SegmentSettings]:
+    """The weights, and the settings of a run that starts from them."""
     asked = [*overrides, *(["model.from_scratch=true"] if from_scratch else [])]
     asked += [] if image_size is None else [f"model.image_size={image_size}"]
     asked += [] if workers is None else [f"data.workers={workers}"]
-    return _fine_tuned(job, Path(out), recipe, asked, resume)
+    loaded = load_weights(weights)
+    return loaded, resolve_segmenting(recipe, asked, loaded.shape.image_size, loaded.input.to_json())
 
 
 def _refuse(given: Mapping[str, bool], reason: str) -> None:
@@ -209,11 +283,10 @@ def _frozen(
 
 
 def _fine_tuned(
-    job: _Job, out: Path, recipe: str | Path | None, overrides: Sequence[str], resume: str
+    job: _Job, out: Path, loaded: Weights, settings: SegmentSettings, resume: str
 ) -> list[SegmentationResult]:
     """Trains the run in `out` to its end, or finds it finished, and measures its last weights in the first process."""
-    loaded, device = load_weights(job.weights), job.execution.device
-    settings = resolve_segmenting(recipe, overrides, loaded.shape.image_size, loaded.input.to_json())
+    device = job.execution.device
     given = {"weights": job.weights, "images": job.images, "val": job.val, "resume": resume, "out": out}
     with joined_world(device, {**given, **flat(settings)}) as world, sole_writer(out, world):
         task = world.all_or_raise(lambda: SegmentingTask(settings, loaded.shape, job.read()))

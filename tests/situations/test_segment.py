@@ -125,3 +125,13 @@ def test_one_image(segment, write_tar, picture, tmp_path: Path):
     """A single training image is refused, as a tenth is held out."""
     tar = write_tar(tmp_path / "a.tar", {"a.jpg": picture(), "a.seg.png": mask(1)})
     segment(tar).refused(2, "two or more")
+
+
+def test_a_dry_run_of_upernet(segment, data, tmp_path: Path):
+    """--dry-run estimates a run of UPerNet and writes nothing; frozen encoders have no run to estimate."""
+    options = ("--set", "train.batch_size=2", "--set", "model.channels=16", "--out", tmp_path / "run", "--dry-run")
+    outcome = segment(data({}), "--head", "upernet", *options).ok()
+    assert "crops" in outcome.stdout
+    assert "a step" in outcome.stdout
+    assert not (tmp_path / "run").exists()
+    segment(data({}), "--dry-run").refused(2, "--dry-run estimates a run; add --head upernet")
