@@ -32,8 +32,10 @@ from ..train_stage.report import report
 from .drawings import CLASSES, write_drawings
 
 TOWER = Path(__file__).parent / "tower"
-TRAIN_IMAGES, VAL_IMAGES, _PER_TAR = 3000, 1000, 1000
+TRAIN_IMAGES, VAL_IMAGES, _PER_TAR = 2000, 1000, 1000
 _SEED_OF_VAL = 500
+_SEEDS_OF_PACKAGE = (1000, 3000)
+"""Of the drawings that the tower and the weights of the package were trained on."""
 _OWN_VAL_SHARE, _OWN_TAR = 0.2, "images-000000.tar"
 K = 128
 
@@ -50,11 +52,13 @@ _SETTINGS = {
     "optimizer.warmup_epochs": 0.5,
     "data.color_jitter": 0,
     "train.batch_size": 8,
-    "train.log_every": 100,
-    "train.epochs": 4,
+    "train.log_every": 50,
 }
+_EPOCHS_OF_DRAWINGS, _EPOCHS_OF_OWN = 2, 4
+TRAINED = "mapet-drawings-tiny"
+"""Weights in the package, of the model above after many more epochs of other drawings."""
 
-_FINETUNE_PASSES, _FINETUNE_EPOCHS, _FINETUNE_BATCH = 6000, 6, 32
+_FINETUNE_PASSES, _FINETUNE_EPOCHS, _FINETUNE_BATCH = 4000, 4, 32
 _FINETUNE_SETTINGS = {
     # The same for both starts, and the same rate in every layer, which does not favour pre-trained ones.
     "optimizer.lr": 1e-3,
@@ -96,8 +100,11 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
 
     Raises:
         DataError: The images cannot be read, or are fewer than 20.
-        UsageError: `out` holds a demo of other images or another seed.
+        UsageError: `out` holds a demo of other images or another seed, or `seed` draws pictures on which the models in
+            the package were trained.
     """
+    if images is None and {seed, seed + _SEED_OF_VAL} & {*_SEEDS_OF_PACKAGE}:
+        raise UsageError(f"--seed {seed} draws pictures on which the package's models were trained; choose another.")
     out = Path(out)
     began = time.monotonic()
     _claim(out, f"{Path(images).absolute() if images else 'drawings'}, seed {seed}")
@@ -112,16 +119,22 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
         verify(out / "tokens", codebook=out / "codebook", images=str(train))
         show(inspect(out / "tokens", html=out / "tokens.html", images=str(train), codebook=out / "codebook"))
     with _chapter("4. Pre-training: predict the tokens of hidden patches, in random order"):
-        settings = {**_SETTINGS, "train.seed": seed}
+        settings = {**_SETTINGS, "train.epochs": _EPOCHS_OF_OWN if images else _EPOCHS_OF_DRAWINGS, "train.seed": seed}
         overrides = [f"{key}={value}" for key, value in settings.items()]
         pretrain(str(train), out / "tokens", out / "run", overrides=overrides)
+    weights = out / "run" if images else TRAINED
     results: list[ProbeResult] = []
     if labelled:
         with _chapter("5. Proof: are the frozen features any good?"):
-            results = probe(out / "run", str(train), str(val), random_init=True, pixels=True)
+            if not images:
+                say(
+                    f"{_EPOCHS_OF_DRAWINGS} epochs teach little. From here on the weights are {TRAINED}, which are in "
+                    "the package: the same model, pre-trained longer on more drawings, none of them from this demo."
+                )
+            results = probe(weights, str(train), str(val), random_init=True, pixels=True)
             show_probe(results)
         with _chapter("6. The claim: does pre-training make a better classifier?"):
-            _show_claim(results, _finetuned(out, train, val, seed))
+            _show_claim(results, _finetuned(weights, out, train, val, seed))
     else:
         say("Your pictures have no labels (class folders, or .cls members), so there is nothing to probe.")
     with _chapter("What the model predicts for pictures that it was not trained on"):
@@ -135,8 +148,8 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
     return results
 
 
-def _finetuned(out: Path, train: Path, val: Path, seed: int) -> list[tuple[str, str]]:
-    """(name, accuracy in words) of a classifier fine-tuned from the run, and of one that starts from fresh weights.
+def _finetuned(weights: str | Path, out: Path, train: Path, val: Path, seed: int) -> list[tuple[str, str]]:
+    """(name, accuracy in words) of a classifier fine-tuned from `weights`, and of one that starts from fresh weights.
 
     Both see the first tar of the training images as often as each other, with the same settings and seed.
     """
@@ -152,12 +165,12 @@ def _finetuned(out: Path, train: Path, val: Path, seed: int) -> list[tuple[str, 
     overrides = [f"{key}={value}" for key, value in settings.items()]
     say(
         f"Two classifiers of the same size learn from {len(labels)} labelled pictures in {epochs} epoch(s), with the "
-        f"same settings and seed {seed}; one starts from the run above, one from fresh weights. Both are measured "
-        f"once, on {len(measured)} other pictures."
+        f"same settings and seed {seed}; one starts from the pre-trained weights, one from fresh ones. Both are "
+        f"measured once, on {len(measured)} other pictures."
     )
     rows = []
     for name, folder, from_scratch in (("fine-tuned", "finetuned", False), ("from scratch", "scratch", True)):
-        finetune(out / "run", str(first), str(val), out / folder, overrides=overrides, from_scratch=from_scratch)
+        finetune(weights, str(first), str(val), out / folder, overrides=overrides, from_scratch=from_scratch)
         top1 = json.loads((out / folder / "probe.jsonl").read_text().splitlines()[-1])["top1"]
         rows.append((f"classifier, {name}", f"top-1 {top1:.1%}"))
     return rows

@@ -26,7 +26,7 @@ from .weights.schema import Extension
 
 CURVES = {
     "loss": "Loss (mean cross-entropy, nats)",
-    "accuracy": "Accuracy: share of the predicted tokens that are correct",
+    "accuracy": "Accuracy: share of the training predictions that are correct",
     "lr": "Learning rate",
     "gradient_norm": "Gradient norm, before clipping",
     "images_per_second": "Throughput (images per second)",

@@ -19,7 +19,7 @@ def test_the_demo_runs_on_ones_own_pictures_and_goes_on_where_it_was(tmp_path: P
     assert "mapet tokenize build-codebook" in said.err
     assert "linear probe" in said.out
     assert said.out.index("classifier, fine-tuned") < said.out.index("classifier, from scratch")
-    assert "labelled pictures in 6 epoch(s), with the same settings and seed 0" in said.err
+    assert "labelled pictures in 4 epoch(s), with the same settings and seed 0" in said.err
     starts = [json.loads((tmp_path / "out" / name / "run.json").read_text()) for name in ("finetuned", "scratch")]
     assert starts[1]["init"] is None
     assert starts[0]["init"]["file"].startswith(str(tmp_path / "out" / "run"))
@@ -54,3 +54,10 @@ def test_a_folder_that_holds_another_demo_is_refused(tmp_path: Path):
     (tmp_path / "source.txt").write_text("drawings, seed 0")
     with pytest.raises(UsageError, match="holds a demo of drawings, seed 0"):
         mapet.demo(out=tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("seed", [500, 3000])
+def test_pictures_that_the_models_have_seen_are_refused(tmp_path: Path, seed: int):
+    with pytest.raises(UsageError, match=f"--seed {seed} draws pictures on which"):
+        mapet.demo(out=tmp_path / "out", seed=seed)
+    assert not (tmp_path / "out").exists()

@@ -71,8 +71,8 @@ def labelled_images(
     found = [record.label for record in records if record.label is not None]
     if len(found) < len(records):
         raise DataError(
-            f"{len(records) - len(found)} of the {len(records)} images in {source} have no label; a probe needs .cls "
-            "members in tars, class folders, or --labels FILE."
+            f"{len(records) - len(found)} of the {len(records)} images in {source} have no label; add .cls members "
+            "to the tars, or give class folders or --labels FILE."
         )
     negative = next((record for record in records if isinstance(record.label, int) and record.label < 0), None)
     if negative is not None:
