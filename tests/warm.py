@@ -4,7 +4,8 @@ To import PyTorch and its relatives takes seconds, and tests start hundreds of p
 beginning of a command line, for `subprocess` or torchrun: a small process, which has a server fork the real one, gives
 it its arguments, environment, folder and standard streams, passes signals on to it and ends as it does. If the small
 process is killed, the real one is killed too. What depends on the very start of a process (imports, variables that
-libraries read while they are imported, limits, ignored signals, groups of processes) needs `COLD_COMMAND`.
+libraries other than huggingface_hub read while they are imported, limits, ignored signals, groups of processes) needs
+`COLD_COMMAND`.
 """
 
 import atexit
@@ -138,6 +139,9 @@ def serve(listening: socket.socket) -> dict | None:
 def run(request: dict) -> None:
     """What the forked process is for."""
     os.chdir(request["folder"])
+    if any(name.startswith("HF_") and os.environ.get(name) != value for name, value in request["environment"].items()):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]  # it reads its variables while it is imported
     os.environ.clear()
     os.environ.update(request["environment"])
     for number in PASSED_ON:

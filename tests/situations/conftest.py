@@ -101,7 +101,7 @@ def _environment() -> dict[str, str]:
 
 
 def _start(*arguments: object, cwd: Path | None = None, cold: bool = False, **environment: str) -> subprocess.Popen:
-    cold = cold or bool(environment) or OTHER_PACKAGE is not None
+    cold = cold or OTHER_PACKAGE is not None or not all(name.startswith("HF_") for name in environment)
     return subprocess.Popen(
         [*(COLD_COMMAND if cold else warm_command()), *map(str, arguments)],
         cwd=cwd,
