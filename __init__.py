@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .train_stage.report import report
     from .train_stage.segment import segment, segment_dry_run
     from .train_stage.weights.published import load_published
-    from .train_stage.weights.read import load_weights
+    from .train_stage.weights.read import load, load_weights
 
 __version__ = "0.1.0"
 
@@ -60,6 +60,7 @@ _HOME = {
     "inspect": ".tokenize_stage.inspect",
     "load_published": ".train_stage.weights.published",
     "load_tokenizer": ".tokenize_stage.tokenizers.opening",
+    "load": ".train_stage.weights.read",
     "load_weights": ".train_stage.weights.read",
     "predict": ".train_stage.predict",
     "pretrain": ".train_stage.pretrain",
@@ -93,6 +94,7 @@ __all__ = [
     "import_tokens",
     "import_weights",
     "inspect",
+    "load",
     "load_published",
     "load_tokenizer",
     "load_weights",

@@ -39,7 +39,7 @@ _SEEDS_OF_PACKAGE = (1000, 3000)
 _OWN_VAL_SHARE, _OWN_TAR = 0.2, "images-000000.tar"
 K = 128
 
-_SETTINGS = {
+MODEL_SETTINGS = {
     "model.name": "null",
     "model.dim": 128,
     "model.depth": 4,
@@ -119,7 +119,11 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
         verify(out / "tokens", codebook=out / "codebook", images=str(train))
         show(inspect(out / "tokens", html=out / "tokens.html", images=str(train), codebook=out / "codebook"))
     with _chapter("4. Pre-training: predict the tokens of hidden patches, in random order"):
-        settings = {**_SETTINGS, "train.epochs": _EPOCHS_OF_OWN if images else _EPOCHS_OF_DRAWINGS, "train.seed": seed}
+        settings = {
+            **MODEL_SETTINGS,
+            "train.epochs": _EPOCHS_OF_OWN if images else _EPOCHS_OF_DRAWINGS,
+            "train.seed": seed,
+        }
         overrides = [f"{key}={value}" for key, value in settings.items()]
         pretrain(str(train), out / "tokens", out / "run", overrides=overrides)
     weights = out / "run" if images else TRAINED

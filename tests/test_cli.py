@@ -20,7 +20,7 @@ from mapet import cli
 from mapet.quickstart.drawings import write_drawings
 from mapet.tokenize_stage.build_codebook import build_codebook
 
-from .warm import COLD_COMMAND, warm_command
+from .warm import warm_command
 
 PUBLISHED = Path(__file__).parent / "train_stage" / "oracle" / "pretrain.pth.tar"
 MODEL = ["model.name=null", "model.dim=32", "model.depth=1", "model.heads=2", "model.image_size=64"]
@@ -28,10 +28,8 @@ TRAIN = ["model.patch_size=8", "train.epochs=1", "train.batch_size=32", "optimiz
 
 
 def mapet_command(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    command = COLD_COMMAND if environment else warm_command()
-    return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
-    )
+    command = [*warm_command(), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
 
 
 def settings(*pairs: str) -> list[str]:
@@ -352,7 +350,7 @@ def test_many_processes_are_refused_before_they_do_the_same_work_twice(chain, tm
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stopped_command_keeps_what_is_whole_and_says_how_to_go_on(chain, tmp_path: Path, number: int, workers: int):
     tokens, images = tmp_path / "tokens", tmp_path / "images"
-    tars = write_drawings(images, 600, seed=11, per_tar=20)  # enough to be still at it when the signal comes
+    tars = write_drawings(images, 300, seed=11, per_tar=10)  # enough to be still at it when the signal comes
     options = ["--codebook", chain.codebook, "--out", tokens, "--batch-size", 1, "--workers", workers]
     command = [*warm_command(), "tokenize", "encode-shards", images, *options]
     process = subprocess.Popen(
@@ -372,7 +370,7 @@ def test_a_stopped_command_keeps_what_is_whole_and_says_how_to_go_on(chain, tmp_
     assert "Traceback" not in errors
     assert not (tokens / "manifest.json").exists()
     assert not [path for path in tokens.rglob("*") if "partial" in path.name]
-    assert len(mapet.encode_shards(images, chain.codebook, tokens)) == 600
+    assert len(mapet.encode_shards(images, chain.codebook, tokens)) == 300
 
 
 def test_doctor_names_versions_devices_and_the_faiss_build():

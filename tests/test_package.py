@@ -36,7 +36,7 @@ def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(whe
         "mapet/__init__.py",
         "mapet/cli.py",
         "mapet/py.typed",
-        *(f"mapet/quickstart/{name}.py" for name in ("__init__", "demo", "drawings", "train_tower")),
+        *(f"mapet/quickstart/{name}.py" for name in ("__init__", "demo", "drawings", "train_tower", "train_weights")),
     }
     pretraining = ("vit-tiny-16", "vit-small-16", "vit-small-16-one-gpu", "vit-base-16")
     finetuning = ("finetune-vit-tiny-16", "finetune-vit-small-16", "finetune-vit-base-16", "finetune-small-data")
@@ -58,9 +58,15 @@ def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(whe
         )
     }
     studies = {f"mapet/studies/shipped/{name}.yaml" for name in ("smoke", "tiny")}
-    assert names == modules | recipes | studies | tower | report
+    weights = {
+        f"mapet/train_stage/weights/shipped/mapet-drawings-tiny/{name}"
+        for name in ("README.md", "config.json", "model.safetensors")
+    }
+    assert names == modules | recipes | studies | tower | weights | report
 
 
-def test_what_the_demo_carries_is_at_most_5_mb(wheel: Path):
+def test_the_tower_is_at_most_5_mb_and_the_weights_10(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
-        assert sum(info.file_size for info in archive.infolist() if "quickstart" in info.filename) <= 5_000_000
+        sizes = {info.filename: info.file_size for info in archive.infolist()}
+    assert sum(size for name, size in sizes.items() if "quickstart" in name) <= 5_000_000
+    assert sum(size for name, size in sizes.items() if "shipped/mapet-drawings-tiny" in name) <= 10_000_000

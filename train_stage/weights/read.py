@@ -5,6 +5,7 @@ from pathlib import Path
 
 from msgspec import UNSET, UnsetType
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ...shared.artifacts.fields import checked, read_json
@@ -20,6 +21,7 @@ from .weights import Input, Weights, published_names
 from .write import FORMAT, TENSORS, VERSION
 
 _RESTORE = "restore it or make it again"
+_SHIPPED = Path(__file__).parent / "shipped"
 
 
 def load_weights(path: str | Path, heads: int | None = None) -> Weights:
@@ -28,7 +30,8 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
     A run gives its newest checkpoint. A run that keeps a moving average of its weights gives the average.
 
     Args:
-        path: A run, a checkpoint folder, a folder that `import_weights` or `export` wrote, or a published `.pth.tar`.
+        path: A run, a checkpoint folder, a folder that `import_weights` or `export` wrote, a published `.pth.tar`, or
+            the name of weights in the package, such as mapet-drawings-tiny.
         heads: Attention heads of a published `.pth.tar` of an unpublished size, as `load_published` takes them.
 
     Returns:
@@ -38,9 +41,12 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
         DataError if `path` is none of these, was changed, or its tensors are not those of its shape; UsageError if
         `heads` does not fit.
     """
-    path = Path(path)
+    path = _located(Path(path))
     if not path.exists():
-        raise DataError(f"{path} does not exist; give a run, a checkpoint, an import or export, or a .pth.tar.")
+        raise DataError(
+            f"{path} does not exist; give a run, a checkpoint, an import or export, a .pth.tar, or the name of weights "
+            f"in the package ({', '.join(sorted(folder.name for folder in _SHIPPED.iterdir()))})."
+        )
     if path.is_file():
         return read_published(path, heads)
     if heads is not None:
@@ -53,6 +59,27 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
             ".pth.tar."
         )
     return _READERS[descriptions[0]](folder)
+
+
+def load(weights: str | Path) -> VisionTransformer:
+    """The encoder of any weights as timm's VisionTransformer, in eval mode, float32 on the CPU.
+
+    `forward_features` maps normalised pixels (B, 3, S, S) to the rows of the final norm (B, 1 + patches, dim), and the
+    model itself to pooled features, or to the logits of a fine-tuned model.
+
+    Args:
+        weights: Whatever `load_weights` takes, such as "mapet-drawings-tiny", which is in the package.
+
+    Raises:
+        DataError as `load_weights` does.
+    """
+    return load_weights(weights).vit()
+
+
+def _located(path: Path) -> Path:
+    """The folder of weights in the package, if `path` is a name of them and nothing in the working directory."""
+    shipped = _SHIPPED / path
+    return shipped if path.name == str(path) and shipped.is_dir() and not path.exists() else path
 
 
 def _read_tensors(path: Path, digest: str | UnsetType) -> dict[str, Tensor]:
