@@ -12,6 +12,7 @@ from ...shared.runtime.console import progress
 from ...shared.sources.keys import KeyLedger, key_digests
 from ...shared.sources.records import ImageRecord
 from ...shared.sources.sources import SourceShard
+from ...shared.tokens.rows import Strings
 from .shared_columns import text_at
 
 NOT_LISTED = -1
@@ -84,10 +85,10 @@ class ListedImages:
 
     def path(self, number: int) -> str:
         """The file that holds an image."""
-        return self.paths[self.columns.files[number]]
+        return self.paths[int(self.columns.files[number])]
 
-    def find(self, keys: Sequence[str]) -> NDArray[np.int64]:
-        """(n,) int64: the number of the image of each key, `NOT_LISTED` where no image has it."""
+    def find(self, keys: Strings) -> NDArray[np.int64]:
+        """(n,) int64: the number of the image of each key (n,), `NOT_LISTED` where no image has it."""
         found = np.full(len(keys), NOT_LISTED, dtype=np.int64)
         if not len(self):
             return found
