@@ -16,7 +16,7 @@ import typer
 import zarr
 from mapet.shared.tokens.rows import COLUMNS, STRINGS
 from mapet.shared.tokens.store import TokenStore
-from mapet.shared.tokens.zarr_shard import OTHER_CODEC, ROWS_PER_CHUNK, TOKEN_CODECS
+from mapet.shared.tokens.zarr_shard import ROWS_PER_CHUNK, other_codec, token_codec
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
@@ -78,7 +78,7 @@ def main(tokens: str, reads: int = 5) -> None:
         entropy_bytes_per_view=bits * patches / 8,
     )
     for field in COLUMNS:
-        codec = TOKEN_CODECS[np.dtype(store.dtype).itemsize] if field == "tokens" else OTHER_CODEC
+        codec = token_codec(np.dtype(store.dtype).itemsize) if field == "tokens" else other_codec()
         sizes = [stored(getattr(rows, field), [codec], ROWS_PER_CHUNK, 1)[0] for rows in shards]
         say(f"column {field}", bytes_per_view=sum(sizes) / views)
     others = [name for name in COLUMNS if name != "tokens"]
@@ -94,7 +94,7 @@ def compare(what: str, columns: list[str], name: str, rows: int, shards, views: 
     for shard in shards:
         for column in columns:
             data = getattr(shard, column)
-            codecs = candidates(0 if column in STRINGS else data.itemsize).get(name, [OTHER_CODEC])
+            codecs = candidates(0 if column in STRINGS else data.itemsize).get(name, [other_codec()])
             one, took = stored(data, codecs, rows, reads)
             size, seconds, plain = size + one, seconds + took, plain + data.nbytes
     speed = plain / 1e6 / seconds

@@ -102,3 +102,22 @@ def test_the_gpu_check_is_refused_in_one_sentence_without_a_gpu():
     result = benchmark("gpu_check.py")
     assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (1, "", 1)
     assert "CUDA device" in result.stderr
+
+
+def test_the_plan_of_a_cluster_in_the_documentation_is_what_the_script_prints():
+    result = benchmark("cluster_plan.py")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() in (BENCHMARKS.parent / "docs" / "scale.md").read_text()
+
+
+def test_the_plan_of_a_cluster_follows_its_formulas():
+    options = "--gpus 1 --rate 100 --tower-gflops 10 --tower-share 0.5 --peak 1 --decoding 30 --cores 1 --price 2"
+    result = benchmark(
+        "cluster_plan.py", *options.split(), *["--efficiency", "0.5", "--gpu-batch", "142", "--views", "1"]
+    )
+    assert result.returncode == 0, result.stderr
+    cells = next(line for line in result.stdout.splitlines() if "22k, 1 " in line).split("|")[2:-1]
+    # 30 images are decoded a second, in half of the time; 150 epochs of 100,000 steps of 142 images, decoded as fast.
+    tokenizing, pretraining = 14.2e6 / 30 / 0.5 / 3600, 150 * 100_000 * 142 / 30 / 0.5 / 3600
+    expected = ["142", f"{tokenizing:,.1f}", f"{tokenizing * 2:,.0f}", f"{pretraining:,.1f}", f"{pretraining * 2:,.0f}"]
+    assert [cell.strip() for cell in cells] == expected

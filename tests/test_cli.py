@@ -56,6 +56,23 @@ def test_help_and_completion_import_nothing_heavy():
         assert "LOADED []" in result.stdout, result
 
 
+@pytest.mark.parametrize(
+    ("module", "not_needed"),
+    [
+        ("train_stage.pretrain", ("timm", "torchvision", "zarr", "open_clip", "faiss")),
+        ("tokenize_stage.encode_shards", ("timm", "torchvision", "zarr", "open_clip", "faiss")),
+        ("tokenize_stage.build_codebook", ("timm", "torchvision", "zarr", "open_clip", "faiss")),
+        ("tokenize_stage.verify", ("torch", "timm", "zarr")),
+        ("tokenize_stage.inspect", ("torch", "timm", "zarr")),
+        ("shared.doctor", ("torch", "timm", "zarr", "numpy")),
+    ],
+)
+def test_a_command_imports_only_what_it_needs(module: str, not_needed: tuple[str, ...]):
+    code = f"import sys, mapet.{module}; print('LOADED', [name for name in {not_needed!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "LOADED []\n", result
+
+
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group in cli.COMMANDS for name in cli.COMMANDS[group]])
 def test_each_command_has_the_parameters_and_defaults_of_its_functions(group: str, name: str):
     command = cli.COMMANDS[group][name]

@@ -33,8 +33,10 @@ PRELOADED = (
     "mapet.tokenize_stage.towers.opening",
     "mapet.train_stage.evaluate",
     "mapet.train_stage.segment",
+    "timm.models.vision_transformer",
     "torch.distributed.run",
     "faiss",
+    "zarr",
 )
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 LONGEST_MESSAGE = 1 << 17

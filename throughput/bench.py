@@ -72,7 +72,7 @@ def bench(
     batch_size: int | None = None,
     workers: int | None = None,
     device: str = "auto",
-    seconds: float = 30.0,
+    seconds: float = 20.0,
 ) -> Throughput:
     """Measures tokenizing and training on this machine, part by part beside bare libraries, and says what bounds each.
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from upath import UPath
@@ -13,7 +14,7 @@ from zlib_ng.zlib_ng import crc32
 from ..shared.artifacts.codes import MAX_K_OF_UINT16
 from ..shared.errors import DataError, FingerprintMismatch, MapetError, UsageError
 from ..shared.runtime.console import progress, say, table
-from ..shared.sources.keys import Skipped
+from ..shared.sources.keys import KeyLedger, Skipped
 from ..shared.sources.records import ImageRecord, read_bytes
 from ..shared.sources.sources import SourceShard, open_source
 from ..shared.storage.files import sha256_file
@@ -21,9 +22,11 @@ from ..shared.storage.remote import as_path, exists, file_size
 from ..shared.tokens.codebook import Codebook, read_description
 from ..shared.tokens.rows import ShardRows
 from ..shared.tokens.store import TokenStore, read_entry, shard_files
-from .encoding.reencode import Reencoding, encode_again
-from .tokenizers.opening import SavedTokenizer, read_tokenizer
-from .tokenizers.published import ENCODER
+
+if TYPE_CHECKING:
+    # They import torch, which only --codebook, --reencode and an imported tokenizer need.
+    from .encoding.reencode import Reencoding
+    from .tokenizers.opening import SavedTokenizer
 
 Sources = Mapping[str, SourceShard]
 
@@ -77,6 +80,8 @@ def verify(
     seconds = time.monotonic() - began
     again = None
     if reencode and saved and sources and not problems:
+        from .encoding.reencode import encode_again
+
         tokenizer = saved.open(tower=tower, device=device)
         again = encode_again(store, tokenizer, sources, reencode, seed, batch_size, workers)
         problems += again.problems
@@ -104,42 +109,65 @@ def _verify_codebook(path: Path | UPath, other_option: object) -> int:
         raise UsageError(f"{path} is a codebook; --codebook and --images go with a token store.")
     book = Codebook.load(path)
     k, dim = map(int, book.centroids.shape)
-    encoder = [ENCODER] if "encoder_sha256" in book.description else []
-    if encoder and (not exists(path / ENCODER) or sha256_file(path / ENCODER) != book.description["encoder_sha256"]):
-        raise DataError(f"{path / ENCODER} is missing or was changed since it was written; import the tokenizer again.")
+    files = ["codebook.json", "centroids.safetensors"]
+    if "encoder_sha256" in book.description:
+        files.append(_checked_encoder(path, book.description["encoder_sha256"]))
     table(
         "Verified",
         [
             ("codebook", str(path)),
             ("centroids", f"{k:,} of {dim:,} dimensions"),
             ("fingerprint", book.fingerprint),
-            (
-                "bytes",
-                f"{sum(file_size(path / name) for name in ('codebook.json', 'centroids.safetensors', *encoder)):,}",
-            ),
+            ("bytes", f"{sum(file_size(path / name) for name in files):,}"),
         ],
     )
     return k
 
 
+def _checked_encoder(path: Path | UPath, sha256: str) -> str:
+    """The file of an imported tokenizer's encoder. Raises DataError if it is missing or was changed."""
+    from .tokenizers.published import ENCODER
+
+    if not exists(path / ENCODER) or sha256_file(path / ENCODER) != sha256:
+        raise DataError(f"{path / ENCODER} is missing or was changed since it was written; import the tokenizer again.")
+    return ENCODER
+
+
 def _check_store(store: TokenStore, sources: Sources | None) -> tuple[int, list[str]]:
-    """Returns the number of different keys, and the problems of the store and its source."""
+    """Returns the number of images, and the problems of the store and its source."""
     problems = _check_embedded(store)
-    keys: set[str] = set()
+    keys = KeyLedger()
     filled = _FilledImages(store.k)
     with progress("verifying", len(store.entries), "shards") as advance:
         for name in store.entries:
             problems += _check_shard(store, name, keys, sources, filled)
             advance(1)
+    problems += _repeated_keys(store, keys)
     problems += filled.problems()
     if sources is not None:
         problems += [f"{name} of --images is not in the store" for name in sources if name not in store.entries]
     listed = {entry["file"] for entry in store.entries.values()}
     foreign = sorted(shard_files(store.path) - listed)
     problems += [f"{store.path / name} is not in the manifest" for name in foreign]
-    if len(keys) != len(store) and not problems:
-        problems.append(f"the manifest states {len(store)} images and the shards hold {len(keys)}")
-    return len(keys), problems
+    images = sum(map(keys.count, store.entries))
+    if images != len(store) and not problems:
+        problems.append(f"the manifest states {len(store)} images and the shards hold {images}")
+    return images, problems
+
+
+def _repeated_keys(store: TokenStore, keys: KeyLedger) -> list[str]:
+    """The problems of shards that hold keys of an earlier one."""
+    places = {name: place for place, name in enumerate(store.entries)}
+    repeated: dict[str, set[str]] = {}
+    for pair in keys.sharing():
+        _, later = sorted(pair, key=places.__getitem__)
+        first, second = (set(store.read_keys(name)) for name in pair)
+        if first & second:
+            repeated.setdefault(later, set()).update(first & second)
+    return [
+        f"{name} holds {len(doubled)} keys that another shard holds too, such as {min(doubled)!r}"
+        for name, doubled in repeated.items()
+    ]
 
 
 def _summary(
@@ -147,7 +175,7 @@ def _summary(
     images: int,
     codebook: str | Path | None,
     sources: Sources | None,
-    again: Reencoding | None,
+    again: "Reencoding | None",
     seconds: float,
 ) -> None:
     names = ["manifest", "codebook.json", "shards"]
@@ -168,7 +196,9 @@ def _summary(
     table("Verified", rows)
 
 
-def _same_codebook(store: TokenStore, path: str | Path) -> SavedTokenizer:
+def _same_codebook(store: TokenStore, path: str | Path) -> "SavedTokenizer":
+    from .tokenizers.opening import read_tokenizer
+
     saved = read_tokenizer(path)
     if saved.fingerprint != store.fingerprint:
         raise FingerprintMismatch(
@@ -221,20 +251,16 @@ class _FilledImages:
 
 
 def _check_shard(
-    store: TokenStore, name: str, keys: set[str], sources: Sources | None, filled: _FilledImages
+    store: TokenStore, name: str, keys: KeyLedger, sources: Sources | None, filled: _FilledImages
 ) -> list[str]:
-    """Lists the problems of a shard and its source. Adds its keys to `keys`, which holds those of earlier shards."""
+    """Lists the problems of a shard and its source. Adds its keys to `keys`."""
     try:
         if read_entry(store.path, name) != store.entries[name]:
             return [f"shards/{name}.json differs from its entry in the manifest"]
         rows = store.read_rows(name, every_byte=True)
         problems = _check_rows(store, name, rows)
         filled.add(name, rows)
-        duplicates = [key for key in rows.keys if key in keys]
-        keys.update(rows.keys)
-        if duplicates:
-            example = duplicates[0]
-            problems.append(f"{name} holds {len(duplicates)} keys that another shard holds too, such as {example!r}")
+        keys.add(name, rows.keys)
         if sources is not None:
             problems += _check_source(store, name, rows, sources.get(name))
     except MapetError as error:

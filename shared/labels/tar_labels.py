@@ -24,7 +24,8 @@ class TarLabels:
         self.problems: list[tuple[str, str]] = []
         """(key, reason) of each label that could not be read."""
         self._list = tar.parent / BESIDE_TARS
-        self._names = read_class_names(self._list) if os.path.isfile(self._list) else None
+        self.class_names = read_class_names(self._list) if os.path.isfile(self._list) else None
+        """Of `classes.txt` beside the tar."""
 
     def is_label(self, member: tarfile.TarInfo, key: str) -> bool:
         """Whether a member holds the label of the image of this key."""
@@ -48,7 +49,7 @@ class TarLabels:
                 content = file.read(min(member.size, _LONGEST_JSON if self.field else LONGEST_LABEL + 1))
                 try:
                     label = parse_label(content) if self.field is None else label_of_json(content, self.field)
-                    labels[key] = label if self._names is None else name_of(label, self._names, self._list)
+                    labels[key] = label if self.class_names is None else name_of(label, self.class_names, self._list)
                 except ValueError as error:
                     shown = "" if self.field else f" {content[:20]!r}"
                     self.problems.append((key, f"has an unreadable label{shown} in {member.name!r} ({error})"))

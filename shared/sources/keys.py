@@ -125,18 +125,22 @@ class KeyLedger:
         """How many keys a shard has; 0 for a shard that was not added."""
         return len(self._digests.get(shard, ()))
 
-    def refuse_doubles(self, keys_of: Callable[[str], Iterable[str]]) -> None:
-        """Raises DataError if two shards share a key; `keys_of(shard)` is called to name it."""
+    def sharing(self) -> list[tuple[str, str]]:
+        """Pairs of shards, sorted by name, that have a key in common, or (hardly ever) keys of equal digests."""
         names = sorted(self._digests)
         if not names:
-            return
+            return []
         digests = np.concatenate([self._digests[name] for name in names])
         owners = np.repeat(np.arange(len(names)), [len(self._digests[name]) for name in names])
         order = np.argsort(digests, kind="stable")
         (equal,) = np.nonzero(digests[order[1:]] == digests[order[:-1]])
-        for position in equal:
-            first, second = (names[owner] for owner in owners[order[position : position + 2]])
-            common = set(keys_of(first)) & set(keys_of(second)) if first != second else None
+        pairs = np.unique(np.stack([owners[order[equal]], owners[order[equal + 1]]], axis=1), axis=0)
+        return [(names[first], names[second]) for first, second in pairs.tolist() if first != second]
+
+    def refuse_doubles(self, keys_of: Callable[[str], Iterable[str]]) -> None:
+        """Raises DataError if two shards share a key; `keys_of(shard)` is called to name it."""
+        for first, second in self.sharing():
+            common = set(keys_of(first)) & set(keys_of(second))
             if common:
                 raise DataError(
                     f"key {min(common)!r} is in both {first} and {second}; keys must be unique: rename the images, or "

@@ -1,7 +1,7 @@
 """What a source took and what it passed over, in one line."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from .keys import extension_of, is_hidden, plain
 
@@ -14,6 +14,19 @@ class PassedOver:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, kinds: Mapping[str, tuple[int, str]]) -> "PassedOver":
+        """What was counted when `kinds` was read."""
+        passed = cls()
+        passed._counts.update({kind: count for kind, (count, _) in kinds.items()})
+        passed._examples = {kind: example for kind, (_, example) in kinds.items()}
+        return passed
+
+    @property
+    def kinds(self) -> dict[str, tuple[int, str]]:
+        """The number of names of each kind, and an example."""
+        return {kind: (count, plain(self._examples[kind])) for kind, count in self._counts.items()}
 
     def add(self, name: str, extension: str | None = None) -> None:
         """Adds a name; its kind is its extension, which may be given, or that it is hidden."""

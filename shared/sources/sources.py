@@ -25,6 +25,7 @@ from ..storage.files import sha256_file
 from ..storage.remote import download, list_tars, remote_size, without_query
 from .folders import FolderListing, list_folder, shards_of, tars_in
 from .keys import KeyLedger, Skipped, key_of
+from .listings import listed
 from .options import DEFAULT, SourceOptions
 from .passed import PassedOver, count_of, first_to_last
 from .places import Place, expand
@@ -146,17 +147,7 @@ class SourceShard:
         """The shard's images, what is unusable, and which labels could not be read."""
         labelling = self.labelling or Labelling()
         if self.listed is None:
-            tar_labels = TarLabels(Path(self.root), labelling.field)
-            records, problems = index_tar(
-                Path(self.root),
-                self.options,
-                region=self.region,
-                prefix=f"{self.name}/" if self.options.prefixes else "",
-                tar_labels=tar_labels,
-                label=self.class_label,
-                passed=passed,
-            )
-            label_problems = tar_labels.problems
+            records, problems, label_problems = self._tar_listing(labelling.field, passed)
         else:
             records, problems = self.files, [entry for entry in self.listed if not isinstance(entry, ImageRecord)]
             label_problems = []
@@ -166,6 +157,41 @@ class SourceShard:
         records = [replace(record, label=labels.get(record.key)) for record in records]
         missing = [record.key for record in records if record.label is None]
         return records, problems, [(key, f"has image {key!r}, and {labelling.file} no label for it") for key in missing]
+
+    def _tar_listing(
+        self, label_field: str | None, passed: PassedOver | None
+    ) -> tuple[list[ImageRecord], Skipped, Skipped]:
+        """`_listing` of a tar, from its last listing if it has not changed since."""
+        path, options = Path(self.root), self.options
+        tar_labels = TarLabels(path, label_field)
+        prefix = f"{self.name}/" if options.prefixes else ""
+        problems: Skipped = []
+
+        def read(over: PassedOver) -> tuple[list[ImageRecord], bool]:
+            records, found = index_tar(
+                path,
+                options,
+                region=self.region,
+                prefix=prefix,
+                tar_labels=tar_labels,
+                label=self.class_label,
+                passed=over,
+            )
+            problems.extend(found)
+            return records, not problems and not tar_labels.problems and self.url is None
+
+        depends_on = {
+            "extensions": [options.until("tar"), *options.extensions],
+            "fields": options.image_fields,
+            "prefix": prefix,
+            "region": None if self.region is None else [self.region.offset, self.region.length],
+            "label": self.class_label,
+            "label_field": label_field,
+            "class_names": tar_labels.class_names,
+        }
+        over = PassedOver() if passed is None else passed
+        records = listed(path, depends_on, options.max_pixels, over, read)
+        return records, problems, tar_labels.problems
 
     def size(self) -> int | None:
         """Bytes of the tar, or of all images of a folder's shard; None if a server does not tell, or for a remote tar

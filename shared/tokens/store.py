@@ -28,7 +28,7 @@ from ..storage.files import read_sealed_json, sha256_file, write_sealed_json
 from ..storage.remote import as_path, exists, is_remote
 from .codebook import read_description
 from .notebook import ImageTokens, facts_html, to_pandas, to_torch
-from .rows import ShardRows
+from .rows import ShardRows, Strings
 from .shard_files import (
     SHARD_FORMAT,
     SUFFIXES,
@@ -269,6 +269,10 @@ class TokenStore:
             )
         return rows
 
+    def read_keys(self, name: str) -> Strings:
+        """The keys (n,) of one shard, checked as `read_rows` checks its rows; other columns are not decoded."""
+        return read_shard_keys(self.path, self.entries[name])
+
     def shards(self) -> Iterator[tuple[str, ShardRows]]:
         """(name, rows) of every shard, one in memory at a time."""
         for name in self.entries:
@@ -319,7 +323,7 @@ class TokenStore:
 
     def _find(self, key: str) -> tuple[ShardRows, int] | None:
         if self._index is None:
-            self._index = KeyIndex(read_shard_keys(self.path, entry) for entry in self.entries.values())
+            self._index = KeyIndex(map(self.read_keys, self.entries))
         names = list(self.entries)
         for shard, row in self._index.candidates(key):
             rows = self._rows_of(names[shard])

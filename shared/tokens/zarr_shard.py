@@ -2,26 +2,43 @@
 
 import zipfile
 from pathlib import Path
-from typing import Any
-
-import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
-from zarr.storage import MemoryStore
+from typing import TYPE_CHECKING, Any
 
 from ..artifacts.codes import Dtype
 from ..artifacts.zipped_zarr import Column, ZippedZarr
 from .rows import COLUMNS, STRINGS, ShardRows, Strings, empty_rows
 
-# The smallest that benchmarks/storage.py measured: tokens hardly repeat, but only log2(K) of their bits vary.
-TOKEN_CODECS = {size: BloscCodec(cname="zstd", clevel=9, shuffle="bitshuffle", typesize=size) for size in (2, 4)}
-"""By the bytes of a token."""
-OTHER_CODEC = ZstdCodec(level=19)
+if TYPE_CHECKING:
+    from zarr.codecs import BloscCodec, ZstdCodec
+
 ROWS_PER_CHUNK = 1024
 _EPOCH_OF_ZIP = (1980, 1, 1, 0, 0, 0)
 
 
+def token_codec(itemsize: int) -> "BloscCodec":
+    """The codec of tokens of so many bytes: the smallest that benchmarks/storage.py measured.
+
+    Tokens hardly repeat, but only log2(K) of their bits vary.
+    """
+    from zarr.codecs import BloscCodec
+
+    return BloscCodec(cname="zstd", clevel=9, shuffle="bitshuffle", typesize=itemsize)
+
+
+def other_codec() -> "ZstdCodec":
+    """The codec of all other columns."""
+    from zarr.codecs import ZstdCodec
+
+    return ZstdCodec(level=19)
+
+
 def write_zarr(path: Path, rows: ShardRows, attributes: dict[str, Any]) -> None:
     """Writes the rows as a zipped Zarr group with these attributes; the same rows always give the same bytes."""
+    # Only the writing of shards needs zarr, whose import takes a second.
+    import zarr
+    from zarr.codecs import Crc32cCodec
+    from zarr.storage import MemoryStore
+
     files: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(files), attributes=attributes)
     for name in COLUMNS:
@@ -29,7 +46,7 @@ def write_zarr(path: Path, rows: ShardRows, attributes: dict[str, Any]) -> None:
         chunks = (min(max(len(data), 1), ROWS_PER_CHUNK), *data.shape[1:])
         dtype = str if name in STRINGS else data.dtype
         # Zarr does not checksum chunks unless told to.
-        codecs = [TOKEN_CODECS[data.itemsize] if name == "tokens" else OTHER_CODEC, Crc32cCodec()]
+        codecs = [token_codec(data.itemsize) if name == "tokens" else other_codec(), Crc32cCodec()]
         array = group.create_array(name, shape=data.shape, chunks=chunks, dtype=dtype, compressors=codecs)
         array[:] = data
     with zipfile.ZipFile(path, "w") as archive:

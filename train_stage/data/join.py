@@ -17,18 +17,20 @@ from ...shared.labels.columns import NO_LABEL, from_column
 from ...shared.labels.parsing import Label
 from ...shared.runtime.console import progress, say
 from ...shared.runtime.distributed import World
-from ...shared.sources.keys import KeyLedger
-from ...shared.sources.records import ImageRecord
 from ...shared.sources.sources import SourceShard, open_source
 from ...shared.storage.compressed import is_compressed
 from ...shared.storage.remote import is_url, without_query
 from ...shared.tokens.rows import ShardRows
 from ...shared.tokens.store import TokenStore
 from .dataset import TokenisedImages
+from .listing import NOT_LISTED, ListedImages
 from .shared_columns import ColumnWriter, Place, shared_columns
 
 TARS_PREFIX = "mapet-tars-"
 _KEYS_AT_ONCE = 1 << 18
+_BYTES_OF_OBJECT = 41
+"""What Python adds to a string of bytes in an array of objects."""
+Keys = NDArray[np.bytes_] | NDArray[np.object_]
 
 
 def join(
@@ -87,20 +89,20 @@ class _Join:
 
     def run(self, images: str | Path | Sequence[str | Path] | None) -> tuple[dict[str, Place], str]:
         tars, others = self._sources(images)
-        records = self._records(others)
-        unmatched = dict(records)
-        names = list(self.store.entries) if records else [name for name in self.store.entries if name in tars]
+        listed = ListedImages(others, lenient=bool(self.store.skipped()))
+        joined = np.zeros(len(listed), dtype=bool)
+        names = list(self.store.entries) if len(listed) else [name for name in self.store.entries if name in tars]
         self._reserve(sum(self.store.entries[name]["images"] for name in names))
         with progress("reading tokens", len(names), "shards") as advance:
             for name in names:
                 rows = self.store.read_rows(name)
                 if name in tars:
-                    _refuse_in_both(rows, records, tars[name])
+                    _refuse_in_both(rows, listed, tars[name])
                     self._append_all(name, rows, tars[name])
                 else:
-                    self._append_matching(rows, records, unmatched)
+                    self._append_matching(rows, listed, joined)
                 advance()
-        self._account(unmatched, self.count + len(unmatched))
+        self._account(listed, np.flatnonzero(~joined))
         return self._finish()
 
     def _sources(self, images: str | Path | Sequence[str | Path] | None) -> tuple[dict[str, str], list[SourceShard]]:
@@ -137,16 +139,6 @@ class _Join:
             "under that name, or copy them here."
         )
 
-    def _records(self, shards: list[SourceShard]) -> dict[str, ImageRecord]:
-        """The images of sources that must be listed, by key. Raises DataError for a duplicate key."""
-        lenient = bool(self.store.skipped())
-        ledger = KeyLedger()
-        by_shard = {shard.name: shard.index([] if lenient else None, []) for shard in shards}
-        for name, records in by_shard.items():
-            ledger.add(name, (record.key for record in records))
-        ledger.refuse_doubles(lambda name: [record.key for record in by_shard[name]])
-        return {record.key: record for records in by_shard.values() for record in records}
-
     def _reserve(self, most: int) -> None:
         views, (height, width) = self.store.views, self.store.grid
         for name, dtype, *shape in (
@@ -174,24 +166,19 @@ class _Join:
         classes = self.classes
         return [NO_LABEL if label is None else classes.setdefault(label, len(classes)) for label in labels]
 
-    def _append_matching(
-        self, rows: ShardRows, records: dict[str, ImageRecord], unmatched: dict[str, ImageRecord]
-    ) -> None:
-        """Appends the rows whose key is among `records`, and removes those keys from `unmatched`."""
-        places = [place for place, key in enumerate(rows.keys) if key in records]
-        for place in places:
-            if unmatched.pop(rows.keys[place], None) is None:
+    def _append_matching(self, rows: ShardRows, listed: ListedImages, joined: NDArray[np.bool_]) -> None:
+        """Appends the rows whose key is listed, and marks those images as joined."""
+        found = listed.find(rows.keys)
+        places = np.flatnonzero(found != NOT_LISTED)
+        numbers = found[places]
+        for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
+            if joined[number]:
                 raise DataError(f"{self.store.path} holds {rows.keys[place]!r} twice; encode each image once.")
-        matching = [records[rows.keys[place]] for place in places]
-        labels = self._numbered(record.label for record in matching)
-        self._append(
-            rows,
-            places,
-            [record.offset for record in matching],
-            [record.length for record in matching],
-            labels,
-            [self._file(str(record.path)) for record in matching],
-        )
+            joined[number] = True
+        columns = listed.columns
+        labels = self._numbered(map(listed.label, numbers.tolist()))
+        files = [self._file(listed.path(number)) for number in numbers.tolist()]
+        self._append(rows, places, columns.offsets[numbers], columns.lengths[numbers], labels, files)
 
     def _file(self, path: str, size: int | None = 0) -> int:
         if path not in self.paths:
@@ -202,7 +189,7 @@ class _Join:
     def _append(
         self,
         rows: ShardRows,
-        places: slice | list[int],
+        places: slice | NDArray[np.int64],
         offsets: ArrayLike,
         lengths: ArrayLike,
         labels: ArrayLike,
@@ -219,18 +206,18 @@ class _Join:
         if keys:
             self.shard_ends.append(self.count)
 
-    def _account(self, unmatched: dict[str, ImageRecord], total: int) -> None:
+    def _account(self, listed: ListedImages, unmatched: NDArray[np.int64]) -> None:
         """Logs unused images and tokens. Raises DataError for images without tokens, unless they may be skipped."""
         path = self.store.path
         skipped = {key for _, key, _ in self.store.skipped()}
         if skipped:
             say(f"{len(self.store.skipped())} images were skipped when {path} was encoded; they are left out.")
-        total -= sum(key in skipped for key in unmatched)
-        missing = [key for key in unmatched if key not in skipped]
+            unmatched = unmatched[[listed.key(number) not in skipped for number in unmatched.tolist()]]
+        missing, total = len(unmatched), self.count + len(unmatched)
         if missing:
-            named = f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
-            text = f"{len(missing)} of {total} images have no tokens in {path}: {named}"
-            if not self.skip_missing or len(missing) == total:
+            named = ", ".join(map(listed.key, unmatched[:3].tolist())) + (" ..." if missing > 3 else "")
+            text = f"{missing} of {total} images have no tokens in {path}: {named}"
+            if not self.skip_missing or missing == total:
                 raise DataError(f"{text}; encode them (mapet tokenize encode-shards) or --set data.skip_missing=true.")
             say(f"{text}; they are left out.")
         if self.count < len(self.store):
@@ -260,15 +247,22 @@ class _Join:
         return writer.finish(self.count, *fixed), _digest(keys, rows)
 
 
-def _refuse_in_both(rows: ShardRows, records: dict[str, ImageRecord], tar: str) -> None:
-    common = [key for key in rows.keys if key in records] if records else []
+def _refuse_in_both(rows: ShardRows, listed: ListedImages, tar: str) -> None:
+    found = listed.find(rows.keys)
+    common = [(rows.keys[place], int(found[place])) for place in np.flatnonzero(found != NOT_LISTED)]
     if common:
-        raise DataError(f"key {min(common)!r} is in both {records[min(common)].path} and {tar}; keys must be unique.")
+        key, number = min(common)
+        raise DataError(f"key {key!r} is in both {listed.path(number)} and {tar}; keys must be unique.")
 
 
-def _padded(blocks: list[bytes], lengths: NDArray[np.int64], parts: list[NDArray[np.int64]]) -> NDArray[np.bytes_]:
-    """All keys as one array of byte strings of equal length; UTF-8 sorts as the texts do."""
-    keys = np.empty(len(lengths), dtype=f"S{max(lengths.max(initial=1), 1)}")
+def _padded(blocks: list[bytes], lengths: NDArray[np.int64], parts: list[NDArray[np.int64]]) -> Keys:
+    """All keys as one array of byte strings, of equal length unless a few keys are much longer than the others.
+
+    UTF-8 sorts as the texts do.
+    """
+    longest = max(int(lengths.max(initial=1)), 1)
+    padded = longest * len(lengths) <= int(lengths.sum()) + _BYTES_OF_OBJECT * len(lengths)
+    keys: Keys = np.empty(len(lengths), dtype=f"S{longest}" if padded else object)
     start = 0
     for block, part in zip(blocks, parts, strict=True):
         ends = np.cumsum(part)
@@ -279,13 +273,13 @@ def _padded(blocks: list[bytes], lengths: NDArray[np.int64], parts: list[NDArray
     return keys
 
 
-def _sorted_parts(keys: NDArray[np.bytes_], rows: NDArray[np.int64], overlap: int = 0) -> Iterator[NDArray[np.bytes_]]:
+def _sorted_parts(keys: Keys, rows: NDArray[np.int64], overlap: int = 0) -> Iterator[Keys]:
     """Yields the sorted keys in blocks; each block begins with the last `overlap` keys of the block before."""
     for start in range(0, len(rows), _KEYS_AT_ONCE):
         yield keys[rows[max(start - overlap, 0) : start + _KEYS_AT_ONCE]]
 
 
-def _digest(keys: NDArray[np.bytes_], rows: NDArray[np.int64]) -> str:
+def _digest(keys: Keys, rows: NDArray[np.int64]) -> str:
     """`records.keys_sha256` of all keys, without a list of them."""
     digest, between = hashlib.sha256(), b""
     for part in _sorted_parts(keys, rows):

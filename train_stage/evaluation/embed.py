@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, unfold
 
@@ -20,6 +19,9 @@ from ..model.mapet import MaPeT
 from ..weights.weights import Weights
 from .labelled import LabelledImages, same_classes
 from .patch_features import PatchFeatures, PatchWriter
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 PRETRAINED = "pre-trained"
 """The name of the encoder made of the weights themselves."""
@@ -50,13 +52,13 @@ def normalised_views(
         yield normalise(batch["pixels"])
 
 
-def embed(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
+def embed(model: "VisionTransformer", images: Tensor) -> tuple[Tensor, Tensor]:
     """Pooled features (B, dim) and patch features (B, N, dim) of images (B, 3, S, S), in full float32 precision."""
     return embed_blocks(model, images, [len(model.blocks) - 1])[0]
 
 
 @torch.no_grad()
-def embed_blocks(model: VisionTransformer, images: Tensor, blocks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+def embed_blocks(model: "VisionTransformer", images: Tensor, blocks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """The features that `embed` gives, of each of some blocks (from 0, ascending): the model's final norm and pooling
     are applied to the output of the block, as DINOv2 does."""
     # cuDNN would otherwise round float32 to TF32.

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ...shared.errors import DataError, UsageError
@@ -22,6 +21,9 @@ from ..masked.masked_images import MaskedImage
 from ..masked.masks import IGNORED, MaskRule, read_mask
 from ..weights.weights import Weights
 
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
 _MOST_COUNTS = 1 << 24
 """How many counts of classes are in memory at once."""
 
@@ -32,7 +34,7 @@ class PatchEncoder:
 
     name: str
     """Such as "pre-trained"."""
-    model: VisionTransformer
+    model: "VisionTransformer"
     feature: str
     """What the vector of a patch is, in words."""
 

@@ -1,5 +1,6 @@
 """The plan of a run, from its settings alone: steps, warm-up, and the share of a batch that each process computes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,18 @@ class Schedule:
     """Peak learning rate, at the end of the warm-up."""
     min_lr: float
     """Learning rate at the end of the cosine."""
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step of the run, counted from 0: that of timm's `CosineLRScheduler` with `warmup_prefix`.
+
+        The formula is written out because importing any module of timm imports all its models and torchvision, which
+        takes longer than everything else that pre-training imports.
+        """
+        done = step - self.start
+        if done < self.warmup:
+            return self.warmup_lr + done * ((self.lr - self.warmup_lr) / self.warmup)
+        share = math.cos(math.pi * (done - self.warmup) / (self.steps - self.warmup))
+        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + share)
 
 
 @dataclass(frozen=True)

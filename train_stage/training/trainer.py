@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any, Generic
 
 import torch
-from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -40,7 +39,7 @@ class Trainer(Generic[BatchT]):
         self.task, self.settings, self.plan, self.world, self.device = task, task.settings, plan, world, device
         self.model = model.to(device).train()
         self.loss = task.loss(model, device, task.settings.train.precision_on(device))
-        execution, schedule = self.settings.execution, plan.schedule
+        execution = self.settings.execution
         blocks = task.blocks(model)
         if execution.compile:
             refuse_missing_compiler()
@@ -49,15 +48,6 @@ class Trainer(Generic[BatchT]):
             self.loss.compile_surroundings()
         self._parallel_loss = wrap_parallel(self.loss, blocks, execution.parallel, world, device)
         self.optimizer = self._adamw()
-        self.schedule = CosineLRScheduler(
-            self.optimizer,
-            t_initial=schedule.steps - schedule.warmup,
-            lr_min=schedule.min_lr,
-            warmup_t=schedule.warmup,
-            warmup_lr_init=schedule.warmup_lr,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
         self.ema: dict[str, Tensor] = {}
         if self.settings.train.ema is not None:
             self.ema = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
@@ -69,7 +59,7 @@ class Trainer(Generic[BatchT]):
 
         Raises DataError after a hundred consecutive bad steps, if bad steps are skipped.
         """
-        self.schedule.step_update(step - self.plan.schedule.start)
+        self._set_learning_rate(self.plan.schedule.lr_at(step))
         inputs, count = self.loss.at_step(step, self.plan.steps_as_begun), self.plan.parts
         sums = torch.zeros(1 + self.task.bands.count, device=self.device)
         for index, part in enumerate(parts):
@@ -91,6 +81,11 @@ class Trainer(Generic[BatchT]):
         lr, images = max(group["lr"] for group in self.optimizer.param_groups), self.settings.train.batch_size
         guesses = [images * count for count in inputs.predictions]
         return StepMetrics(loss, right, guesses, norm, images, lr, problem)
+
+    def _set_learning_rate(self, lr: float) -> None:
+        """Sets the learning rate of each group of parameters: `lr` times the group's scale."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
 
     def _reason_to_skip(self, step: int, loss: Tensor, norm: Tensor) -> str | None:
         """Why the update of this step is skipped, or None. All processes have the same loss and norm, so they agree."""
@@ -133,10 +128,8 @@ class Trainer(Generic[BatchT]):
         self.monitor.restore(monitor)
 
     def _adamw(self) -> torch.optim.AdamW:
-        """AdamW over the parameters that are trained, in groups of one weight decay and one scale of the learning rate.
-
-        The schedule multiplies the learning rate of each group by its "lr_scale" (timm's `Scheduler.update_groups`).
-        """
+        """AdamW over the parameters that are trained, in groups of one weight decay and one scale of the learning rate,
+        "lr_scale"."""
         settings, task = self.settings.optimizer, self.task
         groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

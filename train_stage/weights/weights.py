@@ -3,12 +3,9 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ...shared.errors import DataError, UsageError
@@ -18,6 +15,9 @@ from ..model.mapet import MaPeT
 from ..model.shape import SIZES, Shape
 from .schema import refuse_other_sizes
 
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
 _PRETRAINING_ONLY = ("mask_positional_token", "decoder.weight", "decoder.bias")
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -26,9 +26,9 @@ _Model = TypeVar("_Model", bound=nn.Module)
 class Input:
     """The preprocessing of a model's training images: (pixel / 255 - mean) / std after resizing by `interpolation`."""
 
-    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
-    """Red, green, blue."""
-    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Red, green, blue; the default is ImageNet's."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"
     """bicubic or bilinear."""
     crop_pct: float | None = None
@@ -131,6 +131,8 @@ class Weights:
             return self
         if image_size <= 0 or image_size % self.shape.patch_size:
             raise UsageError(f"--image-size {image_size} is not a multiple of the patch size {self.shape.patch_size}.")
+        from timm.layers.pos_embed import resample_abs_pos_embed
+
         grid = image_size // self.shape.patch_size
         positions = resample_abs_pos_embed(self.tensors["pos_embed"], [grid, grid], num_prefix_tokens=1)
         shape = replace(self.shape, image_size=image_size)
@@ -148,8 +150,10 @@ class Weights:
             )
         return self._with_tensors(lambda: MaPeT(self.shape), self.tensors)
 
-    def vit(self) -> VisionTransformer:
+    def vit(self) -> "VisionTransformer":
         """timm's ViT with these weights, in eval mode, without a decoder; a classifier's has its head."""
+        from timm.models.vision_transformer import VisionTransformer
+
         arguments = self.timm_arguments()
         model = self._with_tensors(
             lambda: VisionTransformer(**arguments, num_classes=self.classes, weight_init="skip"), self.timm_tensors()

@@ -118,6 +118,14 @@ def test_keys_of_any_length_and_alphabet_keep_their_order(chain, tmp_path: Path,
     assert_joined(data, read_records(tar), store)
 
 
+def test_keys_of_equal_digests_join_to_their_own_images(chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    renamed = Path(shutil.copy(chain.tars[0], tmp_path / "renamed.tar"))
+    module = "mapet.train_stage.data.listing"
+    monkeypatch.setattr(f"{module}.key_digests", lambda keys: np.zeros(len(list(keys)), dtype=np.uint64))
+    store = TokenStore(chain.tokens)
+    assert_joined(join(renamed, store), read_records(renamed), store)
+
+
 MANY = """
 import os, sys
 from mapet.shared.errors import DataError
