@@ -74,6 +74,30 @@ def test_a_study_measures_every_cell(small: Path, tmp_path: Path):
     assert summaries[1]["differences"]["linear"]["pairs"] == 2
 
 
+@pytest.mark.campaign
+def test_every_evaluation_and_comparison_is_measured(tmp_path: Path):
+    # One seed has no intervals. 240 images are two epochs, and the k-NN accuracy is measured twice on the way.
+    content = yaml.safe_load((STUDIES / "smoke.yaml").read_text())
+    content |= {"drawings": {"train": 120, "val": 60}, "budgets": {"images": {"images": 240}}, "seeds": [0]}
+    content |= {"evaluations": ["linear", "attentive", "knn", "finetuned"], "curve_points": 2}
+    content |= {"comparisons": ["random init", "from scratch", "pixels"], "finetuning_recipe": "finetune-small-data"}
+    content["settings"] |= {"train.batch_size": 24}
+    content["finetuning"] = {"train.epochs": 1, "train.batch_size": 24, "optimizer.warmup_epochs": 0}
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(content))
+    out = tmp_path / "study"
+    subprocess.run([*COMMAND, tmp_path / "all.yaml", "--out", out], check=True)
+    measured = {(row, evaluation) for row, _, _, evaluation, _ in scores(out)}
+    frozen = {"linear", "attentive", "knn"}
+    assert measured == {
+        *((row, evaluation) for row in ("MIM 40 %", "MaPeT") for evaluation in (*frozen, "finetuned")),
+        *((row, evaluation) for row in ("random init", "pixels") for evaluation in frozen),
+        ("from scratch", "finetuned"),
+    }
+    curves = [len(path.read_text().splitlines()) for path in out.glob("run/*/output/probe.jsonl")]
+    assert len(curves) == 2
+    assert min(curves) >= 2
+
+
 @pytest.mark.nightly
 def test_a_study_that_is_killed_at_random_ends_with_the_same_figures(smaller: Path, undisturbed: Path, tmp_path: Path):
     out, moments = tmp_path / "study", random.Random(0)
