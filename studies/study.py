@@ -90,9 +90,11 @@ def _inputs(plan: Study, out: Path, images: str | Path | None, val: str | Path |
     with sole_writer(out / _PLAN):
         noted = _noted(out / _PLAN)
         if noted is None:
+            count = plan.drawings.train if plan.drawings else plan.train_images or len(read_records(train))
+            build_graph(plan, Inputs(train, held_out, count, out, device))  # refuses what is wrong before it is noted
             if plan.drawings is not None:
                 _draw(plan.drawings, train, held_out)
-            noted = {**given, "count": plan.train_images or len(read_records(train))}
+            noted = {**given, "count": count}
             with written_whole(out / _PLAN) as partial:
                 partial.write_text(json.dumps(noted, indent=1) + "\n")
     if {**given, "study": plan} != {**{name: noted.get(name) for name in given}, "study": _study_of(noted)}:

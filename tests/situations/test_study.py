@@ -46,6 +46,13 @@ def test_options_that_do_not_fit(mapet, written, tmp_path):
     mapet("study", "tiny", "--dry-run").refused(2, "give --images, or train_images")
 
 
+def test_a_mistake_leaves_no_study_behind(mapet, written, tmp_path):
+    """A wrong setting is refused without a picture drawn or a note of the study, so that --out may be used again."""
+    path = written(objectives={"MIM 40 %": {"objective.mask_ratio": 40}})
+    mapet("study", path, "--out", tmp_path / "out").refused(2, "MIM 40 %", "mask_ratio 40")
+    assert [one for one in (tmp_path / "out").rglob("*") if one.suffix in (".json", ".tar", ".jpg", ".png")] == []
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "parts"),
     [
