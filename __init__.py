@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .shared.doctor import doctor
     from .shared.tokens.codebook import Codebook
     from .shared.tokens.store import TokenStore
+    from .studies.plan import study_dry_run
     from .studies.study import study
     from .throughput.bench import bench
     from .tokenize_stage.build_codebook import build_codebook
@@ -70,6 +71,7 @@ _HOME = {
     "segment": ".train_stage.segment",
     "segment_dry_run": ".train_stage.segment",
     "study": ".studies.study",
+    "study_dry_run": ".studies.plan",
     "verify": ".tokenize_stage.verify",
 }
 
@@ -106,6 +108,7 @@ __all__ = [
     "segment",
     "segment_dry_run",
     "study",
+    "study_dry_run",
     "verify",
 ]
 

@@ -189,8 +189,10 @@ COMMANDS: dict[str, dict[str, Command]] = {
         ),
         "study": Command(
             "Compare tokenizers, objectives and models over seeds under one protocol; resumable, on many machines.",
-            "studies.study:study",
+            {"study": "studies.study:study", "plan": "studies.plan:study_dry_run"},
+            chosen_by="studies.study:which_study",
             arguments=("study",),
+            dry_run=("studies.plan:study_dry_run", "studies.plan:show_plan"),
             shown_by="studies.study:show",
         ),
         "doctor": Command(
@@ -381,7 +383,7 @@ def _run(command: Command, values: dict[str, Any]) -> None:
     as_json = values.pop("json", False) if command.shown_by else False
     if command.dry_run and values.get("dry_run") and "dry_run" not in _parameters(command):
         estimate, show = command.dry_run
-        _imported(show)(_call(estimate, values))
+        _imported(show)(_call(estimate, values), **({"as_json": as_json} if command.shown_by else {}))
         return
     choice = _call(command.chosen_by, values) if command.chosen_by else ""
     result = _call(command.functions[choice], values)

@@ -12,7 +12,7 @@ from typing import Any
 from ..quickstart.demo import TOWER
 from ..shared.errors import UsageError
 from ..shared.storage.files import canonical_json
-from ..train_stage.settings import Settings, resolve
+from ..train_stage.settings import FinetuneSettings, Settings, resolve, resolve_finetuning
 from .schema import FROM_SCRATCH, PIXELS, RANDOM_INIT, Budget, Study, Tokenizer, Value, Values
 
 CODEBOOK, TOKENS, RUN, PROBE, CLASSIFIER = "codebook", "tokens", "run", "probe", "classifier"
@@ -47,8 +47,16 @@ class Step:
     needs: tuple[str, ...] = ()
     """Folders of the steps whose artifacts it reads."""
     images_seen: int = 0
+    """Of a pre-training or a fine-tuning."""
     flops: int = 0
     """Of a pre-training."""
+    tokenizer: Tokenizer | None = None
+    """Of a codebook or a token store."""
+    settings: Settings | None = None
+    """Of a pre-training, and of the one that a step reads."""
+    finetuning: FinetuneSettings | None = None
+    k: int = 0
+    """Codes that a pre-training predicts."""
 
 
 @dataclass(frozen=True)
@@ -123,22 +131,29 @@ class _Builder:
         if book.get("tower") == "package":
             book["tower"] = f"local-dir:{TOWER}"
         words: tuple[str, ...] = ("tokenize", "build-codebook", self.inputs.images, *_options(book), *self._device)
-        codebook = graph.add(CODEBOOK, name, tokenizer.codebook, (), words=words)
+        if tokenizer.published:
+            words = ("tokenize", "import", *_options(tokenizer.published), *self._device)
+        content = tokenizer.published or tokenizer.codebook
+        codebook = graph.add(CODEBOOK, name, content, (), words=words, tokenizer=tokenizer)
         words = ("tokenize", "encode-shards", self.inputs.images, "--codebook", self._output(codebook))
         words += (*_options(tokenizer.tokens), *self._device)
-        return codebook, graph.add(TOKENS, name, tokenizer.tokens, (codebook,), words=words)
+        made = {"words": words, "tokenizer": tokenizer}
+        return codebook, graph.add(TOKENS, name, tokenizer.tokens, (codebook,), **made)
 
     def pretrained(
         self, graph: Graph, row: str, tokenizer: str, model: str, budget: str, seed: int, codebook: str, tokens: str
     ) -> Cell:
         """A pre-training and its evaluations."""
-        k = int(self.study.tokenizers[tokenizer].codebook.get("k", 8192))  # type: ignore[arg-type]
-        values: Values = {
-            **self.study.settings, **self.study.models[model], **self.study.objectives[row], "train.seed": seed,
-        }  # fmt: skip
+        k = self.study.tokenizers[tokenizer].k
+        values = self.values(row, model, seed)
         settings = self.settings(values, row, model)
-        flops, per_epoch = flops_of(canonical_json(values), self.study.recipe, k), self.images_per_epoch(settings)
-        epochs = epochs_of(self.study.budgets[budget], flops, per_epoch, f"objective {row}, budget {budget}")
+        flops, per_epoch = self.flops_of(values, k), self.images_per_epoch(settings)
+        allowed = self.study.budgets[budget]
+        if allowed.flops_of:
+            of = self.values(allowed.flops_of, model, seed)
+            self.settings(of, allowed.flops_of, model)
+            allowed = Budget(flops=(allowed.images or 0) * self.flops_of(of, k))
+        epochs = epochs_of(allowed, flops, per_epoch, f"objective {row}, budget {budget}")
         values = {"optimizer.warmup_epochs": self.study.warmup * epochs, **values, "train.epochs": epochs}
         if self.study.curve_points:
             steps = epochs * per_epoch // settings.train.batch_size
@@ -150,13 +165,23 @@ class _Builder:
         words += (*recipe, *_settings(values), *self._device)
         seen = epochs * per_epoch
         content = {**values, "recipe": self.study.recipe}
-        made = {"words": words, "images_seen": seen, "flops": seen * flops}
+        settings = self.settings(values, row, model)
+        made = {"words": words, "images_seen": seen, "flops": seen * flops, "settings": settings, "k": k}
         run = graph.add(RUN, label, _without_paths(content), (tokens,), **made)
         probe = self.probe(graph, label, run, seed, row, budget) if self.study.frozen else None
         classifier = None
         if "finetuned" in self.study.evaluations:
-            classifier = self.classifier(graph, label, run, seed)
+            classifier = self.classifier(graph, label, run, seed, model)
         return Cell(row, tokenizer, model, budget, seed, codebook, tokens, run, probe, PRETRAINED, classifier)
+
+    def flops_of(self, values: Values, k: int) -> int:
+        """FLOPs per image of a pre-training; counted once for all seeds, since counting takes seconds."""
+        values = {name: value for name, value in values.items() if name != "train.seed"}
+        return flops_of(canonical_json(values), self.study.recipe, k)
+
+    def values(self, row: str, model: str, seed: int) -> Values:
+        """What a pre-training's settings are given, but for its length."""
+        return {**self.study.settings, **self.study.models[model], **self.study.objectives[row], "train.seed": seed}
 
     def settings(self, values: Mapping[str, Value], row: str, model: str) -> Settings:
         """Raises UsageError, which names the row, for settings that do not fit together."""
@@ -165,11 +190,11 @@ class _Builder:
         except UsageError as error:
             raise UsageError(f"objective {row}, model {model}: {error}") from None
 
-    def images_per_epoch(self, settings: Settings) -> int:
+    def images_per_epoch(self, settings: Settings | FinetuneSettings, of: str = "") -> int:
         """Without the incomplete batch at the end."""
         batch = settings.train.batch_size
         if batch > self.inputs.count:
-            raise UsageError(f"train.batch_size {batch} is larger than the {self.inputs.count} training images.")
+            raise UsageError(f"{of}train.batch_size {batch} is larger than the {self.inputs.count} training images.")
         return self.inputs.count // batch * batch
 
     def probe(self, graph: Graph, label: str, run: str, seed: int, row: str, budget: str) -> str:
@@ -179,15 +204,29 @@ class _Builder:
             flags += ["--random-init"] if RANDOM_INIT in self.study.comparisons else []
             flags += ["--pixels"] if PIXELS in self.study.comparisons else []
         words = ("train", "probe", self._output(run), *self._labelled, "--json", "--seed", str(seed), *flags)
-        return graph.add(PROBE, label, flags, (run,), words=(*words, *self._device))
+        made = {"words": (*words, *self._device), "settings": graph.steps[run].settings}
+        return graph.add(PROBE, label, flags, (run,), **made)
 
-    def classifier(self, graph: Graph, label: str, run: str, seed: int, *flags: str) -> str:
+    def classifier(self, graph: Graph, label: str, run: str, seed: int, model: str, *flags: str) -> str:
         """The fine-tuning of a run."""
-        values: Values = {**self.study.finetuning, "train.seed": seed}
+        values: Values = {**self.study.finetuning, **self.study.finetuning_of.get(model, {}), "train.seed": seed}
+        pretraining = graph.steps[run].settings
+        assert pretraining is not None  # every pre-training has them
+        settings = self.finetuning_settings(values, pretraining, model)
+        per_epoch = self.images_per_epoch(settings, "fine-tuning: ")
         recipe = _recipe(self.study.finetuning_recipe)
         words = ("train", "finetune", self._output(run), *self._labelled, *recipe, *_settings(values), *flags)
         content = [values, self.study.finetuning_recipe, *flags]
-        return graph.add(CLASSIFIER, label, content, (run,), words=(*words, *self._device))
+        made = {"words": (*words, *self._device), "images_seen": settings.train.epochs * per_epoch}
+        return graph.add(CLASSIFIER, label, content, (run,), **made, settings=pretraining, finetuning=settings)
+
+    def finetuning_settings(self, values: Values, pretraining: Settings, model: str) -> FinetuneSettings:
+        """Raises UsageError, which names the model, for settings that do not fit together."""
+        view = {name: getattr(pretraining.data, name) for name in ("mean", "std", "interpolation")}
+        try:
+            return resolve_finetuning(self.study.finetuning_recipe, _pairs(values), pretraining.model.image_size, view)
+        except UsageError as error:
+            raise UsageError(f"fine-tuning, model {model}: {error}") from None
 
     def comparisons(self, graph: Graph, of: Cell) -> list[Cell]:
         """The cells without pre-training, of the model and seed of a cell."""
@@ -196,7 +235,7 @@ class _Builder:
         for name in self.study.comparisons:
             if name == FROM_SCRATCH:
                 label = f"from scratch {of.model} seed {of.seed}"
-                classifier = self.classifier(graph, label, of.run, of.seed, "--from-scratch")
+                classifier = self.classifier(graph, label, of.run, of.seed, of.model, "--from-scratch")
                 cells.append(Cell(name, *place, classifier=classifier))
             else:
                 cells.append(Cell(name, *place, of.probe, _FEATURES[name]))

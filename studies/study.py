@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from msgspec import to_builtins
+from msgspec import ValidationError, convert, to_builtins
 
 from ..quickstart.drawings import write_drawings
 from ..shared.errors import DataError, UsageError
@@ -37,7 +37,7 @@ def study(
     one. Several processes or machines that are given the same call share the work, and end with the same table.
 
     Args:
-        study: A shipped study (smoke or tiny) or a YAML file.
+        study: A shipped study (smoke, tiny or paper-imagenet) or a YAML file.
         out: Folder of the study.
         images: Labelled training images, as for `pretrain` and `probe`; not needed if the study draws its own.
         val: Labelled images that each cell is measured on.
@@ -61,6 +61,15 @@ def study(
     return result
 
 
+def which_study(*, out: str | None, flops_per_second: float | None) -> str:
+    """The function that `mapet study` calls if it is not a dry run. Raises UsageError for options that do not fit."""
+    if out is None:
+        raise UsageError("--out is missing: give the folder of the study, or --dry-run.")
+    if flops_per_second is not None:
+        raise UsageError("--flops-per-second goes with --dry-run.")
+    return "study"
+
+
 def show(result: StudyResult, *, as_json: bool = False) -> None:
     """Prints the table, or every figure as JSON."""
     if as_json:
@@ -81,12 +90,14 @@ def _inputs(plan: Study, out: Path, images: str | Path | None, val: str | Path |
     with sole_writer(out / _PLAN):
         noted = _noted(out / _PLAN)
         if noted is None:
+            count = plan.drawings.train if plan.drawings else plan.train_images or len(read_records(train))
+            build_graph(plan, Inputs(train, held_out, count, out, device))  # refuses what is wrong before it is noted
             if plan.drawings is not None:
                 _draw(plan.drawings, train, held_out)
-            noted = {**given, "count": plan.train_images or len(read_records(train))}
+            noted = {**given, "count": count}
             with written_whole(out / _PLAN) as partial:
                 partial.write_text(json.dumps(noted, indent=1) + "\n")
-    if {name: noted.get(name) for name in given} != given:
+    if {**given, "study": plan} != {**{name: noted.get(name) for name in given}, "study": _study_of(noted)}:
         raise UsageError(f"--out {out} holds another study or one of other images; choose another --out or delete it.")
     return Inputs(train, held_out, noted["count"], out, device)
 
@@ -101,6 +112,14 @@ def _noted(path: Path) -> dict[str, Any] | None:
     if not isinstance(noted, dict) or not isinstance(noted.get("count"), int):
         raise DataError(f"{path} is not what mapet study wrote; delete it and give the same command again.")
     return noted
+
+
+def _study_of(noted: dict[str, Any]) -> Study | None:
+    """The study that another process, perhaps of an earlier version, noted."""
+    try:
+        return convert(noted.get("study"), Study)
+    except ValidationError:
+        return None
 
 
 def _draw(drawings: Drawings, train: str, val: str) -> None:

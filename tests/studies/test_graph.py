@@ -71,7 +71,8 @@ def test_random_init_and_pixels_come_from_the_baselines_probe(smoke: Study):
 
 
 def test_from_scratch_is_fine_tuned_once_per_model_and_seed(smoke: Study):
-    study = replace(smoke, evaluations=["finetuned"], comparisons=["from scratch"])
+    small = {"train.batch_size": 32}
+    study = replace(smoke, evaluations=["finetuned"], comparisons=["from scratch"], finetuning=small)
     graph = graph_of(study)
     scratch = [step for step in graph.steps.values() if "--from-scratch" in step.words]
     assert len(scratch) == 2
@@ -107,6 +108,24 @@ def test_a_budget_under_half_an_epoch_is_refused():
 def test_a_setting_that_does_not_exist_is_refused_with_the_row_that_has_it(smoke: Study):
     with pytest.raises(UsageError, match=r"objective MIM 40 %, model mini: .*objective\.mask"):
         graph_of(replace(smoke, objectives={"MIM 40 %": {"objective.mask": 0.4}}))
+
+
+def test_settings_of_fine_tuning_are_checked_before_anything_is_made(smoke: Study):
+    study = replace(smoke, evaluations=["finetuned"], comparisons=[])
+    with pytest.raises(UsageError, match=r"fine-tuning: train\.batch_size 512 is larger than the 160 training images"):
+        graph_of(study)
+    with pytest.raises(UsageError, match=r"fine-tuning, model mini: .*optimizer\.layerdecay"):
+        graph_of(replace(study, finetuning={"optimizer.layerdecay": 0.5}))
+
+
+def test_a_model_has_fine_tuning_settings_of_its_own(smoke: Study):
+    models = {"mini": smoke.models["mini"], "other": {**smoke.models["mini"], "model.depth": 2}}
+    changes = {"models": models, "finetuning": {"train.batch_size": 32, "train.epochs": 30}, "seeds": [0]}
+    changes |= {"evaluations": ["finetuned"], "comparisons": [], "finetuning_of": {"other": {"train.epochs": 40}}}
+    study = replace(smoke, **changes)
+    graph = graph_of(study)
+    epochs = {cell.model: graph.steps[str(cell.classifier)].images_seen // 160 for cell in graph.cells}
+    assert epochs == {"mini": 30, "other": 40}
 
 
 def test_a_batch_larger_than_the_images_is_refused(smoke: Study):

@@ -13,12 +13,12 @@ import pytest
 import yaml
 from mapet.shared.errors import UsageError
 from mapet.shared.storage.lock import claimed
-from mapet.studies.schema import STUDIES
-from mapet.studies.study import study
+from mapet.studies.schema import STUDIES, read_study
+from mapet.studies.study import _inputs, study
+from msgspec.structs import replace
 
 from ..warm import COLD_COMMAND
 
-pytest.importorskip("scipy", reason="no scipy: differences have no intervals")
 COMMAND = [*COLD_COMMAND, "study"]
 
 
@@ -51,6 +51,7 @@ def smaller(small: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(smaller: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("scipy", reason="no scipy: differences have no intervals")
     out = tmp_path_factory.mktemp("undisturbed") / "study"
     study(smaller, out)
     return out
@@ -59,6 +60,7 @@ def undisturbed(smaller: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.campaign
 def test_a_study_measures_every_cell(small: Path, tmp_path: Path):
     # 2 objectives and 2 comparisons, 2 seeds, 2 evaluations.
+    pytest.importorskip("scipy", reason="no scipy: differences have no intervals")
     out = tmp_path / "study"
     study(small, out)
     rows = [line for line in scores(out) if line[3] in ("linear", "knn")]
@@ -72,6 +74,30 @@ def test_a_study_measures_every_cell(small: Path, tmp_path: Path):
     assert [one["row"] for one in summaries] == ["MIM 40 %", "MaPeT", "random init", "pixels"]
     assert summaries[0]["differences"] == {}
     assert summaries[1]["differences"]["linear"]["pairs"] == 2
+
+
+@pytest.mark.campaign
+def test_every_evaluation_and_comparison_is_measured(tmp_path: Path):
+    # One seed has no intervals. 240 images are two epochs, and the k-NN accuracy is measured twice on the way.
+    content = yaml.safe_load((STUDIES / "smoke.yaml").read_text())
+    content |= {"drawings": {"train": 120, "val": 60}, "budgets": {"images": {"images": 240}}, "seeds": [0]}
+    content |= {"evaluations": ["linear", "attentive", "knn", "finetuned"], "curve_points": 2}
+    content |= {"comparisons": ["random init", "from scratch", "pixels"], "finetuning_recipe": "finetune-small-data"}
+    content["settings"] |= {"train.batch_size": 24}
+    content["finetuning"] = {"train.epochs": 1, "train.batch_size": 24, "optimizer.warmup_epochs": 0}
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(content))
+    out = tmp_path / "study"
+    subprocess.run([*COMMAND, tmp_path / "all.yaml", "--out", out], check=True)
+    measured = {(row, evaluation) for row, _, _, evaluation, _ in scores(out)}
+    frozen = {"linear", "attentive", "knn"}
+    assert measured == {
+        *((row, evaluation) for row in ("MIM 40 %", "MaPeT") for evaluation in (*frozen, "finetuned")),
+        *((row, evaluation) for row in ("random init", "pixels") for evaluation in frozen),
+        ("from scratch", "finetuned"),
+    }
+    curves = [len(path.read_text().splitlines()) for path in out.glob("run/*/output/probe.jsonl")]
+    assert len(curves) == 2
+    assert min(curves) >= 2
 
 
 @pytest.mark.nightly
@@ -115,3 +141,15 @@ def test_images_are_given_exactly_where_the_study_draws_none(small: Path, tmp_pa
     with pytest.raises(UsageError, match="needs images: give --images and --val"):
         study(tmp_path / "other.yaml", tmp_path / "out", images="a")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_study_that_an_earlier_version_noted_is_the_same_study(smaller: Path, tmp_path: Path):
+    # It noted only the fields that it had.
+    plan = read_study(smaller)
+    first = _inputs(plan, tmp_path, None, None, "cpu")
+    noted = json.loads((tmp_path / "study.json").read_text())
+    del noted["study"]["finetuning_of"], noted["study"]["tokenizers"]["k-CLIP"]["published"]
+    (tmp_path / "study.json").write_text(json.dumps(noted))
+    assert _inputs(plan, tmp_path, None, None, "cpu") == first
+    with pytest.raises(UsageError, match="holds another study"):
+        _inputs(replace(plan, seeds=[7]), tmp_path, None, None, "cpu")

@@ -4,6 +4,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...shared.errors import DataError, UsageError
@@ -39,6 +40,7 @@ def open_clip_tower(settings: TowerSettings) -> OpenedModel:
             # OpenAI's weights were trained with QuickGELU; with GELU they give silently different features.
             force_quick_gelu=bool(tag and _tag_config(name, tag).get("quick_gelu")),
             force_image_size=settings.image_size,
+            device=torch.get_default_device(),  # of the caller: a model without weights is opened on "meta"
         )
         fields = open_clip.get_model_preprocess_cfg(model)
     visual = model.visual

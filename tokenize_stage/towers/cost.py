@@ -1,0 +1,62 @@
+"""What a tower costs, from its sizes alone: no weights are read, drawn or computed with."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ...shared.runtime.compat import fake_tensors
+from .clip_towers import open_clip_tower
+from .loading import RANDOM
+from .pixel_patches import NAME as PIXELS
+from .pixel_patches import open_pixel_tower
+from .timm_towers import open_timm_tower
+from .tower import OpenedModel, TowerSettings
+
+
+@dataclass(frozen=True)
+class TowerCost:
+    """What tokens of a tower cost."""
+
+    flops: int
+    """Of one image forward, as `torch.utils.flop_counter` counts them."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+    dim: int
+    """Length of a patch's features."""
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return math.prod(self.grid)
+
+
+def tower_cost(settings: TowerSettings) -> TowerCost | None:
+    """The cost of the tower of an open_clip or timm name, of `local-dir:PATH` or of `pixels`.
+
+    Returns:
+        None for `hf-hub:ID`, whose sizes would have to be downloaded.
+
+    Raises:
+        UsageError: the name or the layer is unknown.
+        DataError: the library cannot open the model.
+    """
+    if settings.tower.startswith("hf-hub:"):
+        return None
+    with torch.device("meta"):
+        opened = _opened(settings)
+    size = opened.preprocess.image_size
+    # With gradients, as the fused attention of inference is not counted.
+    with fake_tensors(), FlopCounterMode(display=False) as counter:
+        opened.module.eval().to_empty(device="cpu")
+        maps = opened.intermediates(torch.empty(1, 3, size, size), settings.layer, settings.final_norm)
+    rows, columns = maps.shape[-2:]
+    return TowerCost(int(counter.get_total_flops()), (rows, columns), maps.shape[1])
+
+
+def _opened(settings: TowerSettings) -> OpenedModel:
+    if settings.tower.partition(":")[0] == PIXELS:
+        return open_pixel_tower(settings)
+    settings = replace(settings, pretrained=RANDOM)
+    return open_timm_tower(settings) if settings.tower.startswith("timm:") else open_clip_tower(settings)
