@@ -24,7 +24,7 @@ OBJECTIVES = ("mapet", "pim", "mim")
 TOKENS, FEATURES = "tokens", "features"
 _CHOICES = {
     "objective.name": OBJECTIVES,
-    "objective.target": (TOKENS, FEATURES),
+    "objective.target": ("tokens", "features"),
     "objective.visible_change": ("linear", "random"),
     "objective.query_choice": ("last", "random"),
     "objective.permutation": ("uniform", "block"),
@@ -94,7 +94,7 @@ class ObjectiveSettings:
 
     name: str = "mapet"
     """mapet (masked and permuted), pim (permuted: no auxiliary rows) or mim (masked, one stream, as in BEiT)."""
-    target: str = TOKENS
+    target: str = "tokens"
     """What is predicted of a patch: tokens (its token, by cross-entropy) or features (what the tower of --teacher
     computes for it, by cosine similarity): a control, in which only the head and the loss differ."""
     visible: int = MISSING
