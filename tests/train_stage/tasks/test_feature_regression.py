@@ -21,6 +21,7 @@ from mapet.train_stage.data.batch import Batch, LoadBatch
 from mapet.train_stage.data.join import join
 from mapet.train_stage.export import export
 from mapet.train_stage.finetune import finetune
+from mapet.train_stage.import_weights import import_weights
 from mapet.train_stage.pretrain import pretrain, pretrain_dry_run
 from mapet.train_stage.probe import probe
 from mapet.train_stage.report import report
@@ -249,3 +250,7 @@ def test_a_tower_that_is_gone_is_refused(chain, tower: str, tmp_path: Path):
     shutil.rmtree(folder)
     with pytest.raises(DataError, match=f"--teacher {tmp_path / 'book'}: .*no open_clip_config.json"):
         train(chain, tmp_path / "tokens", tmp_path / "run", teacher=read_tokenizer(tmp_path / "book"))
+
+
+def test_an_import_keeps_what_the_decoder_predicts(run: Path, tmp_path: Path):
+    assert load_weights(import_weights(run, tmp_path / "import")).target == "features"
