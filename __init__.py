@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .tokenize_stage.import_tokens import import_codebook, import_tokenizer, import_tokens
     from .tokenize_stage.inspect import inspect
     from .tokenize_stage.tokenizers.base import Tokenizer
-    from .tokenize_stage.tokenizers.opening import load_tokenizer
+    from .tokenize_stage.tokenizers.opening import load_tokenizer, read_tokenizer
     from .tokenize_stage.verify import verify
     from .train_stage.evaluate import evaluate
     from .train_stage.export import export
@@ -67,6 +67,7 @@ _HOME = {
     "pretrain": ".train_stage.pretrain",
     "pretrain_dry_run": ".train_stage.pretrain",
     "probe": ".train_stage.probe",
+    "read_tokenizer": ".tokenize_stage.tokenizers.opening",
     "report": ".train_stage.report",
     "segment": ".train_stage.segment",
     "segment_dry_run": ".train_stage.segment",
@@ -104,6 +105,7 @@ __all__ = [
     "pretrain",
     "pretrain_dry_run",
     "probe",
+    "read_tokenizer",
     "report",
     "segment",
     "segment_dry_run",

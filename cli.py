@@ -62,6 +62,8 @@ class Command:
     """Lower bounds of integers, beside those in `_AT_LEAST`."""
     shown_by: str | None = None
     """Adds `--json`; this function prints the result and is told by `as_json` whether as JSON."""
+    opened: Mapping[str, str] = field(default_factory=dict)
+    """Options that are paths; the function of each opens what the parameter takes."""
     dry_run: tuple[str, str] | None = None
     """Adds `--dry-run`: a function that is called instead with those of the options that it takes, and the function
     that prints its result."""
@@ -116,6 +118,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "train_stage.pretrain:pretrain",
             renamed={"overrides": "--set"},
             at_least={"extend": 1},
+            opened={"teacher": "tokenize_stage.tokenizers.opening:read_tokenizer"},
             dry_run=("train_stage.pretrain:pretrain_dry_run", "train_stage.training.dry_run:show_estimate"),
         ),
         "finetune": Command(
@@ -296,6 +299,8 @@ def _parameters(command: Command) -> dict[str, Parameter]:
     for name in dict.fromkeys(name for signature in signatures for name in signature):
         declared = [signature[name] for signature in signatures if name in signature]
         types, default = declared[0].types, declared[0].default
+        if name in command.opened:
+            types = ("str", "Path", "None")
         if default is REQUIRED and len(declared) < len(signatures):
             types = (*types, "None")
         text = " Or: ".join(dict.fromkeys(parameter.help for parameter in declared))
@@ -381,6 +386,7 @@ def _run(command: Command, values: dict[str, Any]) -> None:
     _refuse_empty_paths(command, values)
     allow_enough_files()
     as_json = values.pop("json", False) if command.shown_by else False
+    values |= {name: _imported(by)(values[name]) for name, by in command.opened.items() if values[name] is not None}
     if command.dry_run and values.get("dry_run") and "dry_run" not in _parameters(command):
         estimate, show = command.dry_run
         _imported(show)(_call(estimate, values), **({"as_json": as_json} if command.shown_by else {}))

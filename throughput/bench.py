@@ -21,7 +21,8 @@ from ..tokenize_stage.towers.pixel_patches import NAME as PIXELS
 from ..tokenize_stage.towers.tower import TowerSettings
 from ..train_stage.data.batch import Batch, LoadBatch
 from ..train_stage.data.dataset import TokenisedImages
-from ..train_stage.settings import Settings, resolve
+from ..train_stage.settings import TOKENS, Settings, resolve
+from ..train_stage.tasks.pretraining import refuse_other_target
 from .images import one_tar, tokenised
 from .loading import Decoding, Loading
 from .rates import Comparison, Row, compare, in_turns, timed
@@ -144,7 +145,9 @@ def _settings(recipe: str | Path, overrides: Sequence[str], batch_size: int) -> 
         if key in _OF_ITS_OWN:
             option = key.partition(".")[2].replace("_", "-")
             raise UsageError(f"--set {key} has an option of its own here; give --{option}.")
-    return resolve(recipe, [*overrides, f"train.batch_size={batch_size}"])
+    settings = resolve(recipe, [*overrides, f"train.batch_size={batch_size}"])
+    refuse_other_target(settings, TOKENS)
+    return settings
 
 
 def _loading_rows(images: TokenisedImages, settings: Settings, workers: int, seconds: float) -> list[Row]:

@@ -102,7 +102,12 @@ def _of_the_run(file: Path) -> list[tuple[str, str]]:
     return rows
 
 
-_METRICS = {"epoch": ("epoch", "g"), "loss": ("training loss", ".4f"), "accuracy": ("training accuracy", ".2%")}
+_METRICS = {
+    "epoch": ("epoch", "g"),
+    "loss": ("training loss", ".4f"),
+    "accuracy": ("training accuracy", ".2%"),
+    "cosine": ("training cosine similarity", ".4f"),
+}
 _EVALUATIONS = {"top1": ("top-1", ".2%"), "top5": ("top-5", ".2%"), "knn": ("k-NN", ".2%"), "linear": ("linear", ".2%")}
 
 

@@ -43,6 +43,7 @@ def import_weights(
             "kind": loaded.kind,
             "classes": loaded.classes,
             **({} if loaded.class_names is None else {"class_names": list(loaded.class_names)}),
+            **({} if loaded.target == "tokens" else {"target": loaded.target}),
             "shape": loaded.shape.to_json(),
             "input": loaded.input.to_json(),
             "seed": loaded.seed,

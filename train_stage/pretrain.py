@@ -1,4 +1,5 @@
-"""pretrain: images and their stored tokens -> a pre-trained MaPeT. No teacher, no masks in the loader."""
+"""pretrain: images and their stored tokens -> a pre-trained MaPeT. No teacher (but for the control), no masks in the
+loader."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from ..shared.artifacts.fields import checked
 from ..shared.errors import UsageError
 from ..shared.runtime.console import table
 from ..shared.runtime.devices import choose_device
-from ..shared.runtime.distributed import joined_world
+from ..shared.runtime.distributed import World, joined_world
 from ..shared.storage.lock import sole_writer
 from ..shared.tokens.store import TokenStore
 from .data.batch import check_grid
@@ -18,8 +19,15 @@ from .runs.jsonl import read_lines
 from .runs.loop import dry_run, train
 from .runs.opening import open_run
 from .runs.resume import ResumePoint, extended, find_resume_point
-from .settings import Settings, flat, resolve
-from .tasks.pretraining import PretrainingTask, join_images, refuse_large_head, refuse_other_tokens
+from .settings import TOKENS, Settings, flat, resolve
+from .tasks.feature_regression import FeatureRegression, SavedTeacher, open_teacher
+from .tasks.pretraining import (
+    PretrainingTask,
+    join_images,
+    refuse_large_head,
+    refuse_other_target,
+    refuse_other_tokens,
+)
 from .training.dry_run import RunEstimate
 from .training.extension import describe_extension
 from .weights.checkpoint import count_parameters
@@ -34,6 +42,7 @@ def pretrain(
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
     objective: str | None = None,
+    teacher: SavedTeacher | None = None,
     init: str | Path | None = None,
     resume: str = "auto",
     extend: int | None = None,
@@ -50,6 +59,8 @@ def pretrain(
         recipe: Name of a shipped recipe, or a YAML file.
         overrides: A setting, such as optimizer.lr=1e-3; repeat for more.
         objective: mapet, pim or mim; the same as the setting objective.name (default: the recipe's).
+        teacher: Codebook of the tokens, whose tower computes the targets of the control
+            objective.target=features (in Python `mapet.read_tokenizer(CODEBOOK)`).
         init: Weights to start a new run from: a run, checkpoint, import, export or published .pth.tar. Positions are
             resampled to the model's grid; what the weights lack, or have for another K, starts fresh.
         resume: auto resumes the run in OUT from its newest whole checkpoint, if there is one; never refuses to.
@@ -71,13 +82,28 @@ def pretrain(
         check_grid(store, settings.model)
         refuse_large_head(store, settings.model.dim)
         point = world.on_rank_zero(lambda: _resume_point(out, resume, extend, settings, store))
-        task = PretrainingTask(settings, store, join_images(images, store, settings, world))
+        task = _task(images, store, settings, teacher, device, world)
         run = open_run(task, out, point, init, device, world)
         with run.logbook:
             path = train(run)
         if world.is_first:
             show_run(path)
     return path
+
+
+def _task(
+    images: str | Path | Sequence[str | Path] | None,
+    store: TokenStore,
+    settings: Settings,
+    saved: SavedTeacher | None,
+    device: str,
+    world: World,
+) -> PretrainingTask:
+    if saved is None:
+        refuse_other_target(settings, TOKENS)
+        return PretrainingTask(settings, store, join_images(images, store, settings, world))
+    teacher = open_teacher(saved, settings, store, device, world)
+    return FeatureRegression(settings, store, join_images(images, store, settings, world), saved, teacher)
 
 
 def _resume_point(
@@ -101,6 +127,7 @@ def pretrain_dry_run(
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
     objective: str | None = None,
+    teacher: SavedTeacher | None = None,
     extend: int | None = None,
     device: str = "auto",
 ) -> RunEstimate:
@@ -112,6 +139,7 @@ def pretrain_dry_run(
         recipe: As for `pretrain`.
         overrides: As for `pretrain`.
         objective: As for `pretrain`.
+        teacher: As for `pretrain`.
         extend: Refused: only a new run is estimated.
         device: Where the model runs: auto (CUDA if it is there), cpu or cuda.
 
@@ -128,7 +156,7 @@ def pretrain_dry_run(
     with joined_world(device, {**given, **flat(settings)}) as world:
         store = TokenStore(tokens)
         check_grid(store, settings.model)
-        task = PretrainingTask(settings, store, join_images(images, store, settings, world))
+        task = _task(images, store, settings, teacher, device, world)
         return dry_run(task, world, device)
 
 
@@ -156,13 +184,19 @@ def run_summary(checkpoint: Path) -> list[tuple[str, str]]:
     if done:
         rows += [
             ("loss", _change(done, "loss", "{:.3f}")),
-            ("masked-token accuracy", _change(done, "accuracy", "{:.2%}")),
+            _predictions(done),
         ]
     skipped = sum(line["skipped_steps"] for line in lines)
     rows += [("steps skipped", str(skipped))] if skipped else []
     since = record["starts"][-1]["step"]
     rows += [("images/s", _speed([line for line in lines if line["step"] > since])), ("checkpoint", str(checkpoint))]
     return rows
+
+
+def _predictions(lines: list[dict[str, Any]]) -> tuple[str, str]:
+    if "cosine" in lines[-1]:
+        return "cosine similarity", _change(lines, "cosine", "{:.4f}")
+    return "masked-token accuracy", _change(lines, "accuracy", "{:.2%}")
 
 
 def _change(lines: list[dict[str, Any]], name: str, form: str) -> str:

@@ -27,6 +27,7 @@ from .weights.schema import Extension
 CURVES = {
     "loss": "Loss (mean cross-entropy, nats)",
     "accuracy": "Accuracy: share of the training predictions that are correct",
+    "cosine": "Cosine similarity of predicted features and the tower's",
     "lr": "Learning rate",
     "gradient_norm": "Gradient norm, before clipping",
     "images_per_second": "Throughput (images per second)",
@@ -180,6 +181,7 @@ def _figures(lines: list[dict[str, Any]], probes: list[dict[str, Any]]) -> list[
         ("epochs", last(lines, "epoch"), "{:g}"),
         ("loss", last(lines, "loss"), "{:.3f}"),
         ("accuracy", last(lines, "accuracy"), "{:.1%}"),
+        ("cosine", last(lines, "cosine"), "{:.3f}"),
         ("k-NN", last(probes, "knn"), "{:.1%}"),
         ("linear probe", last(probes, "linear"), "{:.1%}"),
         ("images per second", all_of("images_per_second") and [median(all_of("images_per_second"))], "{:,.0f}"),
@@ -195,6 +197,8 @@ def _figures(lines: list[dict[str, Any]], probes: list[dict[str, Any]]) -> list[
 
 def _write(path: Path, runs: list[RunSummary], predictions: dict[str, Any] | None) -> None:
     curves = {key: title for key, title in CURVES.items() if _is_drawn(runs, key)}
+    if "cosine" in curves:
+        curves["loss"] = "Loss (mean cross-entropy in nats; of features, 1 - mean cosine similarity)"
     data = {
         "runs": [{"name": run.name, "lines": _thinned(run.lines), "probes": run.probes} for run in runs],
         "curves": curves,

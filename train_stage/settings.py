@@ -21,8 +21,10 @@ from .model.shape import SIZES, Shape
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 OBJECTIVES = ("mapet", "pim", "mim")
+TOKENS, FEATURES = "tokens", "features"
 _CHOICES = {
     "objective.name": OBJECTIVES,
+    "objective.target": ("tokens", "features"),
     "objective.visible_change": ("linear", "random"),
     "objective.query_choice": ("last", "random"),
     "objective.permutation": ("uniform", "block"),
@@ -92,6 +94,9 @@ class ObjectiveSettings:
 
     name: str = "mapet"
     """mapet (masked and permuted), pim (permuted: no auxiliary rows) or mim (masked, one stream, as in BEiT)."""
+    target: str = "tokens"
+    """What is predicted of a patch: tokens (its token, by cross-entropy) or features (what the tower of --teacher
+    computes for it, by cosine similarity): a control, in which only the head and the loss differ."""
     visible: int = MISSING
     """How many patches of the permutation are given, not counting the class token; default a quarter of the patches."""
     visible_to: int | None = None

@@ -9,11 +9,12 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from ...shared.errors import DataError, UsageError
 from ...shared.images.fast_pixels import decode_pixels, replay_pixels
-from ...shared.images.views import CropBox, view_of_epoch
+from ...shared.images.views import CropBox, Preprocess, ViewPolicy, center_view, replay, to_array, view_of_epoch
 from ...shared.randomness import generator
 from ...shared.runtime.loader import batches
 from ...shared.sources.records import ImageRecord
@@ -43,10 +44,14 @@ class Batch:
     """(B, 3) float32: factors of brightness, contrast and saturation; None without color jitter."""
     jitter_order: Tensor | None = None
     """(B, 3) int64: the order in which they are applied."""
+    teacher_pixels: Tensor | None = None
+    """(B, 3, T, T) uint8: the same views as a tower sees them; None unless its features are predicted."""
+    features: Tensor | None = None
+    """(B, N, D) float32: the tower's features in raster order, where they are known already."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on `device`; copies do not block the host."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {one.name: getattr(self, one.name) for one in fields(self)}
         moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if value is not None}
         return Batch(**moved)
 
@@ -80,11 +85,31 @@ def check_grid(store: TokenStore, model: ModelSettings) -> None:
 
 
 @dataclass(frozen=True)
+class TeacherViews:
+    """Stored views as the tower saw them when it computed their tokens: the same crop, resize and filter."""
+
+    policy: ViewPolicy
+    preprocess: Preprocess
+
+    def pixels(self, source: Tensor, view: int, box: CropBox, flip: bool) -> Tensor:
+        """One view of an image uint8 (3, height, width): uint8 (3, T, T).
+
+        Raises ValueError for a box outside of the image.
+        """
+        image, wanted = Image.fromarray(source.permute(1, 2, 0).numpy()), self.preprocess
+        if self.policy.is_centre(view):
+            return torch.from_numpy(to_array(center_view(image, wanted)))
+        return torch.from_numpy(to_array(replay(image, box, flip, wanted.image_size, wanted.interpolation)))
+
+
+@dataclass(frozen=True)
 class LoadBatch:
     """Loads samples (epoch, image); each one is a pure function of (seed, epoch, key)."""
 
     images: TokenisedImages
     settings: Settings
+    teacher: TeacherViews | None = None
+    """Adds `teacher_pixels` to the batches."""
 
     def __call__(self, places: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         """The fields of a `Batch` with these samples, by name."""
@@ -99,7 +124,7 @@ class LoadBatch:
         tokens = self.images.tokens[rows, views].reshape(len(rows), -1)
         columns["tokens"] = np.take_along_axis(tokens, columns["order"], axis=1).astype(np.int64)
         loaded = {name: torch.from_numpy(values) for name, values in {"index": indices, **columns}.items()}
-        return {**loaded, "pixels": self._pixels(records, indices, rows, views)}
+        return {**loaded, **self._pixels(records, indices, rows, views)}
 
     def _draw(self, epoch: int, key: str) -> tuple[int, dict[str, NDArray[np.generic]]]:
         """Which stored view a sample shows, and everything else about it that is random."""
@@ -120,21 +145,26 @@ class LoadBatch:
         indices: NDArray[np.int64],
         rows: NDArray[np.int64],
         views: NDArray[np.int64],
-    ) -> Tensor:
+    ) -> dict[str, Tensor]:
+        """`Batch.pixels` and, for a teacher, `Batch.teacher_pixels`, by name."""
         size, interpolation = self.settings.model.image_size, self.settings.data.interpolation
         boxes, flips = self.images.crops[rows, views].tolist(), self.images.flips[rows, views].tolist()
         pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)
+        taught: list[Tensor] = []
         for place, (record, index) in enumerate(zip(records, indices.tolist(), strict=True)):
             content = self._read(record, index)
             name = f"{self.images.source(index)}: image {record.key!r}"
             source = decode_pixels(content, name, self.images.is_plain(index, content, name), self.images.max_pixels)
             try:
-                pixels[place] = replay_pixels(source, CropBox(*boxes[place]), flips[place], size, interpolation)
+                box, flip = CropBox(*boxes[place]), flips[place]
+                pixels[place] = replay_pixels(source, box, flip, size, interpolation)
+                if self.teacher is not None:
+                    taught.append(self.teacher.pixels(source, int(views[place]), box, flip))
             except ValueError as error:
                 raise DataError(
                     f"{name}: its stored view lies outside of it ({error}); encode its shard again."
                 ) from None
-        return pixels
+        return {"pixels": pixels, **({"teacher_pixels": torch.stack(taught)} if taught else {})}
 
     def _read(self, record: ImageRecord, index: int) -> bytes:
         """The encoded bytes of an image, once they are on this disk.

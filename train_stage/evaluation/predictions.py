@@ -26,7 +26,7 @@ from ...shared.tokens.stored_views import StoredViews, by_shard, choose_images
 from ..model.mapet import MaPeT
 from ..objectives.layouts import make_layout
 from ..objectives.permutations import draw_permutation
-from ..settings import ObjectiveSettings, resolve
+from ..settings import FEATURES, ObjectiveSettings, resolve
 from ..weights.read import load_weights
 from ..weights.weights import Weights
 
@@ -155,6 +155,10 @@ def _open(folder: Path, store: TokenStore, device: str) -> _Run:
     except UsageError as error:
         reason = str(error).replace(f"--recipe {folder / 'settings.yaml'}", "")
         raise DataError(f"{folder / 'settings.yaml'} does not hold a run's settings ({reason.strip(' :')})") from None
+    if objective.target == FEATURES:
+        raise UsageError(
+            f"{folder} predicts the features of a tower (objective.target=features), not tokens; leave --tokens out."
+        )
     fingerprint = _codebook_of(folder)
     if fingerprint != store.fingerprint:
         raise FingerprintMismatch(

@@ -36,6 +36,7 @@ class Logbook:
         steps: int,
         steps_per_epoch: int,
         bands: str | None = None,
+        measure: str = "accuracy",
         peak_images_per_second: float | None = None,
         writers: Sequence[MetricWriter] = (),
     ) -> None:
@@ -44,11 +45,13 @@ class Logbook:
         Args:
             path: metrics.jsonl, whose lines after `start` are dropped; None in processes that write nothing.
             pending: the metrics since the last line before the checkpoint at `start`.
-            bands: the accuracy of each band is logged as accuracy_by_`bands`; None logs the mean alone.
+            bands: the `measure` of each band is logged as `measure`_by_`bands`; None logs the mean alone.
+            measure: what the mean of `StepMetrics.right` is (`task.Bands`).
             peak_images_per_second: at the peak FLOP/s of all GPUs, for MFU; None if it is unknown.
             writers: where lines are written besides `path`; they are closed with the logbook.
         """
-        self._every, self._steps, self._steps_per_epoch, self._bands = every, steps, steps_per_epoch, bands
+        self._every, self._steps, self._steps_per_epoch = every, steps, steps_per_epoch
+        self._bands, self._measure = bands, measure
         self._peak, self._pending, self._summary = peak_images_per_second, list(pending), ""
         self._writers = writers
         self.lines = [] if path is None else drop_lines_after(path, start)
@@ -109,7 +112,7 @@ class Logbook:
         return {
             "step": step,
             "epoch": round(step / self._steps_per_epoch, 4),
-            **_means(pending, self._bands),
+            **_means(pending, self._bands, self._measure),
             **self._speed(),
             "memory_mb": peak_memory_mb(),
         }
@@ -129,10 +132,10 @@ class Logbook:
         scalars = _scalars(line)
         for writer in self._writers:
             writer.write(step, scalars)
-        self._summary = _summary(line)
+        self._summary = _summary(line, self._measure)
 
 
-def _means(pending: list[dict[str, Any]], bands: str | None) -> dict[str, Any]:
+def _means(pending: list[dict[str, Any]], bands: str | None, measure: str) -> dict[str, Any]:
     """Means over steps; skipped steps count in `skipped_steps` only."""
     done = [metrics for metrics in pending if metrics["problem"] is None]
     right, guesses = (
@@ -141,8 +144,8 @@ def _means(pending: list[dict[str, Any]], bands: str | None) -> dict[str, Any]:
     by_band = [a / b if b else None for a, b in zip(right, guesses, strict=True)]
     return {
         "loss": fmean(metrics["loss"] for metrics in done) if done else None,
-        "accuracy": sum(right) / sum(guesses) if done else None,
-        **({} if bands is None else {f"accuracy_by_{bands}": by_band}),
+        measure: sum(right) / sum(guesses) if done else None,
+        **({} if bands is None else {f"{measure}_by_{bands}": by_band}),
         "lr": pending[-1]["lr"],
         "gradient_norm": fmean(metrics["gradient_norm"] for metrics in done) if done else None,
         "skipped_steps": len(pending) - len(done),
@@ -160,11 +163,11 @@ def _scalars(line: dict[str, Any]) -> dict[str, float]:
     return scalars
 
 
-def _summary(line: dict[str, Any]) -> str:
+def _summary(line: dict[str, Any], measure: str) -> str:
     speed = f"{line['images_per_second']:.0f} images/s"
     if line["loss"] is None:
         return f"all {line['skipped_steps']} steps skipped, {speed}"
-    return f"loss {line['loss']:.3f}, accuracy {line['accuracy']:.1%}, {speed}"
+    return f"loss {line['loss']:.3f}, {measure} {line[measure]:.1%}, {speed}"
 
 
 def peak_memory_mb() -> int:

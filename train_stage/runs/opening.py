@@ -128,6 +128,7 @@ def _open_logbook(
         steps=plan.steps,
         steps_per_epoch=plan.steps_per_epoch,
         bands=task.bands.name,
+        measure=task.bands.measure,
         peak_images_per_second=peak and world.size * peak / task.flops_per_image(),
         writers=writers,
     )

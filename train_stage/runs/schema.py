@@ -19,6 +19,8 @@ class MetricsLine(Struct):
     loss: Number = UNSET
     accuracy: Number = UNSET
     accuracy_by_rank: list[float | None] | UnsetType | None = UNSET
+    cosine: Number = UNSET
+    cosine_by_rank: list[float | None] | UnsetType | None = UNSET
     lr: Number = UNSET
     gradient_norm: Number = UNSET
     skipped_steps: Number = UNSET

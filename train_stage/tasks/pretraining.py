@@ -21,7 +21,7 @@ from ..model.shape import Shape
 from ..objectives.layouts import step_layout
 from ..objectives.token_loss import token_loss
 from ..probing.run_probe import RunProbe
-from ..settings import Settings
+from ..settings import FEATURES, TOKENS, Settings
 from ..training.task import Places, Task, TaskModel
 from ..weights.init import start_from
 from .pretraining_loss import BANDS, PretrainingLoss
@@ -32,8 +32,11 @@ class PretrainingModel(TaskModel[Batch]):
 
     name = "pretraining"
     bands = BANDS
+    target = TOKENS
 
     def __init__(self, settings: Settings, k: int) -> None:
+        """Raises UsageError if the settings ask for another target than `target`."""
+        refuse_other_target(settings, self.target)
         self.settings: Settings = settings
         self.k = k
         self.shape = settings.model.shape(k)
@@ -88,6 +91,20 @@ class PretrainingModel(TaskModel[Batch]):
         ]
 
 
+def refuse_other_target(settings: Settings, target: str) -> None:
+    """Raises UsageError unless `objective.target` of the settings is `target`."""
+    asked = settings.objective.target
+    if asked == FEATURES != target:
+        raise UsageError(
+            "objective.target=features regresses what a tower computes; give train pretrain its codebook, that of the "
+            "tokens, with --teacher."
+        )
+    if asked != target:
+        raise UsageError(
+            "--teacher is read by objective.target=features only; add --set objective.target=features, or leave it out."
+        )
+
+
 class PretrainingTask(PretrainingModel, Task[Batch]):
     """Pre-training on images and their tokens."""
 
@@ -120,7 +137,7 @@ class PretrainingTask(PretrainingModel, Task[Batch]):
 
     def start_from(self, model: nn.Module, weights: str | Path) -> dict[str, str]:
         """`weights.init.start_from`."""
-        return start_from(cast(MaPeT, model), weights)
+        return start_from(cast(MaPeT, model), weights, target=self.target)
 
     def evaluation_interval(self, steps_per_epoch: int) -> int | None:
         """`probe.every`, if there are images to probe on."""

@@ -1,4 +1,5 @@
-"""The loss of pre-training: color jitter and normalisation before the model, head and cross-entropy behind it."""
+"""The loss of pre-training: color jitter and normalisation before the model, the head and what it predicts behind it:
+tokens, or as a control the features of a tower."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ..data.batch import Batch
 from ..data.color_jitter import jitter
 from ..model.layout import Layout
 from ..model.mapet import MaPeT, drop_path_scales
+from ..objectives.feature_loss import feature_loss
 from ..objectives.layouts import step_layout
 from ..objectives.token_loss import cross_entropy_and_grads, token_loss
 from ..settings import Settings
@@ -61,15 +63,23 @@ class PretrainingLoss(TaskLoss):
         return PretrainingInputs(predictions, layout, in_band)
 
     def forward(self, batch: Batch, inputs: "PretrainingInputs") -> tuple[Tensor, Tensor]:
-        """The mean cross-entropy of a batch, and the number of right predictions per band of ranks (BANDS,)."""
+        """The mean loss of a batch, and the sum of `predict`'s measure per band of ranks (BANDS,)."""
         layout, pixels = inputs.layout, self.preprocess(batch)
-        targets = batch.tokens[:, layout.visible :][:, layout.ranks]
+        targets = self.targets(batch)[:, layout.visible :][:, layout.ranks]
         with self.autocast:
             scale = drop_path_scales(batch.uniform_draws, self.settings.model.drop_path)
             rows = self.model.predict_rows(pixels, batch.order, layout, scale)
-            chunk = rows_at_a_time(self.settings.execution.loss_chunk, self.model.shape.k)
-            loss, right = token_loss(rows, self.model.decoder, targets, chunk, self.loss_and_grads)
-        return loss, right.float().sum(0) @ inputs.in_band
+            loss, measured = self.predict(rows, targets)
+        return loss, measured.float().sum(0) @ inputs.in_band
+
+    def targets(self, batch: Batch) -> Tensor:
+        """What is predicted of each patch, in the order of the permutation: the tokens (B, N) int64."""
+        return batch.tokens
+
+    def predict(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss of the head on rows (B, P, dim), and which of them are predicted correctly, (B, P)."""
+        chunk = rows_at_a_time(self.settings.execution.loss_chunk, self.model.shape.k)
+        return token_loss(rows, self.model.decoder, targets, chunk, self.loss_and_grads)
 
     def _preprocess(self, batch: Batch) -> Tensor:
         """The input of the model, float32 (B, 3, S, S): jittered, where jitter was drawn, and normalised."""
@@ -78,6 +88,26 @@ class PretrainingLoss(TaskLoss):
             jitter(pixels, batch.jitter_factors, batch.jitter_order)
         normalised: Tensor = self.normalise(pixels)
         return normalised
+
+
+class FeatureRegressionLoss(PretrainingLoss):
+    """One minus the mean cosine similarity over the predicted patches' features, which a frozen tower computes."""
+
+    def __init__(
+        self, model: MaPeT, settings: Settings, device: str, precision: str, features: Callable[[Batch], Tensor]
+    ) -> None:
+        """`features` gives the tower's features of a batch, (B, N, D) float32 in raster order."""
+        super().__init__(model, settings, device, precision)
+        self.features = features
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The tower's features (B, N, D) float32, in the order of the permutation."""
+        features = self.features(batch)
+        return features.gather(1, batch.order[:, :, None].expand_as(features))
+
+    def predict(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss of the head on rows (B, P, dim), and the cosine similarity of each of them, (B, P)."""
+        return feature_loss(rows, self.model.decoder, targets)
 
 
 @lru_cache(maxsize=512)

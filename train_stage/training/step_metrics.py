@@ -15,7 +15,7 @@ class StepMetrics:
     loss: Tensor | float
     """Mean over all predictions; for cross-entropy in nats."""
     right: Tensor | Sequence[float]
-    """(bands,) float: right predictions in each band (`task.Bands`)."""
+    """(bands,) float: right predictions, or the sum of their similarities, in each band (`task.Bands`)."""
     guesses: Sequence[int]
     """(bands,): all predictions."""
     gradient_norm: Tensor | float

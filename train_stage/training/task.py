@@ -38,11 +38,13 @@ BatchT = TypeVar("BatchT", bound=BatchLike)
 
 @dataclass(frozen=True)
 class Bands:
-    """Predictions are counted in `count` bands, such as ranks of the permutation; the accuracy of each is logged as
-    accuracy_by_`name`, unless `name` is None."""
+    """Predictions are counted in `count` bands, such as ranks of the permutation; the `measure` of each is logged as
+    `measure`_by_`name`, unless `name` is None."""
 
     count: int = 1
     name: str | None = None
+    measure: str = "accuracy"
+    """What the sum of a band over its predictions is: accuracy, where right predictions count 1, or cosine."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,8 @@ class TaskLoss(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Any, inputs: Any) -> tuple[Tensor, Tensor]:
-        """The mean loss of a batch, float32 scalar, and the number of right predictions per band (bands,) float32."""
+        """The mean loss of a batch, float32 scalar, and the number of right predictions (or whatever `Bands.measure` is
+        the mean of) per band (bands,) float32."""
 
 
 class TaskModel(ABC, Generic[BatchT]):

@@ -15,7 +15,9 @@ from .weights import Weights
 _MOST_NAMED = 8
 
 
-def start_from(model: nn.Module, path: str | Path, leave_out: Sequence[str] = ()) -> dict[str, str]:
+def start_from(
+    model: nn.Module, path: str | Path, leave_out: Sequence[str] = (), target: str = "tokens"
+) -> dict[str, str]:
     """Copies weights into a fresh model, in place: every tensor that both have in the same size.
 
     Positions are resampled to the model's grid. A line on stderr names the tensors that keep their initial values.
@@ -24,6 +26,7 @@ def start_from(model: nn.Module, path: str | Path, leave_out: Sequence[str] = ()
         model: the model of the new run, with a `shape`, on any device.
         path: whatever `load_weights` takes.
         leave_out: names of tensors that are not copied.
+        target: what the model's decoder predicts; a decoder of another target is not copied either.
 
     Returns:
         The "file" that the weights were read from and its "sha256".
@@ -35,6 +38,8 @@ def start_from(model: nn.Module, path: str | Path, leave_out: Sequence[str] = ()
     shape = cast(Shape, model.shape)
     _refuse_other_shape(weights, shape, path)
     tensors = weights.resized(shape.image_size).tensors
+    if weights.target != target:
+        leave_out = (*leave_out, "decoder.weight", "decoder.bias")
     initial = model.state_dict()
     shared = {
         name: tensor

@@ -108,7 +108,8 @@ def _read_checkpoint(folder: Path) -> Weights:
     digests = {str(file): stored.sha256 for file, stored in state.files.items()}
     tensors = _read_tensors(folder / name, digests[name])
     model_input = Input.from_json(content["input"])
-    return Weights(folder / name, state.model.to_shape(), tensors, model_input, state.seed, _names(state.class_names))
+    shape, names = state.model.to_shape(), _names(state.class_names)
+    return Weights(folder / name, shape, tensors, model_input, state.seed, names, state.target)
 
 
 def _read_imported(folder: Path) -> Weights:
@@ -116,7 +117,8 @@ def _read_imported(folder: Path) -> Weights:
     metadata = checked(content, ImportedWeights, folder / "weights.json", "import the weights again")
     tensors = _read_tensors(folder / TENSORS, metadata.sha256)
     model_input, names = Input.from_json(content["input"]), _names(metadata.class_names)
-    return Weights(folder / TENSORS, metadata.shape.to_shape(), tensors, model_input, metadata.seed, names)
+    shape = metadata.shape.to_shape()
+    return Weights(folder / TENSORS, shape, tensors, model_input, metadata.seed, names, metadata.target)
 
 
 def _read_exported(folder: Path) -> Weights:

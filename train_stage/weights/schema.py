@@ -11,6 +11,8 @@ from ...shared.artifacts.fields import Count, Finite, Positive, PositiveTriple, 
 from ...shared.errors import DataError
 from ..model.shape import Shape
 
+Target = Literal["tokens", "features"]
+"""What the decoder of a pre-training predicts."""
 Depth = Annotated[int, Meta(ge=1, le=4096)]
 ClassNames = Annotated[list[Text], Meta(min_length=1)]
 
@@ -109,6 +111,7 @@ class CheckpointState(Struct):
     model: ShapeFields | UnsetType = UNSET
     class_names: ClassNames | UnsetType = UNSET
     task: Text = "pretraining"
+    target: Target = "tokens"
 
     def __post_init__(self) -> None:
         if "model.safetensors" not in self.files:
@@ -152,6 +155,7 @@ class ImportedWeights(Struct):
     seed: int
     sha256: Sha256 | UnsetType = UNSET
     class_names: ClassNames | UnsetType = UNSET
+    target: Target = "tokens"
 
 
 class TimmArguments(Struct):

@@ -76,6 +76,8 @@ class Weights:
     """The seed of the run that trained the weights; 0 if it is not known."""
     class_names: tuple[str, ...] | None = None
     """Of a classifier: the name of each output; None where nothing says so."""
+    target: str = "tokens"
+    """Of the kind "pretraining": what its decoder predicts, tokens or features; of these there are `shape.k`."""
 
     def __post_init__(self) -> None:
         refuse_other_sizes(self.shape, {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}, self.file)

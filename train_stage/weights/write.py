@@ -26,7 +26,8 @@ def weights_folder(out: Path, tensors: dict[str, Tensor]) -> Iterator[Path]:
 def describe_weights(weights: Weights, out: Path) -> list[tuple[str, str]]:
     """(name, value) of what was written to `out`, for a table."""
     shape, side = weights.shape, weights.grid
-    outputs = {"pretraining": f", K = {shape.k}", "encoder": "", "classifier": f", {weights.classes} classes"}
+    head = f", K = {shape.k}" if weights.target == "tokens" else f", {shape.k} features"
+    outputs = {"pretraining": head, "encoder": "", "classifier": f", {weights.classes} classes"}
     return [
         ("from", str(weights.file)),
         ("kind", f"{weights.kind}{outputs[weights.kind]}"),
