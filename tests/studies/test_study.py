@@ -76,7 +76,7 @@ def test_a_study_measures_every_cell(small: Path, tmp_path: Path):
     assert summaries[1]["differences"]["linear"]["pairs"] == 2
 
 
-@pytest.mark.campaign
+@pytest.mark.nightly
 def test_every_evaluation_and_comparison_is_measured(tmp_path: Path):
     # One seed has no intervals. 240 images are two epochs, and the k-NN accuracy is measured twice on the way.
     content = yaml.safe_load((STUDIES / "smoke.yaml").read_text())

@@ -71,7 +71,7 @@ def under_one_mask(monkeypatch):
     CACHE.clear()
 
 
-COMPILED = pytest.param("compiled", marks=pytest.mark.campaign)
+COMPILED = pytest.param("compiled", marks=pytest.mark.nightly)
 PATHS = ["plain", "chunked loss", "one window", "many windows", "checkpointing", COMPILED]
 
 
