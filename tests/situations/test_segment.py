@@ -133,5 +133,8 @@ def test_a_dry_run_of_upernet(segment, data, tmp_path: Path):
     outcome = segment(data({}), "--head", "upernet", *options).ok()
     assert "crops" in outcome.stdout
     assert "a step" in outcome.stdout
+    estimate = json.loads(segment(data({}), "--head", "upernet", *options, "--json").ok().stdout)
+    assert (estimate["batch_size"], estimate["plan"]["images"]) == (2, 2)
+    assert estimate["steps"]["mean"] > 0
     assert not (tmp_path / "run").exists()
     segment(data({}), "--dry-run").refused(2, "--dry-run estimates a run; add --head upernet")

@@ -3,13 +3,13 @@
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch
 
 from ...shared.runtime.compat import LiveBytes, fake_tensors
-from ...shared.runtime.console import table
+from ...shared.runtime.console import results, table
 from ...shared.runtime.distributed import World
 from ...shared.runtime.memory import as_text, free_bytes
 from .plan import Plan
@@ -146,8 +146,11 @@ def measure_steps(trainer: Trainer[BatchT], loader: Iterator[BatchT]) -> Measure
     return MeasuredSteps(len(timed), statistics.mean(timed), min(timed), max(timed))
 
 
-def show_estimate(estimate: RunEstimate) -> None:
-    """Prints the plan, the memory, and the time if steps were measured."""
+def show_estimate(estimate: RunEstimate, *, as_json: bool = False) -> None:
+    """Prints the plan, the memory, and the time if steps were measured: as tables, or as one JSON object."""
+    if as_json:
+        results.print_json({**asdict(estimate), "seconds": estimate.seconds})
+        return
     plan, flops = estimate.plan, estimate.flops_per_image
     start, peak, end = estimate.learning_rates
     split = f"{estimate.processes} process(es) x {plan.parts} part(s) x {plan.micro_batch} images"

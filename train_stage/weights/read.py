@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec import UNSET, UnsetType
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ...shared.artifacts.fields import checked, read_json
@@ -19,6 +19,9 @@ from .published import damage_explained, read_published
 from .schema import CheckpointState, ExportConfig, ImportedWeights
 from .weights import Input, Weights, published_names
 from .write import FORMAT, TENSORS, VERSION
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 _RESTORE = "restore it or make it again"
 _SHIPPED = Path(__file__).parent / "shipped"
@@ -61,7 +64,7 @@ def load_weights(path: str | Path, heads: int | None = None) -> Weights:
     return _READERS[descriptions[0]](folder)
 
 
-def load(weights: str | Path) -> VisionTransformer:
+def load(weights: str | Path) -> "VisionTransformer":
     """The encoder of any weights as timm's VisionTransformer, in eval mode, float32 on the CPU.
 
     `forward_features` maps normalised pixels (B, 3, S, S) to the rows of the final norm (B, 1 + patches, dim), and the

@@ -6,6 +6,7 @@ import inspect
 import operator
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from mapet import cli
@@ -23,21 +24,22 @@ def written(folder: Path, **modules: str) -> Path:
     return folder
 
 
-def evaluated(types: tuple[str, ...]) -> object:
-    names = {"Path": Path, "Sequence": Sequence}
+def evaluated(types: tuple[str, ...], module: ModuleType) -> object:
+    names = {"Path": Path, "Sequence": Sequence, **vars(module)}
     return functools.reduce(operator.or_, (None if one == "None" else eval(one, names) for one in types))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_the_signature_of_a_command_is_that_of_its_imported_function(function: str):
     module, _, name = function.partition(":")
-    imported = getattr(importlib.import_module(f"mapet.{module}"), name)
+    loaded = importlib.import_module(f"mapet.{module}")
+    imported = getattr(loaded, name)
     parameters = inspect.signature(imported).parameters
     static = read_signature(ROOT.joinpath(*module.split(".")).with_suffix(".py"), name)
     assert list(static.parameters) == list(parameters)
     for parameter in static.parameters.values():
         assert parameter.default == parameters[parameter.name].default, parameter
-        assert evaluated(parameter.types) == parameters[parameter.name].annotation, parameter
+        assert evaluated(parameter.types, loaded) == parameters[parameter.name].annotation, parameter
     assert static.summary == " ".join(inspect.getdoc(imported).split("\n\n")[0].split())
 
 
