@@ -34,8 +34,8 @@ from .drawings import CLASSES, write_drawings
 TOWER = Path(__file__).parent / "tower"
 TRAIN_IMAGES, VAL_IMAGES, _PER_TAR = 2000, 1000, 1000
 _SEED_OF_VAL = 500
-_SEEDS_OF_PACKAGE = (1000, 3000)
-"""Of the drawings that the tower and the weights of the package were trained on."""
+SERIES_OF_TOWER, SERIES_OF_WEIGHTS = 1000, 3000
+"""Seeds of the drawings that the tower and the weights of the package were trained on."""
 _OWN_VAL_SHARE, _OWN_TAR = 0.2, "images-000000.tar"
 K = 128
 
@@ -103,7 +103,7 @@ def demo(images: str | Path | None = None, *, out: str | Path = "mapet-demo", se
         UsageError: `out` holds a demo of other images or another seed, or `seed` draws pictures on which the models in
             the package were trained.
     """
-    if images is None and {seed, seed + _SEED_OF_VAL} & {*_SEEDS_OF_PACKAGE}:
+    if images is None and {seed, seed + _SEED_OF_VAL} & {SERIES_OF_TOWER, SERIES_OF_WEIGHTS}:
         raise UsageError(f"--seed {seed} draws pictures on which the package's models were trained; choose another.")
     out = Path(out)
     began = time.monotonic()
@@ -214,10 +214,15 @@ def _drawn_pictures(out: Path, seed: int) -> tuple[Path, Path, bool]:
     )
     train, val = out / "images" / "train", out / "images" / "val"
     for folder, count, series in ((train, TRAIN_IMAGES, seed), (val, VAL_IMAGES, seed + _SEED_OF_VAL)):
-        if len(list(folder.glob("*.tar"))) < count // _PER_TAR:
-            write_drawings(folder, count, seed=series, per_tar=_PER_TAR, prefix=folder.name)
+        draw_tars(folder, count, series)
     say(f"{TRAIN_IMAGES} pictures to train on in {train}, {VAL_IMAGES} to validate on in {val}.")
     return train, val, True
+
+
+def draw_tars(folder: Path, count: int, series: int) -> None:
+    """Writes drawings as `folder`/NAME-000000.tar and so on, NAME its name, unless all of these tars are there."""
+    if len(list(folder.glob("*.tar"))) < count // _PER_TAR:
+        write_drawings(folder, count, seed=series, per_tar=_PER_TAR, prefix=folder.name)
 
 
 def _own_pictures(images: str | Path, out: Path, seed: int) -> tuple[Path, Path, bool]:

@@ -16,17 +16,15 @@ from ..tokenize_stage.build_codebook import build_codebook
 from ..tokenize_stage.encode_shards import encode_shards
 from ..train_stage.export import export
 from ..train_stage.pretrain import pretrain
-from .demo import MODEL_SETTINGS, TOWER, K
-from .drawings import write_drawings
+from .demo import MODEL_SETTINGS, SERIES_OF_WEIGHTS, TOWER, K, draw_tars
 
-IMAGES, SERIES = 24_000, 3000
+IMAGES = 24_000
 SETTINGS = {**MODEL_SETTINGS, "train.batch_size": 16, "train.epochs": 2, "optimizer.warmup_epochs": 0.25}
 
 
 def main(work: Annotated[Path, typer.Option()], out: Annotated[Path, typer.Option()]) -> None:
-    images = work / "images"
-    if not images.exists():
-        write_drawings(images, IMAGES, seed=SERIES)
+    images = work / "drawings"
+    draw_tars(images, IMAGES, SERIES_OF_WEIGHTS)
     build_codebook(str(images), work / "codebook", tower=f"local-dir:{TOWER}", k=K, restarts=1, patches=200_000, seed=0)
     encode_shards(str(images), work / "codebook", work / "tokens")
     overrides = [f"{key}={value}" for key, value in SETTINGS.items()]

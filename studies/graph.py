@@ -116,6 +116,14 @@ def build_graph(study: Study, inputs: Inputs) -> Graph:
     return graph
 
 
+def codebook_options(tokenizer: Tokenizer) -> Values:
+    """The options of build-codebook, with the place of the package's tower instead of its name."""
+    book = {**tokenizer.codebook}
+    if book.get("tower") == "package":
+        book["tower"] = f"local-dir:{TOWER}"
+    return book
+
+
 class _Builder:
     def __init__(self, study: Study, inputs: Inputs) -> None:
         self.study, self.inputs = study, inputs
@@ -127,10 +135,8 @@ class _Builder:
 
     def tokens(self, graph: Graph, name: str, tokenizer: Tokenizer) -> tuple[str, str]:
         """The steps of a tokenizer: its codebook and its token store."""
-        book = {**tokenizer.codebook}
-        if book.get("tower") == "package":
-            book["tower"] = f"local-dir:{TOWER}"
-        words: tuple[str, ...] = ("tokenize", "build-codebook", self.inputs.images, *_options(book), *self._device)
+        options = _options(codebook_options(tokenizer))
+        words: tuple[str, ...] = ("tokenize", "build-codebook", self.inputs.images, *options, *self._device)
         if tokenizer.published:
             words = ("tokenize", "import", *_options(tokenizer.published), *self._device)
         content = tokenizer.published or tokenizer.codebook

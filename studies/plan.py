@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..quickstart.demo import TOWER
 from ..shared.errors import DataError, UsageError
 from ..shared.printable import printable
 from ..shared.runtime.console import foreign, results
@@ -21,7 +20,7 @@ from ..tokenize_stage.towers.tower import TowerSettings
 from ..train_stage.settings import FinetuneSettings, Settings
 from ..train_stage.tasks.finetuning import FinetuningModel
 from ..train_stage.tasks.pretraining import parameters_of
-from .graph import CLASSIFIER, CODEBOOK, KINDS, PROBE, RUN, TOKENS, Graph, Inputs, Step, build_graph
+from .graph import CLASSIFIER, CODEBOOK, KINDS, PROBE, RUN, TOKENS, Graph, Inputs, Step, build_graph, codebook_options
 from .schema import Study, Tokenizer, read_study
 
 _NAMES = {CODEBOOK: "codebooks", TOKENS: "token stores", RUN: "pre-trainings", PROBE: "evaluations"}
@@ -258,9 +257,7 @@ def _tower(tokenizer: Tokenizer) -> TowerCost | None:
     for name, cost in _PUBLISHED.items():
         if name in tokenizer.published:
             return cost
-    book = {name: value for name, value in tokenizer.codebook.items() if name in _names(TowerSettings)}
-    if book.get("tower") == "package":
-        book["tower"] = f"local-dir:{TOWER}"
+    book = {name: value for name, value in codebook_options(tokenizer).items() if name in _names(TowerSettings)}
     return _cached_tower_cost(TowerSettings(**book))  # type: ignore[arg-type]  # `read_study` has checked them
 
 

@@ -21,10 +21,11 @@ from .model.shape import SIZES, Shape
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 OBJECTIVES = ("mapet", "pim", "mim")
-TOKENS, FEATURES = "tokens", "features"
+TARGETS = ("tokens", "features")
+TOKENS, FEATURES = TARGETS
 _CHOICES = {
     "objective.name": OBJECTIVES,
-    "objective.target": ("tokens", "features"),
+    "objective.target": TARGETS,
     "objective.visible_change": ("linear", "random"),
     "objective.query_choice": ("last", "random"),
     "objective.permutation": ("uniform", "block"),

@@ -7,12 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...shared.runtime.compat import fake_tensors
-from .clip_towers import open_clip_tower
 from .loading import RANDOM
+from .opening import open_model
 from .pixel_patches import NAME as PIXELS
-from .pixel_patches import open_pixel_tower
-from .timm_towers import open_timm_tower
-from .tower import OpenedModel, TowerSettings
+from .tower import TowerSettings
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,10 @@ def tower_cost(settings: TowerSettings) -> TowerCost | None:
     """
     if settings.tower.startswith("hf-hub:"):
         return None
+    if settings.tower.partition(":")[0] != PIXELS:  # which have no weights
+        settings = replace(settings, pretrained=RANDOM)
     with torch.device("meta"):
-        opened = _opened(settings)
+        opened = open_model(settings)
     size = opened.preprocess.image_size
     # With gradients, as the fused attention of inference is not counted.
     with fake_tensors(), FlopCounterMode(display=False) as counter:
@@ -53,10 +53,3 @@ def tower_cost(settings: TowerSettings) -> TowerCost | None:
         maps = opened.intermediates(torch.empty(1, 3, size, size), settings.layer, settings.final_norm)
     rows, columns = maps.shape[-2:]
     return TowerCost(int(counter.get_total_flops()), (rows, columns), maps.shape[1])
-
-
-def _opened(settings: TowerSettings) -> OpenedModel:
-    if settings.tower.partition(":")[0] == PIXELS:
-        return open_pixel_tower(settings)
-    settings = replace(settings, pretrained=RANDOM)
-    return open_timm_tower(settings) if settings.tower.startswith("timm:") else open_clip_tower(settings)

@@ -5,7 +5,7 @@ from .clip_towers import open_clip_tower
 from .pixel_patches import NAME as PIXELS
 from .pixel_patches import open_pixel_tower
 from .timm_towers import open_timm_tower
-from .tower import PRECISIONS, Tower, TowerSettings
+from .tower import PRECISIONS, OpenedModel, Tower, TowerSettings
 
 
 def open_tower(settings: TowerSettings, device: str = "cpu") -> Tower:
@@ -22,8 +22,13 @@ def open_tower(settings: TowerSettings, device: str = "cpu") -> Tower:
     """
     if settings.precision not in PRECISIONS:
         raise UsageError(f"--precision {settings.precision} is unknown; choose from {', '.join(PRECISIONS)}.")
+    return Tower(settings, open_model(settings), device)
+
+
+def open_model(settings: TowerSettings) -> OpenedModel:
+    """Opens the model of a tower by the library that its name belongs to. Raises as `open_tower` does."""
     if settings.tower.startswith("timm:"):
-        return Tower(settings, open_timm_tower(settings), device)
+        return open_timm_tower(settings)
     if settings.tower.partition(":")[0] == PIXELS:
-        return Tower(settings, open_pixel_tower(settings), device)
-    return Tower(settings, open_clip_tower(settings), device)
+        return open_pixel_tower(settings)
+    return open_clip_tower(settings)
