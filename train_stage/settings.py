@@ -209,6 +209,9 @@ class TrainSettings:
     ema: float | None = None
     """Keep an exponential moving average of the weights with this decay, such as 0.9999; what probe, features and
     export then use. null keeps none."""
+    ema_warmup: bool = False
+    """Raise the decay of step n from 0 to train.ema as 1 - (n + 1)^(-2/3): without it, the average of a run of some
+    hundreds of steps consists of its first weights."""
     on_bad_step: str = "stop"
     """At a loss that is NaN, infinite or a spike: stop (with the step and its keys), or skip (no update; counted)."""
     spike: float | None = None
@@ -239,6 +242,7 @@ class TrainSettings:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"train.{name} {value} must be at least 1.")
         _require(self.ema is None or 0 < self.ema < 1, f"train.ema {self.ema} must lie between 0 and 1, or be null.")
+        _require(self.ema is not None or not self.ema_warmup, "train.ema_warmup needs train.ema, such as 0.99.")
         _require(self.spike is None or self.spike > 1, f"train.spike {self.spike} must be larger than 1, or null.")
         _check_choices("train", self)
 

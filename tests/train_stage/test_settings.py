@@ -120,6 +120,7 @@ def test_visible_defaults_to_a_quarter_of_the_patches():
         ("train.on_bad_step=ignore", "stop, skip"),
         ("train.spike=0.5", "larger than 1"),
         ("train.ema=1", "train.ema 1"),
+        ("train.ema_warmup=true", "needs train.ema"),
         ("train.keep_every=0", "at least 1"),
         ("probe.images=somewhere", "probe.val"),
         ("execution.micro_batch=0", "at least 1"),

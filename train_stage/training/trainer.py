@@ -51,7 +51,6 @@ class Trainer(Generic[BatchT]):
         self.ema: dict[str, Tensor] = {}
         if self.settings.train.ema is not None:
             self.ema = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
-            self._update_ema = get_ema_multi_avg_fn(self.settings.train.ema)  # type: ignore[no-untyped-call]
         self.monitor = LossMonitor(self.settings.train.spike)
 
     def step(self, step: int, parts: Iterable[BatchT]) -> StepMetrics:
@@ -75,12 +74,21 @@ class Trainer(Generic[BatchT]):
         problem = self._reason_to_skip(step, loss, norm)
         if problem is None:
             self.optimizer.step()
-            if self.ema:
-                self._update_ema(list(self.ema.values()), [p.detach() for p in self.model.parameters()], None)
+            self._update_ema(step)
         self.optimizer.zero_grad(set_to_none=True)
         lr, images = max(group["lr"] for group in self.optimizer.param_groups), self.settings.train.batch_size
         guesses = [images * count for count in inputs.predictions]
         return StepMetrics(loss, right, guesses, norm, images, lr, problem)
+
+    def _update_ema(self, step: int) -> None:
+        """Moves the average towards the weights. The decay warms up as in timm (`ModelEmaV3`, power 2/3)."""
+        if not self.ema:
+            return
+        train = self.settings.train
+        assert train.ema is not None  # there is an average
+        decay = min(train.ema, 1 - (step + 1) ** (-2 / 3)) if train.ema_warmup else train.ema
+        update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        update(list(self.ema.values()), [parameter.detach() for parameter in self.model.parameters()], None)
 
     def _set_learning_rate(self, lr: float) -> None:
         """Sets the learning rate of each group of parameters: `lr` times the group's scale."""

@@ -23,6 +23,8 @@ from mapet.train_stage.weights.read import load_weights
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.utils import ModelEmaV3
+from torch import nn
 
 from ..conftest import SHORT, TINY
 
@@ -114,6 +116,21 @@ def test_the_moving_average_is_what_is_used_and_it_is_the_average(chain, tmp_pat
     assert torch.equal(used.tensors["cls_token"], load_file(path / "ema.safetensors")["cls_token"])
     assert not torch.equal(used.tensors["cls_token"], load_file(path / "model.safetensors")["cls_token"])
     used.mapet()
+
+
+def test_the_decay_of_the_moving_average_warms_up_as_in_timm(chain, tmp_path: Path):
+    path = run(chain, tmp_path, "train.ema=0.6", "train.ema_warmup=true", "train.batch_size=96", "train.epochs=4",
+               "train.checkpoint_every=1", "train.keep_last=9")  # fmt: skip
+    followed = None
+    theirs = ModelEmaV3(nn.Linear(1, 1), decay=0.6, use_warmup=True, warmup_gamma=1.0, warmup_power=2 / 3)
+    decays = []
+    for number, step in enumerate(sorted((tmp_path / "checkpoints").iterdir()), start=1):
+        decays.append(theirs.get_decay(number))
+        now = load_file(step / "model.safetensors")["cls_token"]
+        followed = now if followed is None else decays[-1] * followed + (1 - decays[-1]) * now
+        assert torch.allclose(load_file(step / "ema.safetensors")["cls_token"], followed, rtol=1e-5, atol=1e-8)
+    assert step == path
+    assert decays[0] == 0 < decays[1] < decays[2] < decays[3] == 0.6  # all of the warm-up, and its end
 
 
 def test_a_run_is_probed_as_it_goes_on_and_that_changes_nothing_in_it(chain, tmp_path: Path):
