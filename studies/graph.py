@@ -4,16 +4,20 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..quickstart.demo import TOWER
 from ..shared.errors import UsageError
 from ..shared.storage.files import canonical_json
-from ..train_stage.settings import FinetuneSettings, Settings, resolve, resolve_finetuning
+from ..train_stage.settings import FEATURES, FinetuneSettings, Settings, resolve, resolve_finetuning
 from .schema import FROM_SCRATCH, PIXELS, RANDOM_INIT, Budget, Study, Tokenizer, Value, Values
+
+if TYPE_CHECKING:
+    from ..tokenize_stage.towers.cost import TowerCost
+    from ..tokenize_stage.towers.tower import TowerSettings
 
 CODEBOOK, TOKENS, RUN, PROBE, CLASSIFIER = "codebook", "tokens", "run", "probe", "classifier"
 KINDS = (CODEBOOK, TOKENS, RUN, PROBE, CLASSIFIER)
@@ -49,14 +53,14 @@ class Step:
     images_seen: int = 0
     """Of a pre-training or a fine-tuning."""
     flops: int = 0
-    """Of a pre-training."""
+    """Of a pre-training, the tower included whose features it regresses."""
     tokenizer: Tokenizer | None = None
     """Of a codebook or a token store."""
     settings: Settings | None = None
     """Of a pre-training, and of the one that a step reads."""
     finetuning: FinetuneSettings | None = None
     k: int = 0
-    """Codes that a pre-training predicts."""
+    """Outputs of a pre-training's head: codes, or features of the tower."""
 
 
 @dataclass(frozen=True)
@@ -150,15 +154,13 @@ class _Builder:
         self, graph: Graph, row: str, tokenizer: str, model: str, budget: str, seed: int, codebook: str, tokens: str
     ) -> Cell:
         """A pre-training and its evaluations."""
-        k = self.study.tokenizers[tokenizer].k
         values = self.values(row, model, seed)
         settings = self.settings(values, row, model)
-        flops, per_epoch = self.flops_of(values, k), self.images_per_epoch(settings)
+        (flops, k), per_epoch = self.flops_and_outputs(row, tokenizer, model, seed), self.images_per_epoch(settings)
         allowed = self.study.budgets[budget]
         if allowed.flops_of:
-            of = self.values(allowed.flops_of, model, seed)
-            self.settings(of, allowed.flops_of, model)
-            allowed = Budget(flops=(allowed.images or 0) * self.flops_of(of, k))
+            of, _ = self.flops_and_outputs(allowed.flops_of, tokenizer, model, seed)
+            allowed = Budget(flops=(allowed.images or 0) * of)
         epochs = epochs_of(allowed, flops, per_epoch, f"objective {row}, budget {budget}")
         values = {"optimizer.warmup_epochs": self.study.warmup * epochs, **values, "train.epochs": epochs}
         if self.study.curve_points:
@@ -168,22 +170,40 @@ class _Builder:
         label = f"{row} {model} seed {seed} {budget}"
         recipe = _recipe(self.study.recipe)
         words: tuple[str, ...] = ("train", "pretrain", "--images", self.inputs.images, "--tokens", self._output(tokens))
+        needs: tuple[str, ...] = (tokens,)
+        if settings.objective.target == FEATURES:
+            needs, words = (tokens, codebook), (*words, "--teacher", self._output(codebook))
         words += (*recipe, *_settings(values), *self._device)
         seen = epochs * per_epoch
         content = {**values, "recipe": self.study.recipe}
         settings = self.settings(values, row, model)
         made = {"words": words, "images_seen": seen, "flops": seen * flops, "settings": settings, "k": k}
-        run = graph.add(RUN, label, _without_paths(content), (tokens,), **made)
+        run = graph.add(RUN, label, _without_paths(content), needs, **made)
         probe = self.probe(graph, label, run, seed, row, budget) if self.study.frozen else None
         classifier = None
         if "finetuned" in self.study.evaluations:
             classifier = self.classifier(graph, label, run, seed, model)
         return Cell(row, tokenizer, model, budget, seed, codebook, tokens, run, probe, PRETRAINED, classifier)
 
-    def flops_of(self, values: Values, k: int) -> int:
-        """FLOPs per image of a pre-training; counted once for all seeds, since counting takes seconds."""
-        values = {name: value for name, value in values.items() if name != "train.seed"}
-        return flops_of(canonical_json(values), self.study.recipe, k)
+    def flops_and_outputs(self, row: str, tokenizer: str, model: str, seed: int) -> tuple[int, int]:
+        """FLOPs per image of a pre-training, and the outputs of its head: codes, or features of the tower.
+
+        A tower whose features are regressed is computed in every step, and its FLOPs count.
+        """
+        values, of = self.values(row, model, seed), self.study.tokenizers[tokenizer]
+        is_of_features = self.settings(values, row, model).objective.target == FEATURES
+        outputs, of_tower = of.k, 0
+        if is_of_features:
+            tower = tower_of(of)
+            if tower is None:
+                raise UsageError(
+                    f"objective {row}: the FLOPs of the tower of tokenizer {tokenizer} are not known before it is "
+                    "downloaded; download it, and give its folder as local-dir:FOLDER."
+                )
+            outputs, of_tower = tower.dim, tower.flops
+        # Counted once for all seeds and targets, since counting takes seconds.
+        values = {key: value for key, value in values.items() if key not in ("train.seed", "objective.target")}
+        return of_tower + flops_of(canonical_json(values), self.study.recipe, outputs), outputs
 
     def values(self, row: str, model: str, seed: int) -> Values:
         """What a pre-training's settings are given, but for its length."""
@@ -258,6 +278,24 @@ def epochs_of(budget: Budget, flops_per_image: int, images_per_epoch: int, what:
             f"{what}: the budget is {epochs:.2g} epochs of {images_per_epoch:,} images; give at least one epoch."
         )
     return round(epochs) or 1
+
+
+def tower_of(tokenizer: Tokenizer) -> "TowerCost | None":
+    """What the tower of a tokenizer costs; None if it would have to be downloaded."""
+    from ..tokenize_stage.towers.cost import PUBLISHED
+    from ..tokenize_stage.towers.tower import TowerSettings
+
+    published = [cost for name, cost in PUBLISHED.items() if name in tokenizer.published]
+    names = [one.name for one in fields(TowerSettings)]
+    book = {name: value for name, value in codebook_options(tokenizer).items() if name in names}
+    return published[0] if published else _tower_cost(TowerSettings(**book))  # type: ignore[arg-type]  # checked
+
+
+@cache
+def _tower_cost(settings: "TowerSettings") -> "TowerCost | None":
+    from ..tokenize_stage.towers.cost import tower_cost
+
+    return tower_cost(settings)
 
 
 @cache

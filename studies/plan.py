@@ -15,20 +15,16 @@ from ..shared.sources.sources import read_records
 from ..tokenize_stage.kmeans.duration import comparisons
 from ..tokenize_stage.kmeans.plan import PATCHES_PER_CENTROID
 from ..tokenize_stage.kmeans.train import KMeansSettings
-from ..tokenize_stage.towers.cost import TowerCost, tower_cost
-from ..tokenize_stage.towers.tower import TowerSettings
 from ..train_stage.settings import FinetuneSettings, Settings
 from ..train_stage.tasks.finetuning import FinetuningModel
 from ..train_stage.tasks.pretraining import parameters_of
-from .graph import CLASSIFIER, CODEBOOK, KINDS, PROBE, RUN, TOKENS, Graph, Inputs, Step, build_graph, codebook_options
+from .graph import CLASSIFIER, CODEBOOK, KINDS, PROBE, RUN, TOKENS, Graph, Inputs, Step, build_graph, tower_of
 from .schema import Study, Tokenizer, read_study
 
 _NAMES = {CODEBOOK: "codebooks", TOKENS: "token stores", RUN: "pre-trainings", PROBE: "evaluations"}
 _NAMES[CLASSIFIER] = "fine-tunings"
 _UNITS = ((1e9, "G"), (1e12, "T"), (1e15, "P"), (1e18, "E"), (1e21, "Z"))
 _FLOAT = 4
-_PUBLISHED = {"vqkd": TowerCost(35_366_965_248, (14, 14), 32), "dvae": TowerCost(45_542_146_048, (14, 14), 2048)}
-"""Encoders of BEiT v2 (ViT-B/16 with its head, 224 px) and of DALL-E (112 px); tests count them anew."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +171,7 @@ def _costs(graph: Graph, kind: str, count: int) -> list[Cost]:
 
 
 def _of_codebook(step: Step, count: int) -> Cost:
-    tokenizer, tower = _tokenizer(step), _tower(_tokenizer(step))
+    tokenizer, tower = _tokenizer(step), tower_of(_tokenizer(step))
     if tokenizer.published:
         assert tower is not None  # it is one of two
         return Cost(1, 0, 0, _FLOAT * tokenizer.k * tower.dim)
@@ -191,7 +187,7 @@ def _of_codebook(step: Step, count: int) -> Cost:
 
 
 def _of_tokens(step: Step, count: int) -> Cost:
-    tokenizer, tower = _tokenizer(step), _tower(_tokenizer(step))
+    tokenizer, tower = _tokenizer(step), tower_of(_tokenizer(step))
     images = count * int(tokenizer.tokens.get("views", 1))  # type: ignore[arg-type]
     if tower is None:
         return Cost(1, images, 0, 0, unknown=1)
@@ -243,7 +239,7 @@ def _bytes_of_run(settings: Settings | FinetuneSettings, parameters: int, steps:
 def refuse_other_grids(graph: Graph) -> None:
     """Raises DataError if a model has other patches than the tokens that it is trained on; hf-hub towers pass."""
     for cell in graph.cells:
-        tower, shape = _tower(_tokenizer(graph.steps[cell.tokens])), _settings(graph.steps[cell.run]).model.shape(1)
+        tower, shape = tower_of(_tokenizer(graph.steps[cell.tokens])), _settings(graph.steps[cell.run]).model.shape(1)
         side = shape.image_size // shape.patch_size
         if tower is not None and tower.grid != (side, side):
             rows, columns = tower.grid
@@ -251,17 +247,6 @@ def refuse_other_grids(graph: Graph) -> None:
                 f"model {printable(cell.model)} has {side}x{side} patches (model.image_size / model.patch_size) and "
                 f"the tokens of {printable(cell.tokenizer)} are {rows}x{columns}; change the model or the tokenizer."
             )
-
-
-def _tower(tokenizer: Tokenizer) -> TowerCost | None:
-    for name, cost in _PUBLISHED.items():
-        if name in tokenizer.published:
-            return cost
-    book = {name: value for name, value in codebook_options(tokenizer).items() if name in _names(TowerSettings)}
-    return _cached_tower_cost(TowerSettings(**book))  # type: ignore[arg-type]  # `read_study` has checked them
-
-
-_cached_tower_cost = cache(tower_cost)
 
 
 def _names(settings: type) -> list[str]:

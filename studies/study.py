@@ -9,6 +9,7 @@ from msgspec import ValidationError, convert, to_builtins
 from ..quickstart.drawings import write_drawings
 from ..shared.errors import DataError, UsageError
 from ..shared.runtime.console import results, say
+from ..shared.runtime.devices import refuse_many_processes
 from ..shared.sources.sources import read_records
 from ..shared.storage.files import written_whole
 from ..shared.storage.lock import sole_writer
@@ -29,6 +30,7 @@ def study(
     images: str | Path | None = None,
     val: str | Path | None = None,
     device: str = "auto",
+    processes: int = 1,
 ) -> StudyResult:
     """Makes all cells of a study and writes their table to `out`: results.csv, results.md and results.tex.
 
@@ -42,6 +44,8 @@ def study(
         images: Labelled training images, as for `pretrain` and `probe`; not needed if the study draws its own.
         val: Labelled images that each cell is measured on.
         device: Where models run: auto (CUDA if it is there), cpu or cuda.
+        processes: Processes that share each tokenization, pre-training and fine-tuning, started by torchrun: as many as
+            this machine has GPUs.
 
     Returns:
         The figures of every cell, and their summary over seeds.
@@ -51,11 +55,14 @@ def study(
         DataError: the study's file is wrong, images cannot be read, or a step's command failed.
         Interrupted: after Ctrl-C or SIGTERM.
     """
+    refuse_many_processes()
+    if processes < 1:
+        raise UsageError(f"--processes {processes} must be at least 1.")
     plan, out = read_study(study), Path(out).absolute()
     inputs = _inputs(plan, out, images, val, device)
     graph = build_graph(plan, inputs)
     say(f"{len(graph.cells)} cells, made by {len(graph.steps)} steps in {out}.")
-    work(graph, out)
+    work(graph, out, processes)
     result = collect(plan, graph, out)
     _write(result)
     return result

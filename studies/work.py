@@ -19,14 +19,16 @@ RESULT, LOG = "result.json", "log.txt"
 SECONDS_BETWEEN_LOOKS = 1.0
 _PRINTED = "printed.json"
 _COMMAND = "from mapet.cli import main; main()"
+_SHARED_COMMANDS = ("build-codebook", "encode-shards", "pretrain", "finetune")
+_TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--no-python")
 _SHOWN_OF_LOG = 400
 
 
-def work(graph: Graph, root: Path) -> None:
+def work(graph: Graph, root: Path, processes: int = 1) -> None:
     """Makes every step, with other processes that do the same.
 
     A step is claimed by the lock of its folder; a killed process releases its claims. Steps of other processes are
-    waited for.
+    waited for. `processes` of torchrun work on each command that several processes can share.
 
     Raises:
         DataError if a step's command fails, naming its log; Interrupted after Ctrl-C or SIGTERM.
@@ -41,7 +43,7 @@ def work(graph: Graph, root: Path) -> None:
             if not left:
                 return
             ready = [step for step in left if done.issuperset(step.needs)]
-            if not any(_taken(step, root) for step in ready):
+            if not any(_taken(step, root, processes) for step in ready):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
@@ -57,7 +59,7 @@ def read_result(root: Path, folder: str) -> dict[str, Any]:
     return result
 
 
-def _taken(step: Step, root: Path) -> bool:
+def _taken(step: Step, root: Path, processes: int) -> bool:
     """Makes a step unless another process has claimed it, or has left a command that still writes its artifact."""
     folder = root / step.folder
     with claimed(folder) as is_claimed:
@@ -66,11 +68,11 @@ def _taken(step: Step, root: Path) -> bool:
         with claimed(folder / OUTPUT) as is_free:
             if not is_free:
                 return False
-        _make(step, folder)
+        _make(step, folder, processes)
         return True
 
 
-def _make(step: Step, folder: Path) -> None:
+def _make(step: Step, folder: Path, processes: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     printed, log = folder / _PRINTED, folder / LOG
@@ -78,7 +80,7 @@ def _make(step: Step, folder: Path) -> None:
     say(f"{step.folder}: mapet {' '.join(words[:2])}")
     printed.unlink(missing_ok=True)  # a command that outlived a killed study may still write to the old file
     with printed.open("w") as out, log.open("a") as err:
-        code = _run([sys.executable, "-c", _COMMAND, *words], out, err)
+        code = _run([*_launcher(words[1], processes), sys.executable, "-c", _COMMAND, *words], out, err)
     if code:
         raise DataError(f"{folder / LOG}: the command of this step ended with exit code {code} ({_last_line(log)})")
     result = {"kind": step.kind, "seconds": round(time.monotonic() - began, 1), "scores": _scores(step, folder)}
@@ -96,9 +98,17 @@ def _run(command: Sequence[str], out: Any, err: Any) -> int:
         raise Interrupted("stopped. What was finished is kept; give the same command to go on.") from None
 
 
+def _launcher(command: str, processes: int) -> list[str]:
+    if processes == 1 or command not in _SHARED_COMMANDS:
+        return []
+    return [sys.executable, *_TORCHRUN, "--nproc-per-node", str(processes)]
+
+
 def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1][-_SHOWN_OF_LOG:].removeprefix("mapet: ") if lines else "nothing was printed"
+    """What the command said last; torchrun adds a report of its own."""
+    lines = log.read_text(errors="replace").strip().splitlines() or ["nothing was printed"]
+    said = [line.removeprefix("mapet: ") for line in lines if line.startswith("mapet: ")]
+    return (said or lines)[-1][-_SHOWN_OF_LOG:]
 
 
 def _scores(step: Step, folder: Path) -> dict[str, dict[str, float]]:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from mapet.shared.errors import UsageError
-from mapet.studies.graph import Graph, Inputs, build_graph, epochs_of
+from mapet.studies.graph import Graph, Inputs, build_graph, codebook_options, epochs_of
 from mapet.studies.schema import Budget, Study, Tokenizer, read_study
+from mapet.tokenize_stage.towers.cost import tower_cost
+from mapet.tokenize_stage.towers.tower import TowerSettings
 from msgspec.structs import replace
 
 BOOK = {"tower": "package", "k": 16}
@@ -131,3 +133,27 @@ def test_a_model_has_fine_tuning_settings_of_its_own(smoke: Study):
 def test_a_batch_larger_than_the_images_is_refused(smoke: Study):
     with pytest.raises(UsageError, match=r"train.batch_size 32 is larger than the 20 training images"):
         graph_of(smoke, count=20)
+
+
+def test_the_control_on_features_reads_its_tower_and_pays_for_it(smoke: Study):
+    settings = {"objective.name": "mim", "objective.target": "features"}
+    rows = {"MIM": {"objective.name": "mim"}, "features": settings}
+    study = replace(smoke, objectives=rows, baseline="MIM", budgets={"images": Budget(images=320)}, seeds=[0])
+    graph = graph_of(replace(study, comparisons=[]))
+    tokens, features = graph.cells
+    run = graph.steps[features.run]
+    assert run.needs == (features.tokens, features.codebook)
+    assert run.words[run.words.index("--teacher") + 1] == f"/study/{features.codebook}/output"
+    assert "--teacher" not in graph.steps[tokens.run].words
+    tower = tower_cost(TowerSettings(codebook_options(smoke.tokenizers["k-CLIP"])["tower"]))
+    # The head has the tower's features as outputs instead of 16 codes, for the 26 of 64 patches that are masked.
+    head = 3 * 2 * 26 * smoke.models["mini"]["model.dim"] * (tower.dim - 16)
+    assert run.k == tower.dim
+    assert run.flops == graph.steps[tokens.run].flops + 320 * (tower.flops + head)
+
+
+def test_a_tower_of_unknown_size_is_no_control(smoke: Study):
+    rows = {"MIM": {"objective.name": "mim", "objective.target": "features"}}
+    study = replace(smoke, objectives=rows, baseline="MIM", tokenizers={"hub": Tokenizer({"tower": "hf-hub:a/b"})})
+    with pytest.raises(UsageError, match="objective MIM: the FLOPs of the tower of tokenizer hub are not known"):
+        graph_of(study)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mapet.shared.errors import UsageError
+from mapet.shared.errors import DataError, UsageError
 from mapet.shared.storage.lock import claimed
 from mapet.studies.schema import STUDIES, read_study
 from mapet.studies.study import _inputs, study
@@ -78,26 +78,42 @@ def test_a_study_measures_every_cell(small: Path, tmp_path: Path):
 
 @pytest.mark.nightly
 def test_every_evaluation_and_comparison_is_measured(tmp_path: Path):
-    # One seed has no intervals. 240 images are two epochs, and the k-NN accuracy is measured twice on the way.
+    # One seed has no intervals. 240 images are two epochs, and the k-NN accuracy is measured twice on the way. Two
+    # processes share each command, and one row regresses features.
     content = yaml.safe_load((STUDIES / "smoke.yaml").read_text())
     content |= {"drawings": {"train": 120, "val": 60}, "budgets": {"images": {"images": 240}}, "seeds": [0]}
     content |= {"evaluations": ["linear", "attentive", "knn", "finetuned"], "curve_points": 2}
     content |= {"comparisons": ["random init", "from scratch", "pixels"], "finetuning_recipe": "finetune-small-data"}
     content["settings"] |= {"train.batch_size": 24}
+    content["objectives"]["features"] = {"objective.name": "mim", "objective.target": "features"}
     content["finetuning"] = {"train.epochs": 1, "train.batch_size": 24, "optimizer.warmup_epochs": 0}
     (tmp_path / "all.yaml").write_text(yaml.safe_dump(content))
     out = tmp_path / "study"
-    subprocess.run([*COMMAND, tmp_path / "all.yaml", "--out", out], check=True)
+    subprocess.run([*COMMAND, tmp_path / "all.yaml", "--out", out, "--processes", "2"], check=True)
     measured = {(row, evaluation) for row, _, _, evaluation, _ in scores(out)}
     frozen = {"linear", "attentive", "knn"}
     assert measured == {
-        *((row, evaluation) for row in ("MIM 40 %", "MaPeT") for evaluation in (*frozen, "finetuned")),
+        *((row, evaluation) for row in content["objectives"] for evaluation in (*frozen, "finetuned")),
         *((row, evaluation) for row in ("random init", "pixels") for evaluation in frozen),
         ("from scratch", "finetuned"),
     }
     curves = [len(path.read_text().splitlines()) for path in out.glob("run/*/output/probe.jsonl")]
-    assert len(curves) == 2
+    assert len(curves) == 3
     assert min(curves) >= 2
+    starts = [json.loads(path.read_text())["starts"] for path in out.glob("run/*/output/run.json")]
+    assert [start["processes"] for (start,) in starts] == [2, 2, 2]
+
+
+@pytest.mark.nightly
+def test_what_a_shared_command_says_is_in_the_error_and_not_the_report_of_torchrun(smaller: Path, tmp_path: Path):
+    content = yaml.safe_load(smaller.read_text())
+    content["tokenizers"]["k-CLIP"]["codebook"] |= {"tower": "local-dir:nowhere", "layer": 1}
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(
+        DataError, match=r"log\.txt: the command of this step ended with exit code 1 \(.*nowhere"
+    ) as said:
+        study(tmp_path / "wrong.yaml", tmp_path / "study", processes=2)
+    assert "torch" not in str(said.value)
 
 
 @pytest.mark.nightly
@@ -130,6 +146,15 @@ def test_a_claim_is_not_waited_for(tmp_path: Path):
         assert (first, second) == (True, False)
     with claimed(tmp_path / "step") as again:
         assert again
+
+
+def test_processes_are_at_least_one_and_torchrun_is_started_by_the_study(small: Path, tmp_path: Path, monkeypatch):
+    with pytest.raises(UsageError, match="--processes 0 must be at least 1"):
+        study(small, tmp_path / "out", processes=0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="torchrun with more than one process is not supported"):
+        study(small, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_images_are_given_exactly_where_the_study_draws_none(small: Path, tmp_path: Path):

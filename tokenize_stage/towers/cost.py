@@ -30,6 +30,10 @@ class TowerCost:
         return math.prod(self.grid)
 
 
+PUBLISHED = {"vqkd": TowerCost(35_366_965_248, (14, 14), 32), "dvae": TowerCost(45_542_146_048, (14, 14), 2048)}
+"""Encoders of BEiT v2 (ViT-B/16 with its head, 224 px) and of DALL-E (112 px); tests count them anew."""
+
+
 def tower_cost(settings: TowerSettings) -> TowerCost | None:
     """The cost of the tower of an open_clip or timm name, of `local-dir:PATH` or of `pixels`.
 
