@@ -1,9 +1,12 @@
 """Draws depend on their names alone."""
 
+import hashlib
 import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mapet.shared.randomness import generator
 
 
@@ -21,6 +24,16 @@ def test_equal_names_give_equal_draws_whatever_was_drawn_before():
 def test_draws_are_equal_on_every_machine_and_in_every_version():
     # A change here would change every sample, permutation and crop of every seed.
     assert generator(0, "a", "key").permutation(6).tolist() == [5, 4, 0, 3, 1, 2]
+
+
+@given(st.text(max_size=20), st.integers())
+def test_the_key_of_philox_is_the_digest_of_the_names(name: str, number: int):
+    digest = hashlib.blake2b(f"{name}\x1f{number}".encode(), digest_size=16).digest()
+    theirs = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    ours = generator(name, number)
+    assert ours.bit_generator.state["state"]["key"].tolist() == theirs.bit_generator.state["state"]["key"].tolist()
+    assert np.array_equal(ours.random(5), theirs.random(5))
+    assert np.array_equal(ours.permutation(9), theirs.permutation(9))
 
 
 def test_different_names_give_different_draws():
