@@ -18,6 +18,7 @@ _PACKAGES = (
     "open_clip_torch",
     "timm",
     "faiss-cpu",
+    "faiss-gpu",
     "faiss-gpu-cu12",
     "webdataset",
     "zarr",
@@ -29,7 +30,13 @@ _PACKAGES = (
     "rich",
     "tensorboard",
 )
-_FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu-cu12")
+_FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12")
+"""Distributions of the same module. The last one is the GPU build before there was an official wheel."""
+
+_UNUSED_GPU = {
+    "cpu": 'FAISS is the CPU build beside a CUDA GPU; pip uninstall faiss-cpu, then pip install "mapet[gpu]".',
+    "gpu": "FAISS is the GPU build and finds no GPU, though PyTorch does; it needs a driver for CUDA 12.6 or newer.",
+}
 
 
 def doctor() -> dict[str, Any]:
@@ -48,9 +55,7 @@ def doctor() -> dict[str, Any]:
     ]
     devices, faiss = _devices(problems), _faiss(packages, problems)
     if devices["cuda"] and faiss and not faiss["gpus"]:
-        problems.append(
-            'FAISS is the CPU build beside a CUDA GPU; pip uninstall faiss-cpu, then pip install "mapet[gpu]".'
-        )
+        problems.append(_UNUSED_GPU[faiss["build"]])
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -81,9 +86,10 @@ def _devices(problems: list[str]) -> dict[str, Any]:
 
 
 def _faiss(packages: dict[str, str | None], problems: list[str]) -> dict[str, Any] | None:
-    if all(packages[name] for name in _FAISS_PACKAGES):
+    installed = [name for name in _FAISS_PACKAGES if packages[name]]
+    if len(installed) > 1:
         problems.append(
-            "faiss-cpu and faiss-gpu-cu12 are both installed and overwrite each other; uninstall both, install one."
+            f"{' and '.join(installed)} are installed together and overwrite each other; uninstall all, install one."
         )
     try:
         faiss = import_faiss()
@@ -93,7 +99,7 @@ def _faiss(packages: dict[str, str | None], problems: list[str]) -> dict[str, An
     options = faiss.get_compile_options().strip() if hasattr(faiss, "get_compile_options") else ""
     return {
         "version": faiss.__version__,
-        "build": "gpu" if faiss_gpus() else "cpu",
+        "build": "gpu" if faiss_gpus() or "GPU" in options.split() else "cpu",
         "gpus": faiss_gpus(),
         "options": options,
     }

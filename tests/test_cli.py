@@ -18,6 +18,7 @@ import pytest
 import torch
 from mapet import cli
 from mapet.quickstart.drawings import write_drawings
+from mapet.shared.doctor import doctor
 from mapet.tokenize_stage.build_codebook import build_codebook
 
 from .warm import warm_command
@@ -397,3 +398,15 @@ def test_doctor_names_versions_devices_and_the_faiss_build():
     assert isinstance(about["devices"]["cuda"], list)
     assert "problems" in about
     assert "torch" in mapet_command("doctor").stdout
+
+
+def test_doctor_names_builds_of_faiss_that_overwrite_each_other(tmp_path: Path, monkeypatch):
+    for name in ("faiss-gpu", "faiss-gpu-cu12"):
+        folder = tmp_path / f"{name.replace('-', '_')}-1.15.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.15.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    about = doctor()
+    assert about["packages"]["faiss-gpu"] == "1.15.0"
+    (said,) = [problem for problem in about["problems"] if "overwrite" in problem]
+    assert "faiss-gpu and faiss-gpu-cu12 are installed together" in said
