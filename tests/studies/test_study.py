@@ -119,7 +119,7 @@ def test_what_a_shared_command_says_is_in_the_error_and_not_the_report_of_torchr
 @pytest.mark.nightly
 def test_a_study_that_is_killed_at_random_ends_with_the_same_figures(smaller: Path, undisturbed: Path, tmp_path: Path):
     out, moments = tmp_path / "study", random.Random(0)
-    for _ in range(4):
+    for _ in range(20):
         process = subprocess.Popen([*COMMAND, smaller, "--out", out], start_new_session=True, stderr=subprocess.DEVNULL)
         time.sleep(moments.uniform(2, 15))
         os.killpg(process.pid, signal.SIGKILL)
