@@ -56,7 +56,7 @@ def study(
     graph = build_graph(plan, inputs)
     say(f"{len(graph.cells)} cells, made by {len(graph.steps)} steps in {out}.")
     work(graph, out)
-    result = collect(plan, graph, out)
+    result = collect(plan, graph, inputs)
     _write(result)
     return result
 
