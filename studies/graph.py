@@ -212,7 +212,7 @@ class _Builder:
     def settings(self, values: Mapping[str, Value], row: str, model: str) -> Settings:
         """Raises UsageError, which names the row, for settings that do not fit together."""
         try:
-            return resolve(self.study.recipe, _pairs(values))
+            return _resolved(self.study.recipe, tuple(_pairs(values)))
         except UsageError as error:
             raise UsageError(f"objective {row}, model {model}: {error}") from None
 
@@ -248,9 +248,10 @@ class _Builder:
 
     def finetuning_settings(self, values: Values, pretraining: Settings, model: str) -> FinetuneSettings:
         """Raises UsageError, which names the model, for settings that do not fit together."""
-        view = {name: getattr(pretraining.data, name) for name in ("mean", "std", "interpolation")}
+        data, size = pretraining.data, pretraining.model.image_size
+        view = (tuple(data.mean), tuple(data.std), data.interpolation)
         try:
-            return resolve_finetuning(self.study.finetuning_recipe, _pairs(values), pretraining.model.image_size, view)
+            return _resolved_finetuning(self.study.finetuning_recipe, tuple(_pairs(values)), size, *view)
         except UsageError as error:
             raise UsageError(f"fine-tuning, model {model}: {error}") from None
 
@@ -304,6 +305,23 @@ def flops_of(values: str, recipe: str | None, k: int) -> int:
     from ..train_stage.tasks.pretraining import flops_per_image
 
     return flops_per_image(resolve(recipe, _pairs(json.loads(values))), k)
+
+
+# To resolve settings takes a tenth of a second, and a study's graph is built more than once.
+_resolved = cache(resolve)
+
+
+@cache
+def _resolved_finetuning(
+    recipe: str | None,
+    pairs: tuple[str, ...],
+    image_size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    interpolation: str,
+) -> FinetuneSettings:
+    view = {"mean": list(mean), "std": list(std), "interpolation": interpolation}
+    return resolve_finetuning(recipe, pairs, image_size, view)
 
 
 def _pairs(values: Mapping[str, Value]) -> list[str]:

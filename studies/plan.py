@@ -135,8 +135,8 @@ def _cells(plan: StudyPlan, cost: Cost) -> list[str]:
 
 
 def _flops_text(flops: float) -> str:
-    unit = next((unit for unit in _UNITS if flops < 1000 * unit[0]), _UNITS[-1])
-    return f"{flops / unit[0]:,.3g} {unit[1]}" if flops < 1e6 * _UNITS[-1][0] else f"{flops:.2e}"
+    unit, letter = in_unit(flops)
+    return f"{flops / unit:,.3g} {letter}" if flops < 1e6 * _UNITS[-1][0] else f"{flops:.2e}"
 
 
 def _notes(plan: StudyPlan) -> list[str]:
@@ -163,11 +163,33 @@ def _count(plan: Study, images: str | Path | None) -> int:
     return len(read_records(str(images)))
 
 
+def flops_of_step(step: Step, count: int) -> int | None:
+    """FLOPs of a step with `count` training images, as the plan counts them.
+
+    Returns:
+        None if they are not known: the tower is one of hf-hub, or it cannot be opened any more.
+    """
+    try:
+        cost = _cost(step, count)
+    except (DataError, UsageError):
+        return None
+    return None if cost.unknown else round(cost.flops)
+
+
+def in_unit(most: float) -> tuple[float, str]:
+    """The unit, and its letter, in which FLOPs of up to `most` are at most 1,000."""
+    return next((unit for unit in _UNITS if most < 1000 * unit[0]), _UNITS[-1])
+
+
 def _costs(graph: Graph, kind: str, count: int) -> list[Cost]:
+    return [_cost(step, count) for step in graph.steps.values() if step.kind == kind]
+
+
+def _cost(step: Step, count: int) -> Cost:
     cost: Callable[[Step, int], Cost] = {
         CODEBOOK: _of_codebook, TOKENS: _of_tokens, RUN: _of_run, PROBE: _of_probe, CLASSIFIER: _of_classifier,
-    }[kind]  # fmt: skip
-    return [cost(step, count) for step in graph.steps.values() if step.kind == kind]
+    }[step.kind]  # fmt: skip
+    return cost(step, count)
 
 
 def _of_codebook(step: Step, count: int) -> Cost:

@@ -8,12 +8,14 @@ from msgspec import ValidationError, convert, to_builtins
 
 from ..quickstart.drawings import write_drawings
 from ..shared.errors import DataError, UsageError
+from ..shared.report.render import say_page
 from ..shared.runtime.console import results, say
 from ..shared.runtime.devices import refuse_many_processes
 from ..shared.sources.sources import read_records
 from ..shared.storage.files import written_whole
 from ..shared.storage.lock import sole_writer
 from .graph import Inputs, build_graph
+from .page import write_study_page
 from .schema import Drawings, Study, read_study
 from .scores import StudyResult, collect
 from .tables import show_table, to_csv, to_latex, to_markdown
@@ -32,7 +34,7 @@ def study(
     device: str = "auto",
     processes: int = 1,
 ) -> StudyResult:
-    """Makes all cells of a study and writes their table to `out`: results.csv, results.md and results.tex.
+    """Makes all cells of a study and writes their table to `out`, as results.html, .md, .csv, .tex and .json.
 
     Every step is a command of `mapet` in a process of its own; its artifact, its log and its result are in a folder of
     `out`, named by the content of its settings, and serve all cells that need them. The same call resumes a stopped
@@ -63,8 +65,9 @@ def study(
     graph = build_graph(plan, inputs)
     say(f"{len(graph.cells)} cells, made by {len(graph.steps)} steps in {out}.")
     work(graph, out, processes)
-    result = collect(plan, graph, out)
+    result = collect(plan, graph, inputs)
     _write(result)
+    say_page(write_study_page(result, graph))
     return result
 
 

@@ -9,17 +9,23 @@ from rich.table import Table
 
 from ..shared.printable import printable
 from ..shared.runtime.console import foreign, results
+from .plan import in_unit
 from .scores import SPLITS, Measured, StudyResult, Summary
 from .statistics import Difference, Spread
 
 NAMES = {"linear": "linear", "attentive": "attentive", "knn": "k-NN", "finetuned": "fine-tuned"}
 _COLUMNS = ["tokenizer", "model", "budget", "row", "seed", "evaluation", "top1", "images", "flops"]
+_COLUMNS += ["tokenizer_flops", "finetuning_flops"]
 _COLUMNS += ["tokenizer_seconds", "pretraining_seconds", "probe_seconds", "finetuning_seconds", "run"]
 _TEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "±": r"$\pm$",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': "''",
 }
 
 
@@ -41,19 +47,36 @@ def difference_text(difference: Difference | None) -> str:
 
 
 def show_table(result: StudyResult) -> None:
-    """Prints one table per tokenizer, model and budget, without seconds, which the files have."""
-    groups: dict[tuple[str, str, str], list[Summary]] = {}
-    for summary in result.summaries:
-        groups.setdefault((summary.tokenizer, summary.model, summary.budget), []).append(summary)
-    for place, rows in groups.items():
-        grid = Table(title=foreign(f"{', '.join(place)}: top-1 in %, and difference from {result.study.baseline}"))
-        grid.add_column("row")
-        for heading in _headings(result)[4:-4]:
-            grid.add_column(heading, justify="right", no_wrap=True)
-        for row in rows:
-            name, *cells = _row(result, row)[3:-4]
-            grid.add_row(foreign(name), *cells)
-        results.print(grid)
+    """Prints two tables per tokenizer, model and budget: the figures by evaluation, and costs without seconds, which
+    the files have."""
+    for place, rows in result.groups().items():
+        results.print(_grid_of_scores(result, place, rows))
+        results.print(_grid_of_costs(result, rows))
+
+
+def _grid_of_scores(result: StudyResult, place: Sequence[str], rows: Sequence[Summary]) -> Table:
+    grid = Table(title=foreign(f"{', '.join(place)}: top-1 in %, and difference from {result.study.baseline}"))
+    grid.add_column("evaluation", no_wrap=True)
+    grid.add_column("row", overflow="fold")
+    for heading in ("top-1", "difference"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for name in result.study.evaluations:
+        grid.add_section()
+        for at, row in enumerate(row for row in rows if name in row.scores):
+            figures = (score_text(row.scores.get(name)), difference_text(row.differences.get(name)))
+            grid.add_row("" if at else NAMES[name], foreign(row.row), *figures)
+    return grid
+
+
+def _grid_of_costs(result: StudyResult, rows: Sequence[Summary]) -> Table:
+    unit, letter = unit_of_costs(result)
+    grid = Table(title=f"Costs, in {letter}FLOPs")
+    grid.add_column("row", overflow="fold")
+    for heading in ("images", "tokenizer", "pre-training", "fine-tuning"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        grid.add_row(foreign(row.row), f"{row.images:,}", *_flops_texts(row, unit))
+    return grid
 
 
 def to_csv(result: StudyResult) -> str:
@@ -79,7 +102,9 @@ def to_markdown(result: StudyResult) -> str:
 def to_latex(result: StudyResult) -> str:
     """A tabular for the package booktabs."""
     headings = _headings(result)
-    rows = [" & ".join(map(_latex, line)) + r" \\" for line in (headings, *(_row(result, x) for x in result.summaries))]
+    cells = [[_latex(cell) for cell in line] for line in (headings, *(_row(result, row) for row in result.summaries))]
+    # An asterisk or bracket after the \\ of the row before would be its argument.
+    rows = ["{}" * line[0].startswith(("*", "[")) + " & ".join(line) + r" \\" for line in cells]
     columns = "llll" + "r" * (len(headings) - 4)
     begin, notes = rf"\begin{{tabular}}{{{columns}}}", [f"% {sentence}" for sentence in SPLITS]
     lines = [begin, r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}", *notes]
@@ -88,7 +113,8 @@ def to_latex(result: StudyResult) -> str:
 
 def _headings(result: StudyResult) -> list[str]:
     evaluations = [word for name in result.study.evaluations for word in (NAMES[name], "difference")]
-    costs = ["images", "PFLOPs", "tokenizer s", "pre-training s", "probe s", "fine-tuning s"]
+    flops = [f"{step} {unit_of_costs(result)[1]}FLOPs" for step in ("tokenizer", "pre-training", "fine-tuning")]
+    costs = ["images", *flops, "tokenizer s", "pre-training s", "probe s", "fine-tuning s"]
     return ["tokenizer", "model", "budget", "row", *evaluations, *costs]
 
 
@@ -96,18 +122,34 @@ def _row(result: StudyResult, row: Summary) -> list[str]:
     cells = [row.tokenizer, row.model, row.budget, row.row]
     for name in result.study.evaluations:
         cells += [score_text(row.scores.get(name)), difference_text(row.differences.get(name))]
-    return [*cells, f"{row.images:,}", f"{row.flops / 1e15:,.3g}", *(f"{s:,.0f}" for s in row.seconds.values())]
+    seconds = [f"{seconds:,.0f}" for seconds in row.seconds.values()]
+    return [*cells, f"{row.images:,}", *_flops_texts(row, unit_of_costs(result)[0]), *seconds]
+
+
+def unit_of_costs(result: StudyResult) -> tuple[float, str]:
+    """One unit, and its letter, for the FLOPs of all rows of a study."""
+    return in_unit(max(max(filter(None, flops_of(row)), default=0) for row in result.summaries))
+
+
+def flops_of(row: Summary) -> tuple[int | None, int, int | None]:
+    """Of tokenizer, pre-training and fine-tuning; None where they are not known."""
+    return row.tokenizer_flops, row.flops, row.finetuning_flops
+
+
+def _flops_texts(row: Summary, unit: float) -> list[str]:
+    return ["unknown" if flops is None else f"{flops / unit:,.3g}" for flops in flops_of(row)]
 
 
 def _csv_line(one: Measured, evaluation: str, top1: float) -> Sequence[object]:
     cell = one.cell
-    place = (cell.tokenizer, cell.model, cell.budget, cell.row, cell.seed, evaluation, repr(top1))
-    costs = (one.tokenizer_seconds, one.pretraining_seconds, one.probe_seconds, one.finetuning_seconds)
-    return (*place, one.images, one.flops, *costs, cell.run if cell.budget else "")
+    names = map(printable, (cell.tokenizer, cell.model, cell.budget, cell.row))
+    flops = (one.flops, one.tokenizer_flops, one.finetuning_flops)
+    seconds = (one.tokenizer_seconds, one.pretraining_seconds, one.probe_seconds, one.finetuning_seconds)
+    return (*names, cell.seed, evaluation, repr(top1), one.images, *flops, *seconds, cell.run if cell.budget else "")
 
 
 def _markdown(text: str) -> str:
-    return re.sub(r"([|\\`*<\[\]])", r"\\\1", printable(text))
+    return re.sub(r"([|\\`*_~&<\[\]])", r"\\\1", printable(text))
 
 
 def _latex(text: str) -> str:

@@ -46,14 +46,12 @@ def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(whe
         f"mapet/quickstart/tower/{name}"
         for name in ("README.md", "open_clip_config.json", "open_clip_model.safetensors")
     }
+    pages = ("run", "store", "study", "classifier", "segmentation")
     report = {
         f"mapet/shared/report/{name}"
         for name in (
-            *(f"templates/{name}.html" for name in ("page", "run", "store", "classifier", "segmentation")),
-            *(
-                f"static/{name}"
-                for name in ("page.css", "page.js", "run.js", "store.js", "classifier.js", "segmentation.js")
-            ),
+            *(f"templates/{name}.html" for name in ("page", *pages)),
+            *(f"static/{name}" for name in ("page.css", *(f"{page}.js" for page in ("page", *pages)))),
             *(f"vendor/{name}" for name in ("README.md", "d3.LICENSE", "d3.min.js", "plot.LICENSE", "plot.min.js")),
         )
     }

@@ -99,9 +99,9 @@ def report(
     path = Path(html) if html is not None else folders[0] / "report.html"
     refuse_folder(path, "--html", "report.html")
     with sole_writer(path, option="--html"):
-        summaries = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+        summaries = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
         predictions = predict(folders, tokens, images, seed, device) if tokens else None
-        _write(path, summaries, predictions)
+        write_runs(path, summaries, predictions)
         show_report(summaries, path)
     return path
 
@@ -119,7 +119,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def _read(folder: Path, name: str) -> RunSummary:
+def read_run(folder: Path, name: str) -> RunSummary:
+    """What the page of a run shows. Raises DataError for a folder that is not a run, or has no line of metrics yet."""
     lines = _lines(folder / "metrics.jsonl")
     if not lines:
         problem = "has no line yet" if (folder / "metrics.jsonl").exists() else "is missing"
@@ -184,6 +185,7 @@ def _figures(lines: list[dict[str, Any]], probes: list[dict[str, Any]]) -> list[
         ("cosine", last(lines, "cosine"), "{:.3f}"),
         ("k-NN", last(probes, "knn"), "{:.1%}"),
         ("linear probe", last(probes, "linear"), "{:.1%}"),
+        ("validation, top-1", last(probes, "top1"), "{:.1%}"),
         ("images per second", all_of("images_per_second") and [median(all_of("images_per_second"))], "{:,.0f}"),
         ("data wait", all_of("data_wait") and [fmean(all_of("data_wait"))], "{:.1%}"),
         ("MFU", all_of("mfu") and [median(all_of("mfu"))], "{:.1%}"),
@@ -195,7 +197,8 @@ def _figures(lines: list[dict[str, Any]], probes: list[dict[str, Any]]) -> list[
     ]
 
 
-def _write(path: Path, runs: list[RunSummary], predictions: dict[str, Any] | None) -> None:
+def write_runs(path: Path, runs: list[RunSummary], predictions: dict[str, Any] | None = None) -> None:
+    """Writes the page of some runs, without a lock. Raises DataError if it cannot be written."""
     curves = {key: title for key, title in CURVES.items() if _is_drawn(runs, key)}
     if "cosine" in curves:
         curves["loss"] = "Loss (mean cross-entropy in nats; of features, 1 - mean cosine similarity)"
@@ -213,6 +216,8 @@ def _write(path: Path, runs: list[RunSummary], predictions: dict[str, Any] | Non
         runs=runs,
         names=names,
         ranked=_is_ranked(runs),
+        probed=_is_probed(runs, "knn", "linear"),
+        validated=_is_probed(runs, "top1"),
         **_compared(runs),
     )
 
@@ -226,6 +231,10 @@ def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _is_drawn(runs: list[RunSummary], key: str) -> bool:
     values = [line.get(key) for run in runs for line in run.lines]
     return any(values) if key == "skipped_steps" else any(value is not None for value in values)
+
+
+def _is_probed(runs: list[RunSummary], *keys: str) -> bool:
+    return any(line.get(key) is not None for run in runs for line in run.probes for key in keys)
 
 
 def _is_ranked(runs: list[RunSummary]) -> bool:

@@ -70,6 +70,8 @@ def test_a_study_measures_every_cell(small: Path, tmp_path: Path):
     assert table.count("\n| k-CLIP |") == 4
     assert "measure once on VAL" in table
     assert (out / "results.tex").read_text().count(r"MIM 40 \%") == 1
+    assert "<!doctype html>" in (out / "results.html").read_text()
+    assert len(list(out.glob("run/*/report.html"))) == 4
     summaries = json.loads((out / "results.json").read_text())["summaries"]
     assert [one["row"] for one in summaries] == ["MIM 40 %", "MaPeT", "random init", "pixels"]
     assert summaries[0]["differences"] == {}

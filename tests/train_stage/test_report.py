@@ -92,6 +92,20 @@ def test_runs_stand_side_by_side_and_can_be_hidden(run: Path, other: Path, tmp_p
     assert rows[0].split("\t")[2] == HOSTILE
 
 
+def test_the_accuracy_of_a_fine_tuning_on_validation_images_is_drawn(run: Path, tmp_path: Path, open_page):
+    tuned = Path(shutil.copytree(run, tmp_path / "tuned"))
+    lines = [{"step": 3, "top1": 0.25, "top5": 0.5, "loss": 2.0}, {"step": 6, "top1": 0.375, "top5": 0.5, "loss": 1.5}]
+    (tuned / "probe.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = open_page(report(tuned)).page
+    assert figures_of(page)["validation, top-1"] == 0.375
+    assert "validation" in curves(page)
+    assert "probes" not in curves(page)
+    assert lines_in(page, "validation") == 1
+    (tuned / "probe.jsonl").write_text('{"step": 3, "top1": "much"}\n')
+    with pytest.raises(DataError, match=r"probe\.jsonl.*top1"):
+        report(tuned)
+
+
 def test_what_a_run_does_not_say_is_not_drawn(run: Path, tmp_path: Path, open_page):
     old = tmp_path / "old"
     old.mkdir()

@@ -30,6 +30,7 @@ class MetricsLine(Struct):
     memory_mb: Number = UNSET
     knn: Number = UNSET
     linear: Number = UNSET
+    top1: Number = UNSET
 
 
 def checked_line(line: Any, path: Path) -> dict[str, Any]:

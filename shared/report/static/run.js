@@ -42,14 +42,14 @@
       y: { label: null, zero: key !== "loss" && key !== "lr", tickFormat: SHARES.has(key) ? "~%" : key === "lr" ? "~e" : "~s" },
     });
   }
-  lines("probes", "Probe accuracy, by step", {
-    x: "step", y: { label: null, tickFormat: "~%" }, parts: (point) => point.part,
-    points: runs.flatMap((run, number) =>
-      ["knn", "linear"].flatMap((part) =>
+  const probes = (parts) =>
+    runs.flatMap((run, number) =>
+      parts.flatMap((part) =>
         run.probes.filter((line) => typeof line[part] === "number").map((line) => ({ run: number, part: part === "linear" ? "linear" : "", x: line.step, y: line[part], said: percent(line[part]) })),
       ),
-    ),
-  });
+    );
+  for (const [id, label, parts] of [["probes", "Probe accuracy, by step", ["knn", "linear"]], ["validation", "Validation accuracy, by step", ["top1"]]])
+    lines(id, label, { x: "step", y: { label: null, tickFormat: "~%" }, parts: (point) => point.part, points: probes(parts) });
   lines("ranks", "Accuracy by permutation rank", {
     x: "eighth of the ranks", y: { label: null, tickFormat: "~%", zero: true },
     points: runs.flatMap((run, number) => {

@@ -1,0 +1,170 @@
+"""The page of a finished study: who is ahead, tables, single seeds, learning curves, costs, and a page of each run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+import yaml
+
+from ..shared.printable import printable
+from ..shared.report.render import write_page
+from ..shared.storage.lock import sole_writer
+from ..train_stage.report import RunSummary, read_run, write_runs
+from .graph import CLASSIFIER, CODEBOOK, OUTPUT, PROBE, RUN, TOKENS, Graph, Step
+from .scores import SPLITS, Measured, StudyResult, Summary, cells_of
+from .tables import NAMES, difference_text, flops_of, score_text, unit_of_costs
+
+NAME = "results.html"
+_REPORT = "report.html"
+_KINDS = {CODEBOOK: "codebook", TOKENS: "token store", RUN: "pre-training", PROBE: "evaluation"}
+_KINDS[CLASSIFIER] = "fine-tuning"
+_SAME = 1e-12
+"""Means that differ by less are equal but for rounding."""
+
+
+def write_study_page(result: StudyResult, graph: Graph) -> Path:
+    """Writes results.html, and report.html into the folder of each pre-training and fine-tuning that has none newer
+    than its metrics. Links are relative: the folder may be moved.
+
+    Raises:
+        DataError if a run's files cannot be read, or a page cannot be written.
+    """
+    runs = {folder: _run(result.root, folder) for folder, step in graph.steps.items() if step.kind in (RUN, CLASSIFIER)}
+    groups = [_Group(result, graph, runs, place, rows) for place, rows in result.groups().items()]
+    differences = [one for row in result.summaries for one in row.differences.values()]
+    data = {
+        "baseline": result.study.baseline,
+        "evaluations": [NAMES[name] for name in result.study.evaluations],
+        "rows": [*result.study.objectives, *result.study.comparisons],
+        "seeds": result.study.seeds,
+        "groups": [group.to_json() for group in groups],
+        "leaders": _leaders(groups),
+        "differences": len(differences),
+        "intervals": sum(one.low is not None for one in differences),
+        "excluding_zero": sum(one.is_significant for one in differences),
+        "splits": SPLITS,
+        "unit": unit_of_costs(result)[1],
+        "yaml": yaml.safe_dump(msgspec.to_builtins(result.study), sort_keys=False, allow_unicode=True).splitlines(),
+    }
+    path = result.root / NAME
+    with sole_writer(path):
+        return write_page(
+            path, "study", title=f"{result.root.name}: mapet study", data=data, title_of_study=result.root.name
+        )
+
+
+def _run(root: Path, folder: str) -> RunSummary:
+    """What a run's page shows; the page is made if it is missing or older than the metrics."""
+    run, page = read_run(root / folder / OUTPUT, Path(folder).name), root / folder / _REPORT
+    with sole_writer(page):
+        made = (root / folder / OUTPUT / "metrics.jsonl").stat().st_mtime
+        if not page.exists() or page.stat().st_mtime < made:
+            write_runs(page, [run])
+    return run
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The rows of one tokenizer, model and budget."""
+
+    result: StudyResult
+    graph: Graph
+    runs: dict[str, RunSummary]
+    place: tuple[str, str, str]
+    rows: Sequence[Summary]
+
+    def to_json(self) -> dict[str, Any]:
+        order = [row.row for row in self.rows]
+        cells = sorted(cells_of(self.result.cells, *self.place), key=lambda one: order.index(one.cell.row))
+        curves = [self._curve(one) for one in cells if one.cell.budget]
+        return {
+            "place": self.place,
+            "rows": [self._row(row, [one for one in cells if one.cell.row == row.row]) for row in self.rows],
+            "verdicts": self.verdicts(),
+            "cells": [self._cell(one) for one in cells],
+            "curves": [curve for curve in curves if curve["points"]],
+        }
+
+    def _row(self, row: Summary, cells: Sequence[Measured]) -> dict[str, Any]:
+        unit, evaluations = unit_of_costs(self.result)[0], self.result.study.evaluations
+        return {
+            "row": row.row,
+            "scores": [score_text(row.scores.get(name)) for name in evaluations],
+            "differences": [difference_text(row.differences.get(name)) for name in evaluations],
+            "is_best": [row.row in self._best(name) for name in evaluations],
+            "means": [row.scores[name].mean if name in row.scores else None for name in evaluations],
+            "values": [[(x.cell.seed, x.scores[name]) for x in cells if name in x.scores] for name in evaluations],
+            "images": row.images,
+            "flops": [None if flops is None else f"{flops / unit:,.3g}" for flops in flops_of(row)],
+            "seconds": [f"{seconds:,.0f}" for seconds in row.seconds.values()],
+        }
+
+    def _best(self, name: str) -> list[str]:
+        """The rows with the best mean of an evaluation; several if they are equal."""
+        means = {row.row: row.scores[name].mean for row in self.rows if name in row.scores}
+        return [row for row, mean in means.items() if mean > max(means.values()) - _SAME]
+
+    def verdicts(self) -> list[dict[str, Any]]:
+        """For each evaluation, the rows with the best mean and the difference that says how certain that is: the
+        leader's from the baseline, or that of the next row where the baseline leads."""
+        return [self._verdict(name) for name in self.result.study.evaluations]
+
+    def _verdict(self, name: str) -> dict[str, Any]:
+        baseline, best = self.result.study.baseline, self._best(name)
+        ranked = sorted((row for row in self.rows if name in row.scores), key=lambda row: -row.scores[name].mean)
+        compared = next((row for row in ranked if row.row != baseline), None)
+        found = compared.differences.get(name) if compared else None
+        difference = found and {**msgspec.to_builtins(found), "excludes_zero": found.is_significant}
+        return {
+            "evaluation": NAMES[name],
+            "best": best,
+            "mean": score_text(ranked[0].scores[name]),
+            "compared": compared and compared.row,
+            "difference": difference,
+        }
+
+    def _cell(self, one: Measured) -> dict[str, Any]:
+        cell = one.cell
+        used = [cell.codebook, cell.tokens, cell.run] if cell.budget else []
+        steps = [self.graph.steps[folder] for folder in (*used, cell.probe, cell.classifier) if folder]
+        place = (cell.tokenizer, cell.model, cell.budget, cell.row, str(cell.seed))
+        return {
+            "key": "/".join(quote(printable(part), safe="") for part in place),
+            "row": cell.row,
+            "seed": cell.seed,
+            "scores": [one.scores.get(name) for name in self.result.study.evaluations],
+            "steps": [_described(step) for step in steps],
+        }
+
+    def _curve(self, one: Measured) -> dict[str, Any]:
+        """k-NN accuracy by images seen and by FLOPs."""
+        step = self.graph.steps[one.cell.run]
+        batch = step.settings.train.batch_size if step.settings else 0
+        flops, probes = one.flops / one.images, self.runs[one.cell.run].probes
+        seen = [(line["step"] * batch, line["knn"]) for line in probes if line.get("knn") is not None]
+        points = [(images, images * flops, knn) for images, knn in seen]
+        return {"row": one.cell.row, "seed": one.cell.seed, "points": points}
+
+
+def _described(step: Step) -> dict[str, Any]:
+    """What a step is, where it is, and the settings that it was given."""
+    settings = [word for flag, word in pairwise(step.words) if flag == "--set"]
+    page = f"{step.folder}/{_REPORT}" if step.kind in (RUN, CLASSIFIER) else None
+    shown = [word for word in settings if not word.startswith(("probe.images=", "probe.val="))]
+    return {"kind": _KINDS[step.kind], "folder": step.folder, "settings": shown, "page": page}
+
+
+def _leaders(groups: Sequence[_Group]) -> list[dict[str, Any]]:
+    """How often each row has the best mean alone, and how often its interval against the baseline excludes zero."""
+    verdicts = [verdict for group in groups for verdict in group.verdicts()]
+    alone = [verdict for verdict in verdicts if len(verdict["best"]) == 1]
+    found = []
+    for row in dict.fromkeys(verdict["best"][0] for verdict in alone):
+        own = [verdict for verdict in alone if verdict["best"] == [row]]
+        certain = sum(verdict["compared"] == row and verdict["difference"]["excludes_zero"] for verdict in own)
+        found.append({"row": row, "times": len(own), "certain": certain})
+    return sorted(found, key=lambda one: -one["times"])
