@@ -33,8 +33,10 @@ PRELOADED = (
     "mapet.tokenize_stage.towers.opening",
     "mapet.train_stage.evaluate",
     "mapet.train_stage.segment",
+    "mapet.shared.runtime.static_signature",
     "timm.models.vision_transformer",
     "torch.distributed.run",
+    "typer.rich_utils",
     "faiss",
     "zarr",
 )
