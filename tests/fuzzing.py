@@ -49,6 +49,15 @@ TEXTS = [
     "0" * 64,
 ]
 ODD: list[Any] = [None, True, [], {}, [[]], {"a": 1}]
+BENT = {
+    **dict.fromkeys(("codebook", "centroids"), ["codebook"]),
+    **dict.fromkeys(("manifest", "entry", "zarr"), ["tokens"]),
+    **dict.fromkeys(("state", "tensors", "yaml", "log"), ["run"]),
+    "tar": ["tars"],
+    "weights": ["weights"],
+    "export": ["export"],
+}
+"""The artifacts of which a trial of a kind needs its own copy."""
 Draw = random.Random
 
 
@@ -440,11 +449,10 @@ def main(artifacts: Path, work: Path, count: int, kinds: list[str]) -> None:
             shutil.rmtree(work, ignore_errors=True)
             (work / "outside").mkdir(parents=True)
             (work / "outside" / "bait").write_text("bait")
-            for path in artifacts.iterdir():
-                if path.is_symlink() and path.name == "images":
-                    root.mkdir(exist_ok=True), (root / "images").symlink_to(path.resolve())
-                else:
-                    shutil.copytree(path, root / path.name)
+            root.mkdir()
+            for name in BENT[kind]:
+                shutil.copytree(artifacts / name, root / name)
+            (root / "images").symlink_to((artifacts / "images").resolve())
             (root / "tokens-whole").symlink_to(artifacts / "tokens")
             opened.clear()
             done, door, must_fail = bend(kind, root, draw)
