@@ -50,14 +50,20 @@ TEXTS = [
 ]
 ODD: list[Any] = [None, True, [], {}, [[]], {"a": 1}]
 BENT = {
-    **dict.fromkeys(("codebook", "centroids"), ["codebook"]),
-    **dict.fromkeys(("manifest", "entry", "zarr"), ["tokens"]),
-    **dict.fromkeys(("state", "tensors", "yaml", "log"), ["run"]),
-    "tar": ["tars"],
-    "weights": ["weights"],
-    "export": ["export"],
+    "codebook": "codebook",
+    "centroids": "codebook",
+    "manifest": "tokens",
+    "entry": "tokens",
+    "zarr": "tokens",
+    "tar": "tars",
+    "state": "run",
+    "tensors": "run",
+    "yaml": "run",
+    "log": "run",
+    "weights": "weights",
+    "export": "export",
 }
-"""The artifacts of which a trial of a kind needs its own copy."""
+"""The artifact that a trial of a kind changes, in a copy of its own."""
 Draw = random.Random
 
 
@@ -449,9 +455,7 @@ def main(artifacts: Path, work: Path, count: int, kinds: list[str]) -> None:
             shutil.rmtree(work, ignore_errors=True)
             (work / "outside").mkdir(parents=True)
             (work / "outside" / "bait").write_text("bait")
-            root.mkdir()
-            for name in BENT[kind]:
-                shutil.copytree(artifacts / name, root / name)
+            shutil.copytree(artifacts / BENT[kind], root / BENT[kind])
             (root / "images").symlink_to((artifacts / "images").resolve())
             (root / "tokens-whole").symlink_to(artifacts / "tokens")
             opened.clear()
