@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ...warm import warm_python
 from ..conftest import SHORT, TINY
 
 BANDS = pretraining_loss.BANDS.count
@@ -160,7 +161,7 @@ def test_weights_and_biases_gets_the_lines_too(chain, tmp_path: Path):
     words = [chain.images, chain.tokens, tmp_path / "run", *SETTINGS, "train.wandb=mine"]
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     result = subprocess.run(
-        [sys.executable, "-c", WITH_WANDB, *map(str, words)], env=environment, capture_output=True, text=True
+        [*warm_python(), "-c", WITH_WANDB, *map(str, words)], env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     (stored,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
