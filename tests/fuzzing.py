@@ -49,6 +49,21 @@ TEXTS = [
     "0" * 64,
 ]
 ODD: list[Any] = [None, True, [], {}, [[]], {"a": 1}]
+BENT = {
+    "codebook": "codebook",
+    "centroids": "codebook",
+    "manifest": "tokens",
+    "entry": "tokens",
+    "zarr": "tokens",
+    "tar": "tars",
+    "state": "run",
+    "tensors": "run",
+    "yaml": "run",
+    "log": "run",
+    "weights": "weights",
+    "export": "export",
+}
+"""The artifact that a trial of a kind changes, in a copy of its own."""
 Draw = random.Random
 
 
@@ -440,11 +455,8 @@ def main(artifacts: Path, work: Path, count: int, kinds: list[str]) -> None:
             shutil.rmtree(work, ignore_errors=True)
             (work / "outside").mkdir(parents=True)
             (work / "outside" / "bait").write_text("bait")
-            for path in artifacts.iterdir():
-                if path.is_symlink() and path.name == "images":
-                    root.mkdir(exist_ok=True), (root / "images").symlink_to(path.resolve())
-                else:
-                    shutil.copytree(path, root / path.name)
+            shutil.copytree(artifacts / BENT[kind], root / BENT[kind])
+            (root / "images").symlink_to((artifacts / "images").resolve())
             (root / "tokens-whole").symlink_to(artifacts / "tokens")
             opened.clear()
             done, door, must_fail = bend(kind, root, draw)

@@ -2,9 +2,9 @@
 
 To import PyTorch and its relatives takes seconds, and tests start hundreds of processes. `warm_command()` is the
 beginning of a command line, for `subprocess` or torchrun: a small process, which has a server fork the real one, gives
-it its arguments, environment, folder and standard streams, passes signals on to it and ends as it does. If the small
-process is killed, the real one is killed too. What depends on the very start of a process (imports, variables that
-libraries other than huggingface_hub read while they are imported, limits, ignored signals, groups of processes) needs
+it its arguments, environment, folder, standard streams and ignored signals, passes signals on to it and ends as it
+does. If the small process is killed, the real one is killed too. What depends on the very start of a process (imports,
+variables that libraries other than huggingface_hub read while they are imported, limits, groups of processes) needs
 `COLD_COMMAND`.
 """
 
@@ -33,8 +33,10 @@ PRELOADED = (
     "mapet.tokenize_stage.towers.opening",
     "mapet.train_stage.evaluate",
     "mapet.train_stage.segment",
+    "mapet.shared.runtime.static_signature",
     "timm.models.vision_transformer",
     "torch.distributed.run",
+    "typer.rich_utils",
     "faiss",
     "zarr",
 )
@@ -48,13 +50,24 @@ def warm_command() -> list[str]:
 
 
 def warm_python() -> list[str]:
-    """The command line of Python, without the script and its arguments."""
+    """The command line of Python, without the script or `-c` and its code, and their arguments."""
     return [*_client(), "python"]
 
 
 def warm_torchrun() -> list[str]:
     """The command line of torchrun, without its arguments. Its processes are not warm by that alone."""
     return [*_client(), "torchrun"]
+
+
+def processes_of(argument: object) -> list[int]:
+    """The small processes, without torchrun, of commands that have this argument, which no other has; oldest first."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if str(argument).encode() in words and b"--no-python" not in words:
+                found.append(int(path.parent.name))
+    return sorted(found)
 
 
 @functools.cache
@@ -71,15 +84,18 @@ def _client() -> list[str]:
 
 def start(path: str, name: str, arguments: list[str]) -> None:
     """The small process: has the real one forked, and ends as it does."""
+    ignored = [number for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
     request = {"name": name, "arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+    request["ignored"] = ignored
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.connect(path)
     early: list[int] = []
-    for number in PASSED_ON:
+    passed_on = [number for number in PASSED_ON if number not in ignored]
+    for number in passed_on:
         signal.signal(number, lambda number, _: early.append(number))
     socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
     pid = int(connection.recv(64))
-    for number in PASSED_ON:
+    for number in passed_on:
         signal.signal(number, lambda number, _: os.kill(pid, number))
     for number in early:
         os.kill(pid, number)
@@ -146,15 +162,19 @@ def run(request: dict) -> None:
             del sys.modules[name]  # it reads its variables while it is imported
     os.environ.clear()
     os.environ.update(request["environment"])
+    tempfile.tempdir = None  # it is read from the environment once
     for number in PASSED_ON:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else signal.SIG_DFL)
+    if signal.SIGINT not in request["ignored"]:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     script = request["name"] == "python"
     sys.argv = request["arguments"] if script else [request["name"], *request["arguments"]]
     # Those of the server are what its own standard streams were: files, perhaps.
     sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
-    if script:
+    if script and sys.argv[0] == "-c":
+        main = functools.partial(exec, sys.argv.pop(1), {"__name__": "__main__"})
+    elif script:
         sys.path[0] = str(Path(sys.argv[0]).parent)
         main = functools.partial(runpy.run_path, sys.argv[0], run_name="__main__")
     elif request["name"] == "torchrun":

@@ -100,8 +100,12 @@ def _environment() -> dict[str, str]:
     return dict(os.environ) if OTHER_PACKAGE is None else {**os.environ, "PYTHONPATH": OTHER_PACKAGE}
 
 
-def _start(*arguments: object, cwd: Path | None = None, cold: bool = False, **environment: str) -> subprocess.Popen:
-    cold = cold or OTHER_PACKAGE is not None or not all(name.startswith("HF_") for name in environment)
+# Variables that nothing reads before the command runs.
+WARM_VARIABLES = ("HF_", "WANDB_", "HOME", "NETRC")
+
+
+def _start(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
+    cold = OTHER_PACKAGE is not None or not all(name.startswith(WARM_VARIABLES) for name in environment)
     return subprocess.Popen(
         [*(COLD_COMMAND if cold else warm_command()), *map(str, arguments)],
         cwd=cwd,
@@ -145,10 +149,7 @@ def mapet() -> Callable[..., Outcome]:
 
 @pytest.fixture(scope="session")
 def start() -> Callable[..., subprocess.Popen]:
-    """start("train", "pretrain", ...): the command in a process of its own; `finish(process)` waits for it.
-
-    With `cold` the process begins with Python and inherits which signals are ignored.
-    """
+    """start("train", "pretrain", ...): the command in a process of its own; `finish(process)` waits for it."""
     return _start
 
 

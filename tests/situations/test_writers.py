@@ -219,9 +219,9 @@ def test_negative_workers(mapet, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def training(start, words, out: Path, **options) -> subprocess.Popen:
+def training(start, words, out: Path) -> subprocess.Popen:
     """A run that would take hours, at its first steps."""
-    process = start(*words("pretrain", out), "--set", "train.epochs=100000", "--device", "cpu", **options)
+    process = start(*words("pretrain", out), "--set", "train.epochs=100000", "--device", "cpu")
     log = out / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while process.poll() is None and not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
@@ -243,7 +243,7 @@ def test_nohup(start, finish, words, tmp_path):
     """The terminal of a run under nohup closes."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        process = training(start, words, tmp_path / "out", cold=True)
+        process = training(start, words, tmp_path / "out")
     finally:
         signal.signal(signal.SIGHUP, before)
     process.send_signal(signal.SIGHUP)

@@ -28,7 +28,7 @@ from mapet.tokenize_stage.towers.tower import Tower, TowerSettings
 from mapet.tokenize_stage.verify import verify
 from PIL import Image
 
-from ..warm import COLD_TORCHRUN, warm_command
+from ..warm import processes_of, warm_command, warm_torchrun
 
 K = 12
 FAST = {"k": K, "iterations": 6, "restarts": 2, "device": "cpu"}
@@ -365,15 +365,13 @@ def test_options_that_cannot_be_are_usage_errors(chain, tower: str, tmp_path: Pa
 
 
 def mapet_under_torchrun(processes: int, *arguments: object) -> subprocess.Popen:
-    # Not warm, so that its processes are the children of the one that is returned.
-    launch = [*COLD_TORCHRUN, "--standalone", "--nproc-per-node", str(processes)]
+    launch = [*warm_torchrun(), "--standalone", "--nproc-per-node", str(processes)]
     command = ["--no-python", *warm_command(), *map(str, arguments)]
     return subprocess.Popen([*launch, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def kill_with_children(process: subprocess.Popen) -> None:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for number in (process.pid, *map(int, children)):
+def kill_with_children(process: subprocess.Popen, out: Path) -> None:
+    for number in (process.pid, *processes_of(out)):
         os.kill(number, signal.SIGKILL)
     process.communicate()
 
@@ -408,7 +406,7 @@ def test_one_process_goes_on_where_two_were_killed_and_makes_the_same_bytes(
     until = time.monotonic() + 100
     while not list(features.glob("part-*")) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.001)
-    kill_with_children(process)
+    kill_with_children(process, out)
     kept = len(list(features.glob("part-*")))
     assert 1 <= kept < 20
     normal, calls = Tower.features, []

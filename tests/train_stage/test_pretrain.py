@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from mapet.train_stage.weights.checkpoint import newest_checkpoint
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ..warm import COLD_COMMAND, warm_command
+from ..warm import warm_command, warm_python
 
 TINY = [
     "model.name=null",
@@ -184,7 +185,7 @@ def test_weights_of_another_encoder_are_no_start(chain, undisturbed: Path, tmp_p
     assert newest_checkpoint(tmp_path) is None
 
 
-def start(chain, out: Path, *overrides: str, group: bool = False) -> subprocess.Popen:
+def start(chain, out: Path, *overrides: str, command: Sequence[str] = ()) -> subprocess.Popen:
     options = [word for setting in [*TINY, *overrides] for word in ("--set", setting)]
     arguments = [
         "train",
@@ -199,10 +200,10 @@ def start(chain, out: Path, *overrides: str, group: bool = False) -> subprocess.
         "cpu",
     ]
     return subprocess.Popen(
-        [*(COLD_COMMAND if group else warm_command()), *map(str, arguments), *options],
+        [*(command or warm_command()), *map(str, arguments), *options],
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=group,
     )
 
 
@@ -249,12 +250,22 @@ def test_a_stopped_run_writes_a_checkpoint_and_says_how_to_go_on(chain, undistur
     assert same_checkpoint(newest_checkpoint(undisturbed), run(chain, tmp_path, "train.checkpoint_every=1000"))
 
 
+IN_A_GROUP = """
+import os
+os.setpgrp()
+print(os.getpid(), flush=True)
+from mapet.cli import main
+main()
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_stopped_with_all_its_processes_writes_a_checkpoint(chain, tmp_path: Path, number: int):
     """As a terminal's Ctrl-C does, and a scheduler that signals all processes of a job."""
-    process = start(chain, tmp_path, "data.workers=2", "train.checkpoint_every=1000", "train.epochs=40", group=True)
+    many = ["data.workers=2", "train.checkpoint_every=1000", "train.epochs=40"]
+    process = start(chain, tmp_path, *many, command=[*warm_python(), "-c", IN_A_GROUP])
     wait_for_step(tmp_path, 4, process)
-    os.killpg(process.pid, number)
+    os.killpg(int(process.stdout.readline()), number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Give the same command to resume" in errors

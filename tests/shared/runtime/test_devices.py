@@ -2,9 +2,10 @@
 
 import platform
 import subprocess
-import sys
 
 import pytest
+
+from ...warm import warm_python
 
 FAULTS = """
 import contextlib, resource, sys
@@ -25,6 +26,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begun)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_a_tensor_of_a_command_gets_the_pages_of_the_one_before():
     library, command = (
-        int(subprocess.check_output([sys.executable, "-c", FAULTS, caller])) for caller in ("library", "command")
+        int(subprocess.check_output([*warm_python(), "-c", FAULTS, caller])) for caller in ("library", "command")
     )
     assert command < library / 4

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from mapet.shared.errors import DataError, UsageError
 from mapet.shared.runtime.distributed import World, collective_timeout, joined_world
 
+from ...warm import warm_python, warm_torchrun
+
 TALK = """
 import sys
 from mapet.cli import _fail
@@ -173,8 +175,8 @@ def test_a_time_out_that_is_no_number_of_minutes_is_refused(monkeypatch: pytest.
 def test_three_processes_exchange_values_and_one_reports_an_error(tmp_path: Path):
     script = tmp_path / "talk.py"  # torchrun prints the command of a process that failed
     script.write_text(TALK)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "--no-python"]
-    ran = subprocess.run([*launch, sys.executable, script], capture_output=True, text=True, timeout=120)
+    launch = [*warm_torchrun(), "--standalone", "--nproc-per-node", "3", "--no-python"]
+    ran = subprocess.run([*launch, *warm_python(), script], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 1
     assert "AssertionError" not in ran.stderr
     assert ran.stderr.count("only one says this") == 1

@@ -6,7 +6,6 @@ import os
 import resource
 import struct
 import subprocess
-import sys
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -23,6 +22,8 @@ from mapet.tokenize_stage.inspect import inspect, show
 from mapet.tokenize_stage.verify import verify
 from mapet.train_stage.data.join import join
 from PIL import Image
+
+from ...warm import warm_python
 
 ORIENTATION = 0x0112
 
@@ -393,7 +394,7 @@ def test_nothing_that_pillow_warns_of_is_printed_by_any_process(chain, tmp_path:
     large = encoded(Image.new("1", (12_000, 8_000)), "PNG")
     members = [(name, data) for name, data, _ in IMAGES.values()]
     arguments = [pack(tmp_path / "x.tar", *members, ("large.png", large)), chain.codebook, tmp_path / "out"]
-    ran = subprocess.run([sys.executable, "-c", ENCODE, *map(str, arguments)], capture_output=True, text=True)
+    ran = subprocess.run([*warm_python(), "-c", ENCODE, *map(str, arguments)], capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, 2 * f"{arguments[0]}: took 1 tar (x.tar).\n")
     assert f"{len(UNSOUND)}, the first in x: named: holds 'named.heic'" in ran.stdout
 

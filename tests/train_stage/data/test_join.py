@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from mapet.train_stage.data.batch import LoadBatch
 from mapet.train_stage.data.dataset import TokenisedImages
 from mapet.train_stage.data.join import join
 from mapet.train_stage.settings import resolve
+
+from ...warm import warm_python, warm_torchrun
 
 
 def assert_joined(data: TokenisedImages, records: list, store: TokenStore) -> None:
@@ -147,9 +148,9 @@ with joined_world() as world:
 
 
 def launch(processes: int, script: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), script]
+    start = [*warm_torchrun(), "--standalone", "--nproc-per-node", str(processes), "--no-python"]
     return subprocess.run(
-        [*start, *map(str, arguments)],
+        [*start, *warm_python(), script, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -26,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from ...warm import warm_python
 from ..conftest import SHORT, TINY
 
 BANDS = pretraining_loss.BANDS.count
@@ -177,7 +178,7 @@ def test_weights_and_biases_gets_the_lines_too(chain, tmp_path: Path):
     words = [chain.images, chain.tokens, tmp_path / "run", *SETTINGS, "train.wandb=mine"]
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     result = subprocess.run(
-        [sys.executable, "-c", WITH_WANDB, *map(str, words)], env=environment, capture_output=True, text=True
+        [*warm_python(), "-c", WITH_WANDB, *map(str, words)], env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     (stored,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")

@@ -13,7 +13,7 @@ from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.weights.checkpoint import newest_checkpoint
 from safetensors.torch import load_file
 
-from ...warm import COLD_TORCHRUN, warm_command, warm_torchrun
+from ...warm import COLD_TORCHRUN, processes_of, warm_command, warm_torchrun
 
 SETTINGS = [
     "model.name=null",
@@ -39,7 +39,6 @@ def arguments(chain, out: Path, *overrides: str, images: Path | None = None) -> 
 
 
 def torchrun(processes: int, words: list[str], *options: str, warm: bool = True) -> subprocess.Popen:
-    """Unless it is warm, its processes are its children (`workers_of`)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -130,19 +129,14 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"step {step} never came: {process.communicate()[1]}")
 
 
-def workers_of(process: subprocess.Popen) -> list[int]:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if b"pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_that_were_asked_to_stop_are_gone_on_with_by_one(
     chain, alone: Path, tmp_path: Path, parallel: str
 ):
     out, overrides = tmp_path / "run", (f"execution.parallel={parallel}", "train.checkpoint_every=1000")
-    process = torchrun(2, arguments(chain, out, *overrides), warm=False)
+    process = torchrun(2, arguments(chain, out, *overrides))
     wait_for_step(out, 4, process)
-    os.kill(workers_of(process)[1], signal.SIGTERM)  # whichever process is asked, all stop after the same step
+    os.kill(processes_of(out)[1], signal.SIGTERM)  # whichever process is asked, all stop after the same step
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert errors.count("mapet: Stopped after step") == 1
@@ -159,7 +153,7 @@ def test_torchrun_restarts_what_a_killed_process_ended_and_it_ends_bit_identical
     out = tmp_path / "run"
     process = torchrun(2, arguments(chain, out, "train.checkpoint_every=3"), "--max-restarts", "1", warm=False)
     wait_for_step(out, 5, process)
-    os.kill(workers_of(process)[0], signal.SIGKILL)
+    os.kill(processes_of(out)[0], signal.SIGKILL)
     _, errors = finished(process)
     assert "Resuming from" in errors
     assert same_weights(newest_checkpoint(out), newest_checkpoint(two))
