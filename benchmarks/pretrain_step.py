@@ -2,7 +2,8 @@
 
 python benchmarks/pretrain_step.py [--size small] [--part dense] [--precision float32] [--mode eager] [--pairs 5]
 
-Parts: `dense` (time and bytes kept for backward against the dense-mask reference), `floor` (time for each FLOP against
+Parts: `dense` (time and bytes kept for backward against the dense-mask reference, and the ratio of FLOPs, which is what
+the time can be at most where products take all of it), `floor` (time for each FLOP against
 timm), `masks` (what the reference's masks cost, which its time does not contain), `memory` (peak of a step),
 `attention` (the fused kernel in bfloat16 against float32). Repeat an option for more values.
 """
@@ -61,10 +62,12 @@ def dense(data: Batch, precision: str, mode: str, pairs: int) -> dict:
     times = interleaved(ours, theirs, pairs)
     losses = [step().item() for step in (ours, theirs)]
     kept = [saved_bytes(step) for step in (ours, theirs)]
+    flops = [count_flops(step) for step in (data.ours(), data.dense())]
     return {
         "precision": precision,
         "mode": mode,
         **times,
+        "flop_ratio": round(flops[1] / flops[0], 3),
         "bytes_ratio": round(kept[0] / kept[1], 3),
         "our_mb_kept": kept[0] >> 20,
         "losses": losses,
