@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +107,7 @@ def build_graph(study: Study, inputs: Inputs) -> Graph:
         UsageError for settings that do not fit together, or a budget of less than half an epoch.
     """
     graph, builder = Graph(), _Builder(study, inputs)
+    controls: dict[tuple[str, int], list[Cell]] = {}
     for tokenizer_name, tokenizer in study.tokenizers.items():
         codebook, tokens = builder.tokens(graph, tokenizer_name, tokenizer)
         for model in study.models:
@@ -115,8 +116,13 @@ def build_graph(study: Study, inputs: Inputs) -> Graph:
                     for row in study.objectives:
                         place = (tokenizer_name, model, budget, seed, codebook, tokens)
                         graph.cells.append(builder.pretrained(graph, row, *place))
-                first = next(cell for cell in reversed(graph.cells) if cell.row == study.baseline)
-                graph.cells += builder.comparisons(graph, first)
+                if (model, seed) not in controls:
+                    of = next(cell for cell in reversed(graph.cells) if cell.row == study.baseline)
+                    controls[model, seed] = builder.comparisons(graph, of)
+                graph.cells += [
+                    replace(cell, tokenizer=tokenizer_name, codebook=codebook, tokens=tokens)
+                    for cell in controls[model, seed]
+                ]
     return graph
 
 
@@ -224,9 +230,15 @@ class _Builder:
         return self.inputs.count // batch * batch
 
     def probe(self, graph: Graph, label: str, run: str, seed: int, row: str, budget: str) -> str:
-        """The frozen evaluations of a run; the baseline's at its last budget include the comparisons."""
+        """The frozen evaluations of a run.
+
+        Those of the baseline at its last budget include the comparisons, but only with the first tokenizer: they do not
+        depend on tokens.
+        """
         flags = ["--attentive"] if "attentive" in self.study.frozen else []
-        if row == self.study.baseline and budget == list(self.study.budgets)[-1]:
+        first = next(folder for folder, step in graph.steps.items() if step.kind == TOKENS)
+        is_last = row == self.study.baseline and budget == list(self.study.budgets)[-1]
+        if is_last and first in graph.steps[run].needs:
             flags += ["--random-init"] if RANDOM_INIT in self.study.comparisons else []
             flags += ["--pixels"] if PIXELS in self.study.comparisons else []
         words = ("train", "probe", self._output(run), *self._labelled, "--json", "--seed", str(seed), *flags)

@@ -72,6 +72,32 @@ def test_random_init_and_pixels_come_from_the_baselines_probe(smoke: Study):
     assert cells["random init"].features == "random init"
 
 
+def test_what_is_not_pre_trained_is_made_once_for_all_tokenizers(smoke: Study):
+    small = {"train.batch_size": 32}
+    both = replace(smoke, evaluations=["linear", "finetuned"], finetuning=small, budgets={"one": Budget(images=320)})
+    both = replace(both, comparisons=["random init", "from scratch", "pixels"])
+    one = graph_of(both)
+    tokenizers = {**smoke.tokenizers, "crops": Tokenizer(BOOK, {"crop": "random-resized", "views": 2})}
+    two = graph_of(replace(both, tokenizers=tokenizers))
+    # A second tokenizer leaves the steps of the first one as they are.
+    assert list(two.steps.items())[: len(one.steps)] == list(one.steps.items())
+    assert kinds(two) == {"codebook": 2, "tokens": 2, "run": 8, "probe": 8, "classifier": 8 + 2}
+    assert sum("--random-init" in step.words for step in two.steps.values()) == 2
+    controls = [cell for cell in two.cells if not cell.budget]
+    made = {(cell.row, cell.seed, cell.tokenizer): (cell.probe, cell.classifier) for cell in controls}
+    assert len(made) == 3 * 2 * 2
+    for (row, seed, _), steps in made.items():
+        assert steps == made[row, seed, "k-CLIP"]
+    for row in ("random init", "pixels"):
+        for seed in smoke.seeds:
+            words = two.steps[str(made[row, seed, "crops"][0])].words
+            assert {"--random-init", "--pixels"} <= set(words)
+            assert words[words.index("--seed") + 1] == str(seed)
+    assert {(cell.tokenizer, cell.tokens) for cell in two.cells} == set(
+        zip(tokenizers, (folder for folder, step in two.steps.items() if step.kind == "tokens"), strict=True)
+    )
+
+
 def test_from_scratch_is_fine_tuned_once_per_model_and_seed(smoke: Study):
     small = {"train.batch_size": 32}
     study = replace(smoke, evaluations=["finetuned"], comparisons=["from scratch"], finetuning=small)
