@@ -117,6 +117,7 @@ def test_the_moving_average_is_what_is_used_and_it_is_the_average(chain, tmp_pat
     used.mapet()
 
 
+@pytest.mark.usefixtures("short_fits")
 def test_a_run_is_probed_as_it_goes_on_and_that_changes_nothing_in_it(chain, tmp_path: Path):
     sets = [f"probe.images={chain.images}", f"probe.val={chain.tars[0]}", "probe.every=5", "probe.linear=true"]
     probed = run(chain, tmp_path / "probed", *sets)
