@@ -1,7 +1,6 @@
 """Parts that many tests share: drawn pictures, a small real tower, a codebook, a token store. All real, all small."""
 
 import argparse
-import ctypes
 import io
 import json
 import os
@@ -26,10 +25,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test must not wait for a hub
 # too small here for a second thread to help.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from mapet.quickstart.drawings import write_drawings
 from mapet.shared.runtime.console import running_command
-from mapet.tokenize_stage.build_codebook import build_codebook
-from mapet.tokenize_stage.encode_shards import encode_shards
+
+from .warm import warm_python
 
 REPOSITORY = Path(__file__).parent.parent
 RESEARCH_DATA = REPOSITORY.parent / "shared"
@@ -182,6 +180,11 @@ def dvae_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def chain(tower: str, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    # Not above: the process that hands tests to the workers of pytest-xdist would import PyTorch before they start.
+    from mapet.quickstart.drawings import write_drawings
+    from mapet.tokenize_stage.build_codebook import build_codebook
+    from mapet.tokenize_stage.encode_shards import encode_shards
+
     root = tmp_path_factory.mktemp("chain")
     found = Chain(root / "images", root / "codebook", root / "tokens")
     write_drawings(found.images, 96, seed=7, per_tar=32)
@@ -218,10 +221,15 @@ def write_folder() -> Callable[..., Path]:
     return _write_folder
 
 
-def _give_up_reading_everything() -> None:
-    libc = ctypes.CDLL(None)
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH; who does not have them need not give them up
-        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+# CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH of the effective and the permitted set; who lacks them need not give them up.
+GIVE_UP_READING_EVERYTHING = """
+import ctypes
+libc, version, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert libc.capget(version, sets) == 0
+for each in (0, 1):
+    sets[each] &= ~0b110
+assert libc.capset(version, sets) == 0
+"""
 
 
 @pytest.fixture(scope="session")
@@ -229,8 +237,8 @@ def run_as_owner() -> Callable[..., subprocess.CompletedProcess]:
     """run_as_owner(code, *arguments): Python code in a process that may read only what modes allow, root's too."""
 
     def run(code: str, *arguments: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, preexec_fn=_give_up_reading_everything)
+        command = [*warm_python(), "-c", GIVE_UP_READING_EVERYTHING + code, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
 
     return run
 

@@ -37,7 +37,7 @@ def test_the_demo_runs_on_ones_own_pictures_and_goes_on_where_it_was(tmp_path: P
 
 def test_the_demo_without_labels_still_makes_tokens_and_a_picture(tmp_path: Path, capfd: pytest.CaptureFixture):
     (tmp_path / "mine").mkdir()
-    for number in range(40):
+    for number in range(20):
         Image.effect_noise((80, 60), 10 + number).convert("RGB").save(tmp_path / "mine" / f"{number}.png")
     assert mapet.demo(tmp_path / "mine", out=tmp_path / "out") == []
     assert "no labels" in capfd.readouterr().err

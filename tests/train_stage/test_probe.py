@@ -10,6 +10,8 @@ from mapet.shared.errors import DataError, UsageError
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.probe import probe, show
 
+pytestmark = pytest.mark.usefixtures("short_fits")
+
 ORACLE = Path(__file__).parent / "oracle"
 
 

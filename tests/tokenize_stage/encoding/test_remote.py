@@ -119,7 +119,10 @@ def test_a_missing_and_a_forbidden_tar_are_errors_of_one_sentence(chain, encode,
     assert not list(tmp_path.rglob("*.zip"))
 
 
-def test_a_server_that_goes_away_keeps_whole_shards_and_the_same_command_goes_on(chain, encode, tmp_path: Path):
+def test_a_server_that_goes_away_keeps_whole_shards_and_the_same_command_goes_on(
+    chain, encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("mapet.shared.storage.remote._PAUSES", (0.01, 0.02, 0.04, 0.08))
     names = [f"/{tar.name}" for tar in chain.tars]
     with web_server(chain.images, broken=chain.tars[1].name) as url:
         with pytest.raises(DataError, match=rf"{chain.tars[1].name} cannot be read"):

@@ -134,6 +134,7 @@ def test_the_decay_of_the_moving_average_warms_up_as_in_timm(chain, tmp_path: Pa
     assert decays[0] == 0 < decays[1] < decays[2] < decays[3] == 0.6  # all of the warm-up, and its end
 
 
+@pytest.mark.usefixtures("short_fits")
 def test_a_run_is_probed_as_it_goes_on_and_that_changes_nothing_in_it(chain, tmp_path: Path):
     sets = [f"probe.images={chain.images}", f"probe.val={chain.tars[0]}", "probe.every=5", "probe.linear=true"]
     probed = run(chain, tmp_path / "probed", *sets)

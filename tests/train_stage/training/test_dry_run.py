@@ -62,8 +62,8 @@ def test_flops_are_those_of_a_real_step(objective: str):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters_of(settings.model.shape(16))
 
 
-SHALLOW = ["model.name=null", "model.dim=192", "model.depth=4", "model.heads=3", "train.batch_size=64"]
-"""ViT-T with a third of its blocks."""
+SHALLOW = ["model.name=null", "model.dim=192", "model.depth=2", "model.heads=3", "train.batch_size=64"]
+"""ViT-T with two of its blocks."""
 
 
 def estimate_of(*overrides: str, world: World | None = None, device: str = "cpu") -> MemoryEstimate:
@@ -105,7 +105,7 @@ def test_a_gpu_holds_no_copies_and_computes_in_bfloat16():
 
 
 def test_the_host_memory_of_a_gpu_run_is_printed_apart(capsys, monkeypatch):
-    settings = resolve(overrides=["model.name=vit-tiny", "train.batch_size=64"])
+    settings = resolve(overrides=SHALLOW)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 1))
     estimate = estimate_run(PretrainingModel(settings, 64), make_plan(settings, 1000), World(), "cuda")
     show_estimate(estimate)

@@ -155,6 +155,7 @@ def test_an_import_keeps_everything_and_says_what_it_is(run: Path, tmp_path: Pat
     assert json.loads((import_weights(FINETUNE, tmp_path / "b") / "weights.json").read_text())["classes"] == 10
 
 
+@pytest.mark.usefixtures("short_fits")
 def test_a_probe_finds_the_same_in_a_run_its_import_and_its_export(chain, run: Path, tmp_path: Path):
     folders = [run, import_weights(run, tmp_path / "imported"), export(run, tmp_path / "timm")]
     first, *others = [probe(folder, chain.images, chain.images) for folder in folders]

@@ -24,11 +24,12 @@ def test_they_open_under_their_name_as_a_model_of_timm():
     )
 
 
+@pytest.mark.usefixtures("short_fits")
 def test_they_are_better_than_random_weights(tmp_path: Path):
-    write_drawings(tmp_path / "train", 300, seed=20)
-    write_drawings(tmp_path / "val", 200, seed=21)
+    write_drawings(tmp_path / "train", 200, seed=20)
+    write_drawings(tmp_path / "val", 120, seed=21)
     trained, random_init = mapet.probe(NAME, tmp_path / "train", tmp_path / "val", random_init=True)
-    assert trained.linear > random_init.linear + 0.1
+    assert trained.linear > random_init.linear + 0.1  # 0.31 and 0.11
 
 
 def test_a_run_starts_from_them_and_records_their_digest(chain, tmp_path: Path):
