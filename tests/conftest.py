@@ -27,7 +27,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from mapet.shared.runtime.console import running_command
 
-from .warm import warm_python
+from .warm import share, warm_python
 
 REPOSITORY = Path(__file__).parent.parent
 RESEARCH_DATA = REPOSITORY.parent / "shared"
@@ -36,6 +36,11 @@ K = 16
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-baselines", action="store_true", help="Write down the losses of test_baselines.py.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):  # of pytest-xdist, in the process that starts the others
+        share()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ SETUP = """
 import atexit, ctypes, logging, os, random, signal, sys, warnings
 from pathlib import Path
 import numpy as np
-import rich.style, torch  # what they change on import is theirs
+import faiss, open_clip, rich.style, timm, torch, torchvision, webdataset, zarr  # what they change on import is theirs
 
 changes = []
 
@@ -64,7 +64,6 @@ print("unchanged")
 """
 
 CALLED = """
-import faiss, open_clip, timm, torchvision, webdataset, zarr
 import mapet
 import mapet.shared.runtime.loader
 images, tower, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])

@@ -41,6 +41,7 @@ PRELOADED = (
     "zarr",
 )
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SHARED = "MAPET_TESTS_SERVER"  # the environment variable with the socket of a shared server
 LONGEST_MESSAGE = 1 << 17
 
 
@@ -70,8 +71,18 @@ def processes_of(argument: object) -> list[int]:
     return sorted(found)
 
 
+def share() -> None:
+    """Starts one server for the processes that this one starts, which are those of pytest-xdist."""
+    os.environ[SHARED] = _serving()
+
+
 @functools.cache
 def _client() -> list[str]:
+    return [sys.executable, "-S", "-E", __file__, "start", os.environ.get(SHARED) or _serving()]
+
+
+def _serving() -> str:
+    """The socket of a server that ends with this process."""
     path = Path(tempfile.mkdtemp(prefix="warm-")) / "socket"
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listening.bind(str(path))
@@ -79,7 +90,7 @@ def _client() -> list[str]:
     descriptor = listening.fileno()
     # The server ends when this process does, which closes the pipe.
     subprocess.Popen([sys.executable, __file__, "serve", str(descriptor)], stdin=subprocess.PIPE, pass_fds=[descriptor])
-    return [sys.executable, "-S", "-E", __file__, "start", str(path)]
+    return str(path)
 
 
 def start(path: str, name: str, arguments: list[str]) -> None:

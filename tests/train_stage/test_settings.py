@@ -1,5 +1,6 @@
 """Settings: the paper's recipes, overrides, and one sentence for what cannot be."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,10 +68,17 @@ def test_the_published_batch_is_shared_by_any_number_of_processes(processes: int
     assert (plan.parts, plan.micro_batch, plan.share) == (parts, micro_batch, 2048 // processes)
 
 
+PLAIN = resolve()
+
+
 @settings(deadline=None)
 @given(st.integers(1, 4096), st.integers(1, 16), st.none() | st.integers(1, 500))
 def test_parts_are_equal_and_as_few_as_the_micro_batch_allows(batch: int, processes: int, micro: int | None):
-    settings = resolve(overrides=[f"train.batch_size={batch}", f"execution.micro_batch={micro or 'null'}"])
+    settings = replace(
+        PLAIN,
+        train=replace(PLAIN.train, batch_size=batch),
+        execution=replace(PLAIN.execution, micro_batch=micro),
+    )
     if batch % processes:
         with pytest.raises(UsageError, match=f"not a multiple of the {processes} processes"):
             make_plan(settings, 5000, processes)
