@@ -151,11 +151,19 @@ class _Group:
 
 
 def _described(step: Step) -> dict[str, Any]:
-    """What a step is, where it is, and the settings that it was given."""
-    settings = [word for flag, word in pairwise(step.words) if flag == "--set"]
+    """What a step is, where it is, and what it was given."""
     page = f"{step.folder}/{_REPORT}" if step.kind in (RUN, CLASSIFIER) else None
-    shown = [word for word in settings if not word.startswith(("probe.images=", "probe.val="))]
-    return {"kind": _KINDS[step.kind], "folder": step.folder, "settings": shown, "page": page}
+    return {"kind": _KINDS[step.kind], "folder": step.folder, "settings": _given(step), "page": page}
+
+
+def _given(step: Step) -> list[str]:
+    """Options of a tokenizer's step, settings of a run, without paths of images."""
+    if step.tokenizer:
+        of_codebook = step.tokenizer.published or step.tokenizer.codebook
+        options = of_codebook if step.kind == CODEBOOK else step.tokenizer.tokens
+        return [f"{name}={value}" for name, value in options.items()]
+    given = [word for flag, word in pairwise(step.words) if flag == "--set"]
+    return [word for word in given if not word.startswith(("probe.images=", "probe.val="))]
 
 
 def _leaders(groups: Sequence[_Group]) -> list[dict[str, Any]]:
