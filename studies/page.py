@@ -1,5 +1,6 @@
 """The page of a finished study: who is ahead, tables, single seeds, learning curves, costs, and a page of each run."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +14,9 @@ import yaml
 from ..shared.printable import printable
 from ..shared.report.render import write_page
 from ..shared.storage.lock import sole_writer
-from ..train_stage.report import RunSummary, read_run, write_runs
+from ..train_stage.report import read_run, write_runs
+from ..train_stage.runs.jsonl import read_lines
+from ..train_stage.runs.schema import checked_line
 from .graph import CLASSIFIER, CODEBOOK, OUTPUT, PROBE, RUN, TOKENS, Graph, Step
 from .scores import SPLITS, Measured, StudyResult, Summary, cells_of
 from .tables import NAMES, difference_text, flops_of, score_text, unit_of_costs
@@ -33,16 +36,24 @@ def write_study_page(result: StudyResult, graph: Graph) -> Path:
     Raises:
         DataError if a run's files cannot be read, or a page cannot be written.
     """
-    runs = {folder: _run(result.root, folder) for folder, step in graph.steps.items() if step.kind in (RUN, CLASSIFIER)}
-    groups = [_Group(result, graph, runs, place, rows) for place, rows in result.groups().items()]
+    for folder, step in graph.steps.items():
+        if step.kind in (RUN, CLASSIFIER):
+            _write_page_of_run(result.root, folder)
+    path, name = result.root / NAME, result.root.name
+    with sole_writer(path):
+        return write_page(path, "study", title=f"{name}: mapet study", data=_data(result, graph), title_of_study=name)
+
+
+def _data(result: StudyResult, graph: Graph) -> dict[str, Any]:
+    groups = [_Group(result, graph, place, rows).to_json() for place, rows in result.groups().items()]
     differences = [one for row in result.summaries for one in row.differences.values()]
-    data = {
+    return {
         "baseline": result.study.baseline,
         "evaluations": [NAMES[name] for name in result.study.evaluations],
         "rows": [*result.study.objectives, *result.study.comparisons],
         "seeds": result.study.seeds,
-        "groups": [group.to_json() for group in groups],
-        "leaders": _leaders(groups),
+        "groups": groups,
+        "leaders": _leaders([verdict for group in groups for verdict in group["verdicts"]]),
         "differences": len(differences),
         "intervals": sum(one.low is not None for one in differences),
         "excluding_zero": sum(one.is_significant for one in differences),
@@ -50,21 +61,14 @@ def write_study_page(result: StudyResult, graph: Graph) -> Path:
         "unit": unit_of_costs(result)[1],
         "yaml": yaml.safe_dump(msgspec.to_builtins(result.study), sort_keys=False, allow_unicode=True).splitlines(),
     }
-    path = result.root / NAME
-    with sole_writer(path):
-        return write_page(
-            path, "study", title=f"{result.root.name}: mapet study", data=data, title_of_study=result.root.name
-        )
 
 
-def _run(root: Path, folder: str) -> RunSummary:
-    """What a run's page shows; the page is made if it is missing or older than the metrics."""
-    run, page = read_run(root / folder / OUTPUT, Path(folder).name), root / folder / _REPORT
+def _write_page_of_run(root: Path, folder: str) -> None:
+    """Unless there is one that is newer than the run's metrics."""
+    page, run = root / folder / _REPORT, root / folder / OUTPUT
     with sole_writer(page):
-        made = (root / folder / OUTPUT / "metrics.jsonl").stat().st_mtime
-        if not page.exists() or page.stat().st_mtime < made:
-            write_runs(page, [run])
-    return run
+        if not page.exists() or page.stat().st_mtime < (run / "metrics.jsonl").stat().st_mtime:
+            write_runs(page, [read_run(run, Path(folder).name)])
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,6 @@ class _Group:
 
     result: StudyResult
     graph: Graph
-    runs: dict[str, RunSummary]
     place: tuple[str, str, str]
     rows: Sequence[Summary]
 
@@ -84,7 +87,7 @@ class _Group:
         return {
             "place": self.place,
             "rows": [self._row(row, [one for one in cells if one.cell.row == row.row]) for row in self.rows],
-            "verdicts": self.verdicts(),
+            "verdicts": [self._verdict(name) for name in self.result.study.evaluations],
             "cells": [self._cell(one) for one in cells],
             "curves": [curve for curve in curves if curve["points"]],
         }
@@ -108,12 +111,11 @@ class _Group:
         means = {row.row: row.scores[name].mean for row in self.rows if name in row.scores}
         return [row for row, mean in means.items() if mean > max(means.values()) - _SAME]
 
-    def verdicts(self) -> list[dict[str, Any]]:
-        """For each evaluation, the rows with the best mean and the difference that says how certain that is: the
-        leader's from the baseline, or that of the next row where the baseline leads."""
-        return [self._verdict(name) for name in self.result.study.evaluations]
-
     def _verdict(self, name: str) -> dict[str, Any]:
+        """The rows with the best mean, and the difference that says how certain that is.
+
+        It is the leader's from the baseline or, where the baseline leads, that of the next row.
+        """
         baseline, best = self.result.study.baseline, self._best(name)
         ranked = sorted((row for row in self.rows if name in row.scores), key=lambda row: -row.scores[name].mean)
         compared = next((row for row in ranked if row.row != baseline), None)
@@ -142,25 +144,32 @@ class _Group:
 
     def _curve(self, one: Measured) -> dict[str, Any]:
         """k-NN accuracy by images seen and by FLOPs."""
-        step = self.graph.steps[one.cell.run]
-        batch = step.settings.train.batch_size if step.settings else 0
-        flops, probes = one.flops / one.images, self.runs[one.cell.run].probes
-        seen = [(line["step"] * batch, line["knn"]) for line in probes if line.get("knn") is not None]
+        step, path = self.graph.steps[one.cell.run], self.result.root / one.cell.run / OUTPUT / "probe.jsonl"
+        batch, flops = step.settings.train.batch_size if step.settings else 0, one.flops / one.images
+        lines = [line for line in read_lines(path) if checked_line(line, path).get("knn") is not None]
+        seen = [(line["step"] * batch, line["knn"]) for line in lines if math.isfinite(line["knn"])]
         points = [(images, images * flops, knn) for images, knn in seen]
         return {"row": one.cell.row, "seed": one.cell.seed, "points": points}
 
 
 def _described(step: Step) -> dict[str, Any]:
-    """What a step is, where it is, and the settings that it was given."""
-    settings = [word for flag, word in pairwise(step.words) if flag == "--set"]
+    """What a step is, where it is, and what it was given."""
     page = f"{step.folder}/{_REPORT}" if step.kind in (RUN, CLASSIFIER) else None
-    shown = [word for word in settings if not word.startswith(("probe.images=", "probe.val="))]
-    return {"kind": _KINDS[step.kind], "folder": step.folder, "settings": shown, "page": page}
+    return {"kind": _KINDS[step.kind], "folder": step.folder, "settings": _given(step), "page": page}
 
 
-def _leaders(groups: Sequence[_Group]) -> list[dict[str, Any]]:
+def _given(step: Step) -> list[str]:
+    """Options of a tokenizer's step, settings of a run, without paths of images."""
+    if step.tokenizer:
+        of_codebook = step.tokenizer.published or step.tokenizer.codebook
+        options = of_codebook if step.kind == CODEBOOK else step.tokenizer.tokens
+        return [f"{name}={value}" for name, value in options.items()]
+    given = [word for flag, word in pairwise(step.words) if flag == "--set"]
+    return [word for word in given if not word.startswith(("probe.images=", "probe.val="))]
+
+
+def _leaders(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """How often each row has the best mean alone, and how often its interval against the baseline excludes zero."""
-    verdicts = [verdict for group in groups for verdict in group.verdicts()]
     alone = [verdict for verdict in verdicts if len(verdict["best"]) == 1]
     found = []
     for row in dict.fromkeys(verdict["best"][0] for verdict in alone):

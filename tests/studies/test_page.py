@@ -118,6 +118,7 @@ def test_the_address_of_a_cell_opens_it_and_its_run_wherever_the_folder_is(moved
     assert page.locator("tr.current[data-cell]").inner_text().split("\t")[0].strip() == BETTER
     assert page.locator("tr.current[data-cell] a").get_attribute("aria-current") == "true"
     text = about.inner_text()
+    assert "restarts=1" in text
     assert "objective.name=mapet" in text
     assert "train.seed=1" in text
     assert str(moved.parent) not in text
