@@ -80,9 +80,11 @@ def _make(step: Step, folder: Path, processes: int) -> None:
     say(f"{step.folder}: mapet {' '.join(words[:2])}")
     printed.unlink(missing_ok=True)  # a command that outlived a killed study may still write to the old file
     with printed.open("w") as out, log.open("a") as err:
+        before = err.tell()
         code = _run([*_launcher(words[1], processes), sys.executable, "-c", _COMMAND, *words], out, err)
     if code:
-        raise DataError(f"{folder / LOG}: the command of this step ended with exit code {code} ({_last_line(log)})")
+        said = _last_line(log, before)
+        raise DataError(f"{folder / LOG}: the command of this step ended with exit code {code} ({said})")
     result = {"kind": step.kind, "seconds": round(time.monotonic() - began, 1), "scores": _scores(step, folder)}
     with written_whole(folder / RESULT) as partial:
         partial.write_text(json.dumps(result, indent=1) + "\n")
@@ -104,11 +106,12 @@ def _launcher(command: str, processes: int) -> list[str]:
     return [sys.executable, *_TORCHRUN, "--nproc-per-node", str(processes)]
 
 
-def _last_line(log: Path) -> str:
-    """What the command said last; torchrun adds a report of its own."""
-    lines = log.read_text(errors="replace").strip().splitlines() or ["nothing was printed"]
-    said = [line.removeprefix("mapet: ") for line in lines if line.startswith("mapet: ")]
-    return (said or lines)[-1][-_SHOWN_OF_LOG:]
+def _last_line(log: Path, before: int) -> str:
+    """What the command said last, after `before` bytes of earlier attempts; torchrun adds a report of its own."""
+    said_now = log.read_bytes()[before:].decode(errors="replace")
+    lines = said_now.strip().splitlines() or ["nothing was printed"]
+    of_mapet = [line.removeprefix("mapet: ") for line in lines if line.startswith("mapet: ")]
+    return (of_mapet or lines)[-1][-_SHOWN_OF_LOG:]
 
 
 def _scores(step: Step, folder: Path) -> dict[str, dict[str, float]]:
