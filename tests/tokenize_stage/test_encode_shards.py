@@ -495,7 +495,7 @@ def test_a_killed_run_given_again_ends_byte_identical(chain, tmp_path: Path, wri
             ]
     (tmp_path / "tars").mkdir()
     for number in range(12):
-        write_tar(tmp_path / f"tars/t{number:02d}.tar", [(f"{number}-{name}", data) for name, data in members[:40]])
+        write_tar(tmp_path / f"tars/t{number:02d}.tar", [(f"{number}-{name}", data) for name, data in members[:25]])
     encode_shards(tmp_path / "tars", chain.codebook, tmp_path / "whole", batch_size=1)
     out = tmp_path / "killed"
     command = [

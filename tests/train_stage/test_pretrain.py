@@ -172,11 +172,12 @@ def test_a_run_starts_from_weights_of_another_size_and_codebook(chain, undisturb
 
 
 def test_a_run_goes_on_from_its_checkpoint_and_not_from_init(chain, undisturbed: Path, tmp_path: Path):
-    first = run(chain, tmp_path / "run", init=undisturbed)
-    assert run(chain, tmp_path / "run", init=undisturbed) == run(chain, tmp_path / "run") == first
+    out, short = tmp_path / "run", "train.epochs=1"
+    first = run(chain, out, short, init=undisturbed)
+    assert run(chain, out, short, init=undisturbed) == run(chain, out, short) == first
     other = import_weights(first, tmp_path / "other")
     with pytest.raises(UsageError, match="not from"):
-        run(chain, tmp_path / "run", init=other)
+        run(chain, out, short, init=other)
 
 
 def test_weights_of_another_encoder_are_no_start(chain, undisturbed: Path, tmp_path: Path):
@@ -229,7 +230,7 @@ def test_a_killed_run_goes_on_bit_identically(chain, undisturbed: Path, tmp_path
 
 def test_what_is_drawn_for_each_step_is_drawn_again_after_a_stop(chain, tmp_path: Path):
     drawn = ["objective.visible_to=40", "objective.visible_change=random", "objective.query_rows=7"]
-    drawn += ["objective.permutation=block", "train.checkpoint_every=3"]
+    drawn += ["objective.permutation=block", "train.checkpoint_every=3", "train.epochs=3"]
     process = start(chain, tmp_path / "stopped", *drawn)
     wait_for_step(tmp_path / "stopped", 6, process)
     process.kill()
