@@ -92,7 +92,9 @@ def test_every_figure_is_in_a_table(finished: Finished, page_of_study: Path, ope
 
 def test_each_seed_is_a_dot_and_each_curve_a_line(finished: Finished, page_of_study: Path, open_page):
     page = open_page(page_of_study).page
-    page.wait_for_selector("#by-flops-1 svg")
+    for chart in ("#by-flops-0", "#by-flops-1"):  # charts are drawn when they come near
+        page.locator(chart).scroll_into_view_if_needed()
+        page.wait_for_selector(f"{chart} svg")
     dots = page.eval_on_selector_all(".dots .chart", "all => all.map((one) => one.querySelectorAll('circle').length)")
     assert dots == [12, 12, 9] * 2  # rows that have the evaluation, with three seeds
     for chart in ("by-images-0", "by-flops-0"):
@@ -160,7 +162,9 @@ def test_an_address_without_a_cell_is_said_so(page_of_study: Path, open_page, ad
 def test_the_page_is_accessible_and_fits(page_of_study: Path, open_page, width: int, scheme: str):
     address = cell_address("equal FLOPs", FOREIGN, 0)
     opened = open_page(page_of_study, address, width=width, scheme=scheme)
-    opened.page.wait_for_selector("#by-flops-1 svg")
+    for chart in ("#by-flops-0", "#by-flops-1"):
+        opened.page.locator(chart).scroll_into_view_if_needed()
+        opened.page.wait_for_selector(f"{chart} svg")
     for summary in opened.page.locator("summary").all():
         summary.click()
     assert opened.page.evaluate("document.documentElement.scrollWidth") == width

@@ -7,6 +7,7 @@
   const dashes = (row) => DASHES[(at.get(row) + Math.floor(at.get(row) / 6)) % 6]; // other pairs with colours for more than six rows
   const percent = (value) => `${(100 * value).toFixed(1)} %`;
   const short = d3.format("~s");
+  const images = (number) => short(number).replace("G", "B");
 
   for (const line of document.querySelectorAll(".key line")) {
     const drawn = dashes(rows[line.dataset.row]);
@@ -64,30 +65,40 @@
     }
     return found;
   }
-  function curves(group, number, id, label, column) {
+  function curves(group, number, id, label, column, words) {
     const points = group.curves.flatMap((curve) => curve.points.map((point) => ({ row: curve.row, seed: curve.seed, x: point[column], value: point[2] })));
     const means = meansOf(points);
     page.chart(`${id}-${number}`, `k-NN accuracy by ${label}`, (width, height) =>
       Plot.plot({
         width, height: Math.max(height, 220), marginLeft: 52, marginBottom: 40,
-        x: { label, tickFormat: short, ticks: width / 90, zero: true },
+        x: { label, tickFormat: words, ticks: width / 90, zero: true },
         y: { label: null, tickFormat: "~%", grid: true, nice: true, ticks: height / 45 },
         marks: [
           Plot.lineY(points, { x: "x", y: "value", z: (point) => `${point.seed} ${point.row}`, stroke: (point) => colour(point.row), strokeWidth: 1, strokeOpacity: 0.45 }),
           ...[...d3.group(means, (mean) => mean.row)].map(([row, line]) =>
             Plot.lineY(line, { x: "x", y: "value", stroke: colour(row), strokeWidth: 2.5, strokeDasharray: dashes(row), marker: "dot" }),
           ),
-          Plot.tip(means, Plot.pointer({ x: "x", y: "value", title: (mean) => `${mean.row}\n${label} ${short(mean.x)}\nmean ${percent(mean.value)}` })),
+          Plot.tip(means, Plot.pointer({ x: "x", y: "value", title: (mean) => `${mean.row}\n${label} ${words(mean.x)}\nmean ${percent(mean.value)}` })),
         ],
       }),
     );
   }
 
-  groups.forEach((group, number) => {
-    evaluations.forEach((_, evaluation) => dots(group, number, evaluation));
-    curves(group, number, "by-images", "images seen", 0);
-    curves(group, number, "by-flops", "FLOPs", 1);
-  });
+  // A large study has hundreds of charts: those of a group are drawn when it comes near, and all before printing.
+  const waiting = new Map([...document.querySelectorAll(".group")].map((section, number) => [section, number]));
+  function draw(section) {
+    const number = waiting.get(section);
+    if (!waiting.delete(section)) return;
+    evaluations.forEach((_, evaluation) => dots(groups[number], number, evaluation));
+    curves(groups[number], number, "by-images", "images seen", 0, images);
+    curves(groups[number], number, "by-flops", "FLOPs", 1, short);
+  }
+  const near = new IntersectionObserver(
+    (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target)),
+    { rootMargin: "1000px 0px" },
+  );
+  for (const section of waiting.keys()) near.observe(section);
+  addEventListener("beforeprint", () => [...waiting.keys()].forEach(draw));
 
   // #cell=TOKENIZER/MODEL/BUDGET/ROW/SEED shows a cell in every group that it belongs to.
   const parts = (key) => key.split("/").map(decodeURIComponent).join("\0");
