@@ -38,7 +38,7 @@ def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(whe
         "mapet/py.typed",
         *(f"mapet/quickstart/{name}.py" for name in ("__init__", "demo", "drawings", "train_tower", "train_weights")),
     }
-    pretraining = ("vit-tiny-16", "vit-small-16", "vit-small-16-one-gpu", "vit-base-16")
+    pretraining = ("vit-tiny-16", "vit-small-16", "vit-small-16-one-gpu", "vit-base-16", "efficient")
     finetuning = ("finetune-vit-tiny-16", "finetune-vit-small-16", "finetune-vit-base-16", "finetune-small-data")
     segmentation = ("segment-vit-base-16", "segment-small-data")
     recipes = {f"mapet/recipes/{name}.yaml" for name in (*pretraining, *finetuning, *segmentation)}
