@@ -41,7 +41,7 @@
       const [low, high] = d3.extent(seeds, (seed) => seed.value);
       const room = Math.max(0.06 * (high - low), 0.005);
       return Plot.plot({
-        width, height: measured.length * band + 42, marginLeft: 8, marginRight: 16, marginBottom: 38, marginTop: 4,
+        width, height: measured.length * band + 42, marginLeft: 22, marginRight: 16, marginBottom: 38, marginTop: 4,
         x: { label: "top-1", domain: [low - room, high + room], tickFormat: "~%", ticks: width / 90, grid: true },
         y: { domain: measured.map((row) => row.row), axis: null, padding: 0 },
         marks: [
