@@ -3,9 +3,9 @@
 python benchmarks/pretrain_step.py [--size small] [--part dense] [--precision float32] [--mode eager] [--pairs 5]
 
 Parts: `dense` (time and bytes kept for backward against the dense-mask reference, and the ratio of FLOPs, which is what
-the time can be at most where products take all of it), `floor` (time for each FLOP against
-timm), `masks` (what the reference's masks cost, which its time does not contain), `memory` (peak of a step),
-`attention` (the fused kernel in bfloat16 against float32). Repeat an option for more values.
+the time can be at most where products take all of it), `floor` (time for each FLOP against timm), `masks` (what the
+reference's masks cost, which its time does not contain), `memory` (peak of a step), `attention` (the fused kernel in
+bfloat16 against float32). Repeat an option for more values.
 """
 
 import json

@@ -26,13 +26,11 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from inspect_store import describe, rows_of
-from mapet.shared.storage.files import write_sealed_json
-from mapet.shared.tokens.store import read_entry, write_manifest, write_shard
+from mapet.shared.tokens.rows import ShardRows
 from PIL import Image
+from startup import write_store
 
-GRID, K, SIDE = 2, 64, 32
-VIEW = {"crop": "random-resized", "views": 1, "scale": [0.2, 1.0], "ratio": [0.75, 1.33], "flip": 0.5, "seed": 0}
+GRID, SIDE = 2, 32
 MODEL = ["model.name=null", "model.dim=32", "model.depth=1", "model.heads=2", f"model.image_size={SIDE}"]
 MODEL += [f"model.patch_size={SIDE // GRID}", "model.drop_path=0", "train.batch_size=32", "train.log_every=1"]
 COMMAND = [sys.executable, "-c", "from mapet.cli import main; main()", "train", "pretrain"]
@@ -44,45 +42,27 @@ def jpeg() -> bytes:
     return content.getvalue()
 
 
-def write_all(folder: Path, images: int, per_shard: int) -> None:
-    """FOLDER/images, tars of the same JPEG, and FOLDER/tokens, a store of their keys."""
-    book, content, store = describe(GRID, K), jpeg(), folder / "tokens"
-    store.mkdir(parents=True)
-    (folder / "images").mkdir()
-    write_sealed_json(store / "codebook.json", book.as_json("0" * 64))
-    names = [f"train-{number:06d}" for number in range(-(-images // per_shard))]
-    for number, name in enumerate(names):
-        count = min(per_shard, images - number * per_shard)
-        rows = rows_of(number, count, 1, GRID, K, 1000)
-        tar = folder / "images" / f"{name}.tar"
-        offsets = write_tar(tar, rows.keys, content)
-        rows = replace(
-            rows,
-            crops=np.tile(np.array([0.0, 0.0, SIDE, SIDE]), (count, 1, 1)),
-            sizes=np.full((count, 2), SIDE, np.int32),
-            offsets=offsets,
-            lengths=np.full(count, len(content)),
-            crc32=np.full(count, zlib.crc32(content), np.uint32),
-        )
-        attributes = {
-            "codebook_fingerprint": book.fingerprint,
-            "view": {**VIEW, "with_center": False},
-            "source": {"kind": "tar", "size": tar.stat().st_size, "sha256": "0" * 64},
-        }
-        write_shard(store, name, rows, attributes)
-    write_manifest(store, {**book.description, "fingerprint": book.fingerprint}, [read_entry(store, n) for n in names])
+CONTENT = jpeg()
 
 
-def write_tar(path: Path, keys: np.ndarray, content: bytes) -> np.ndarray:
-    """Returns the offsets of the images."""
+def write_tar(path: Path, rows: ShardRows) -> ShardRows:
+    """A tar of the same JPEG under the keys of the rows, which are returned as it demands."""
     offsets = []
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key in keys:
+        for key in rows.keys:
             member = tarfile.TarInfo(f"{key}.jpg")
-            member.size = len(content)
+            member.size = len(CONTENT)
             offsets.append(tar.offset + tarfile.BLOCKSIZE)
-            tar.addfile(member, io.BytesIO(content))
-    return np.array(offsets)
+            tar.addfile(member, io.BytesIO(CONTENT))
+    count = len(rows)
+    return replace(
+        rows,
+        crops=np.tile(np.array([0.0, 0.0, SIDE, SIDE]), (count, 1, 1)),
+        sizes=np.full((count, 2), SIDE, np.int32),
+        offsets=np.array(offsets),
+        lengths=np.full(count, len(CONTENT)),
+        crc32=np.full(count, zlib.crc32(CONTENT), np.uint32),
+    )
 
 
 def until_a_step(folder: Path, cache: Path) -> dict[str, float]:
@@ -119,7 +99,7 @@ def main(
     for count in images:
         with tempfile.TemporaryDirectory(dir=folder) as root:
             place, cache = Path(root), Path(root, "cache")
-            write_all(place, count, per_shard)
+            write_store(place, count, GRID, per_shard, write_tar)
             for figure in ("first run", "resumed", "resumed without kept listings"):
                 if figure.endswith("listings"):
                     shutil.rmtree(cache, ignore_errors=True)

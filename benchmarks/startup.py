@@ -17,16 +17,20 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from inspect_store import describe, rows_of
 from mapet.shared.storage.files import write_sealed_json
+from mapet.shared.tokens.rows import ShardRows
 from mapet.shared.tokens.store import read_entry, write_manifest, write_shard
 
 K, IMAGE_BYTES = 64, 1 << 18
 """No image of `rows_of` has more bytes; the tars are sparse files."""
+WriteTar = Callable[[Path, ShardRows], ShardRows]
+"""Writes the tar of a shard, and returns the shard's rows."""
 VIEW = {"crop": "random-resized", "views": 1, "scale": [0.2, 1.0], "ratio": [0.75, 1.33], "flip": 0.5, "seed": 0}
 MEASURED = """
 import cProfile, json, pstats, resource, sys, time
@@ -53,30 +57,31 @@ if profiled == "True":
 """
 
 
-def write_store(folder: Path, images: int, grid: int, per_shard: int) -> None:
-    """The store FOLDER/tokens, and tars of its names and sizes in FOLDER/images."""
+def write_store(folder: Path, images: int, grid: int, per_shard: int, write_tar: WriteTar) -> None:
+    """The store FOLDER/tokens, and its tars in FOLDER/images."""
     book, store = describe(grid, K), folder / "tokens"
     store.mkdir(parents=True)
+    (folder / "images").mkdir()
     write_sealed_json(store / "codebook.json", book.as_json("0" * 64))
     names = [f"train-{number:06d}" for number in range(-(-images // per_shard))]
     for number, name in enumerate(names):
+        count, tar = min(per_shard, images - number * per_shard), folder / "images" / f"{name}.tar"
+        rows = write_tar(tar, rows_of(number, count, 1, grid, K, 1000))
         attributes = {
             "codebook_fingerprint": book.fingerprint,
             "view": {**VIEW, "with_center": False},
-            "source": {"kind": "tar", "size": per_shard * IMAGE_BYTES, "sha256": "0" * 64},
+            "source": {"kind": "tar", "size": tar.stat().st_size, "sha256": "0" * 64},
         }
-        count = min(per_shard, images - number * per_shard)
-        write_shard(store, name, rows_of(number, count, 1, grid, K, 1000), attributes)
+        write_shard(store, name, rows, attributes)
     write_manifest(store, {**book.description, "fingerprint": book.fingerprint}, [read_entry(store, n) for n in names])
-    write_tars(folder / "images", names, per_shard * IMAGE_BYTES)
 
 
-def write_tars(folder: Path, names: list[str], size: int) -> None:
-    folder.mkdir()
-    for name in names:
-        with tarfile.open(folder / f"{name}.tar", "w") as tar:  # a source's first member is looked at
-            tar.addfile(tarfile.TarInfo("first.jpg"))
-        os.truncate(folder / f"{name}.tar", size)
+def write_sparse_tar(path: Path, rows: ShardRows) -> ShardRows:
+    """A tar of the size that the rows need, without images."""
+    with tarfile.open(path, "w") as tar:  # a source's first member is looked at
+        tar.addfile(tarfile.TarInfo("first.jpg"))
+    os.truncate(path, len(rows) * IMAGE_BYTES)
+    return rows
 
 
 def write_listed(folder: Path, images: int, per_shard: int) -> None:
@@ -118,7 +123,7 @@ def main(
 ) -> None:
     for count in images:
         with tempfile.TemporaryDirectory(dir=folder) as root:
-            write_store(Path(root), count, grid, per_shard)
+            write_store(Path(root), count, grid, per_shard, write_sparse_tar)
             if "listing" in part and count <= most_listed:
                 write_listed(Path(root), count, per_shard)
             for one in part:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..quickstart.demo import TOWER
 from ..shared.errors import UsageError
@@ -16,9 +16,11 @@ from ..train_stage.settings import FEATURES, FinetuneSettings, Settings, resolve
 from .schema import FROM_SCRATCH, PIXELS, RANDOM_INIT, Budget, Study, Tokenizer, Value, Values
 
 if TYPE_CHECKING:
+    from ..tokenize_stage.kmeans.train import KMeansSettings
     from ..tokenize_stage.towers.cost import TowerCost
     from ..tokenize_stage.towers.tower import TowerSettings
 
+SettingsT = TypeVar("SettingsT", "TowerSettings", "KMeansSettings")
 CODEBOOK, TOKENS, RUN, PROBE, CLASSIFIER = "codebook", "tokens", "run", "probe", "classifier"
 KINDS = (CODEBOOK, TOKENS, RUN, PROBE, CLASSIFIER)
 PRETRAINED = "pre-trained"
@@ -299,9 +301,12 @@ def tower_of(tokenizer: Tokenizer) -> "TowerCost | None":
     from ..tokenize_stage.towers.tower import TowerSettings
 
     published = [cost for name, cost in PUBLISHED.items() if name in tokenizer.published]
-    names = [one.name for one in fields(TowerSettings)]
-    book = {name: value for name, value in codebook_options(tokenizer).items() if name in names}
-    return published[0] if published else _tower_cost(TowerSettings(**book))  # type: ignore[arg-type]  # checked
+    return published[0] if published else _tower_cost(settings_among(TowerSettings, codebook_options(tokenizer)))
+
+
+def settings_among(kind: type[SettingsT], options: Values) -> SettingsT:
+    """The settings of a dataclass among the options of a command, which `read_study` has checked."""
+    return kind(**{one.name: options[one.name] for one in fields(kind) if one.name in options})  # type: ignore[arg-type]
 
 
 @cache

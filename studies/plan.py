@@ -18,7 +18,20 @@ from ..tokenize_stage.kmeans.train import KMeansSettings
 from ..train_stage.settings import FinetuneSettings, Settings
 from ..train_stage.tasks.finetuning import FinetuningModel
 from ..train_stage.tasks.pretraining import parameters_of
-from .graph import CLASSIFIER, CODEBOOK, KINDS, PROBE, RUN, TOKENS, Graph, Inputs, Step, build_graph, tower_of
+from .graph import (
+    CLASSIFIER,
+    CODEBOOK,
+    KINDS,
+    PROBE,
+    RUN,
+    TOKENS,
+    Graph,
+    Inputs,
+    Step,
+    build_graph,
+    settings_among,
+    tower_of,
+)
 from .schema import Study, Tokenizer, read_study
 
 _NAMES = {CODEBOOK: "codebooks", TOKENS: "token stores", RUN: "pre-trainings", PROBE: "evaluations"}
@@ -200,7 +213,7 @@ def _of_codebook(step: Step, count: int) -> Cost:
     if tower is None:
         return Cost(1, 0, 0, 0, unknown=1)
     book = tokenizer.codebook
-    kmeans = KMeansSettings(**{name: book[name] for name in _names(KMeansSettings) if name in book})  # type: ignore[arg-type]
+    kmeans = settings_among(KMeansSettings, book)
     images = min(count, int(book.get("max_images") or count))  # type: ignore[arg-type]
     patches = min(int(book.get("patches") or PATCHES_PER_CENTROID * kmeans.k), images * tower.patches)  # type: ignore[arg-type]
     seen = round(images * -math.expm1(-patches / images))  # images with at least one patch of the sample
@@ -269,10 +282,6 @@ def refuse_other_grids(graph: Graph) -> None:
                 f"model {printable(cell.model)} has {side}x{side} patches (model.image_size / model.patch_size) and "
                 f"the tokens of {printable(cell.tokenizer)} are {rows}x{columns}; change the model or the tokenizer."
             )
-
-
-def _names(settings: type) -> list[str]:
-    return [one.name for one in fields(settings)]
 
 
 def _tokenizer(step: Step) -> Tokenizer:

@@ -82,10 +82,9 @@ class Trainer(Generic[BatchT]):
 
     def _update_ema(self, step: int) -> None:
         """Moves the average towards the weights. The decay warms up as in timm (`ModelEmaV3`, power 2/3)."""
-        if not self.ema:
-            return
         train = self.settings.train
-        assert train.ema is not None  # there is an average
+        if train.ema is None:
+            return
         decay = min(train.ema, 1 - (step + 1) ** (-2 / 3)) if train.ema_warmup else train.ema
         update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         update(list(self.ema.values()), [parameter.detach() for parameter in self.model.parameters()], None)

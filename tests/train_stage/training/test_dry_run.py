@@ -62,8 +62,8 @@ def test_flops_are_those_of_a_real_step(objective: str):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters_of(settings.model.shape(16))
 
 
-SHALLOW = ["model.name=null", "model.dim=192", "model.depth=2", "model.heads=3", "train.batch_size=64"]
-"""ViT-T with two of its blocks."""
+SHALLOW = ["model.name=null", "model.dim=192", "model.depth=4", "model.heads=3", "train.batch_size=64"]
+"""ViT-T with a third of its blocks."""
 
 
 def estimate_of(*overrides: str, world: World | None = None, device: str = "cpu") -> MemoryEstimate:
@@ -79,7 +79,7 @@ def memory_of(*overrides: str, world: World | None = None, device: str = "cpu") 
 def test_the_memory_estimate_knows_what_saves_memory():
     whole = memory_of()
     assert memory_of("execution.micro_batch=8") < 0.4 * whole
-    assert memory_of("execution.grad_checkpointing=true") < 0.6 * whole
+    assert memory_of("execution.grad_checkpointing=true") < 0.5 * whole
     assert memory_of("train.precision=bfloat16") < whole
     assert memory_of("train.ema=0.99") > whole
     assert memory_of("execution.micro_batch=8", "execution.parallel=fsdp", world=World(1, 8)) < memory_of(
