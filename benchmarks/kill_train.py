@@ -62,6 +62,8 @@ def main(
     processes: Annotated[list[int], typer.Option(help="Of a run; may be repeated.")] = [1, 2],  # noqa: B006
     seed: int = 0,
 ) -> None:
+    if steps % (IMAGES // BATCH):
+        raise typer.BadParameter(f"--steps {steps} must be a multiple of {IMAGES // BATCH}, the steps of an epoch.")
     os.environ["OMP_NUM_THREADS"] = "1"
     subprocess.run([*warm_command(), "--version"], check=True, stdout=subprocess.DEVNULL)  # imports
     draw = random.Random(seed)
