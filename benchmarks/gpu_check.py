@@ -12,15 +12,18 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from dense_reference import split_heads
-from encode import speed
 from mapet.quickstart.drawings import write_drawings
 from mapet.shared.runtime.devices import choose_workers, peak_flops
+from mapet.shared.sources.sources import open_source
+from mapet.throughput.rates import compare, timed
+from mapet.throughput.tokenizing import Encoding, ready_pixels, with_random_codes
 from mapet.tokenize_stage.towers.opening import open_tower
 from mapet.tokenize_stage.towers.tower import TowerSettings
 from mapet.train_stage.model.attention import attend
@@ -30,7 +33,7 @@ from mapet.train_stage.weights.published import load_published
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
-from steps import PATCHES, VISIBLE, Batch, count_flops, interleaved, peak_bytes, seconds, under
+from steps import PATCHES, VISIBLE, Batch, K, count_flops, interleaved, peak_bytes, seconds, under
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -50,7 +53,12 @@ def main(
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu_check.py measures a CUDA device and finds none; benchmarks/pretrain_step.py measures the CPU.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    checks = [(equality, ()), (attention_kernels, (batch, pairs)), (tower, (batch, pairs)), (encoding, (batch, pairs))]
+    checks = [
+        (equality, ()),
+        (attention_kernels, (batch, pairs)),
+        (tower, (batch, pairs)),
+        (encoding, (batch, 2.0 * pairs)),
+    ]
     checks += [(steps, (one, mode, batch, pairs)) for one in size]
     found = [
         ("device", torch.cuda.get_device_name() if device == "cuda" else "cpu", ""),
@@ -260,14 +268,27 @@ def tower(device: str, images: int, pairs: int) -> Iterator[Row]:
 
 
 def encoding(device: str, images: int, pairs: int) -> Iterator[Row]:
-    """encode-shards from bytes to a shard on disk, beside the tower's forward pass alone."""
+    """encode-shards from bytes to tokens once its workers have started, beside the tower's forward pass alone."""
     with tempfile.TemporaryDirectory() as folder:
         write_drawings(Path(folder), 8 * images, seed=1, per_tar=8 * images)
-        (tar,) = Path(folder).glob("*.tar")
-        workers = choose_workers(None, device)
-        figure = speed(tar, "ViT-B-16", 1024, images, workers, min(pairs, 5), Path(folder), device)
-    remark = f"of the bare tower's {figure['bare_images_per_second']} images/s, {workers} workers; target 0.95"
-    yield f"encode-shards, ViT-B-16, batch {images}", figure["ratio"], remark
+        (shard,) = open_source(folder)
+        records, workers = shard.index(), choose_workers(None, device)
+        for precision in LIMITS:
+            opened = open_tower(TowerSettings("ViT-B-16", pretrained="none", precision=precision), device)
+            pixels = ready_pixels(records[:images], opened.preprocess)
+            tokenizer = with_random_codes(opened, K, pixels[:16])
+            sides = Encoding(tokenizer, records, pixels, workers)
+            rates = compare(sides.encode, timed(sides.forward, images), seconds=2 * pairs)
+            remark = f"{rates.rate:.0f} of {rates.bare_rate:.0f} images/s, {workers} workers; target 0.95"
+            yield f"encode-shards / bare ViT-B-16, {precision}, batch {images}", round(rates.ratio, 3), remark
+            features = sides.features()
+            alone = compare(timed(partial(tokenizer.tokens, features), images), timed(sides.forward, images), pairs / 2)
+            yield f"assignment to {K} codes / tower, {precision}: time", round(1 / alone.ratio, 3), ""
+            here = features.cpu().numpy()
+            found, nearest = tokenizer.tokens(features).cpu().numpy(), tokenizer.assign(here)[0]
+            wrong = ~tokenizer.nearly_equal(here, found, nearest.astype(found.dtype))
+            remark = f"{'failed' if wrong.any() else 'holds'}: {wrong.sum()} beyond rounding"
+            yield f"tokens that differ from FAISS's, {precision}", f"{(found != nearest).mean():.2%}", remark
 
 
 if __name__ == "__main__":

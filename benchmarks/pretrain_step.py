@@ -4,8 +4,9 @@ python benchmarks/pretrain_step.py [--size small] [--part dense] [--precision fl
 
 Parts: `dense` (time and bytes kept for backward against the dense-mask reference, and the ratio of FLOPs, which is what
 the time can be at most where products take all of it), `floor` (time for each FLOP against timm), `masks` (what the
-reference's masks cost, which its time does not contain), `memory` (peak of a step), `attention` (the fused kernel in
-bfloat16 against float32). Repeat an option for more values.
+reference's masks cost, which its time does not contain), `memory` (peak of a step, beside the reference's), `attention`
+(the fused kernel in bfloat16 against float32), `profile` (shares of a step's time in matrix products, attention and the
+rest, and the FLOP/s of the first two). Repeat an option for more values.
 """
 
 import json
@@ -18,8 +19,9 @@ import typer
 from dense_reference import split_heads
 from mapet.shared.runtime.devices import keep_freed_memory
 from mapet.train_stage.model.attention import Pattern, Window, attend
-from steps import PATCHES, Batch, count_flops, interleaved, peak_bytes, saved_bytes, under
+from steps import PATCHES, Batch, Step, count_flops, interleaved, peak_bytes, saved_bytes, under
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def main(
@@ -45,12 +47,17 @@ def main(
         if "memory" in part:
             for name, options in MEMORY.items():
                 say(f"peak of a step: {name}", about, {"mb": peak_bytes(data.ours(**options)) >> 20})
+            say("peak of a step: dense masks", about, {"mb": peak_bytes(data.dense()) >> 20})
         for how in mode:
             for kind in precision:
                 if "dense" in part:
                     say("against dense masks", about, dense(data, kind, how, pairs))
                 if "floor" in part:
                     say("against timm's ViT", about, floor(data, kind, how, pairs))
+                if "profile" in part:
+                    for name, step in {"ours": data.ours, "dense masks": data.dense, "timm": data.plain}.items():
+                        values = {"precision": kind, "mode": how} | profile(step(how), step(), kind)
+                        say(f"where the time goes: {name}", about, values)
 
 
 def say(figure: str, about: dict, values: dict) -> None:
@@ -85,6 +92,36 @@ def floor(data: Batch, precision: str, mode: str, pairs: int) -> dict:
         "flop_ratio": round(ratio, 3),
         "time_for_each_flop_against_timm": round(1 / times["ratio"] / ratio, 3),
     }
+
+
+KINDS = {
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise"),
+    "attention": (
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
+}
+
+
+def profile(step: Step, counted: Step, precision: str) -> dict:
+    """Shares of the processor time of a warm step by kind of operator, and FLOP/s; `counted` is the step in eager mode,
+    whose FLOPs can be counted."""
+    step, counted = under(precision, step), under(precision, counted)
+    for _ in range(2):
+        step().backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        step().backward()
+    with FlopCounterMode(display=False) as counter:
+        counted().backward()
+    flops = {"attention": 0, "products": 0}
+    for operator, count in counter.get_flop_counts()["Global"].items():
+        flops["attention" if "attend" in str(operator) or "attention" in str(operator) else "products"] += count
+    spent = {event.key: event.self_cpu_time_total / 1e6 for event in profiled.key_averages()}
+    whole = sum(spent.values())
+    by_kind = {kind: sum(spent.get(name, 0.0) for name in names) for kind, names in KINDS.items()}
+    shares = {kind: round(seconds / whole, 3) for kind, seconds in by_kind.items()}
+    rates = {f"{kind}_gflops": round(flops[kind] / max(by_kind[kind], 1e-9) / 1e9, 1) for kind in KINDS}
+    return {"seconds": round(whole, 3), **shares, "rest": round(1 - sum(shares.values()), 3), **rates}
 
 
 def masks(data: Batch) -> dict:

@@ -101,6 +101,17 @@ def test_the_gpu_check_is_refused_in_one_sentence_without_a_gpu():
     assert "CUDA device" in result.stderr
 
 
+@pytest.mark.campaign
+def test_every_check_of_the_gpu_script_runs():
+    options = "--device cpu --size tiny --mode eager --batch 2 --pairs 1"
+    result = benchmark("gpu_check.py", *options.split())
+    assert result.returncode == 0, result.stdout + result.stderr
+    figures = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    found = {one["figure"]: one for one in figures}
+    assert found["encode-shards / bare ViT-B-16, bfloat16, batch 2"]["value"] > 0
+    assert found["tokens that differ from FAISS's, float32"]["value"] == "0.00%"
+
+
 def test_the_plan_of_a_cluster_in_the_documentation_is_what_the_script_prints():
     result = benchmark("cluster_plan.py")
     assert result.returncode == 0, result.stderr

@@ -176,10 +176,10 @@ def _tokenizing_rows(
         encode = compare(encoding.encode, timed(encoding.forward, batch_size), seconds)
     with working("measuring the assignment"):
         features, centroids = encoding.features(), tokenizer.codebook.centroids
-        knn = import_faiss().knn
+        knn, here = import_faiss().knn, features.cpu().contiguous().numpy()
         assign = compare(
-            timed(lambda: tokenizer.assign(features), batch_size),
-            timed(lambda: knn(features, centroids, 1), batch_size),
+            timed(lambda: tokenizer.tokens(features), batch_size),
+            timed(lambda: knn(here, centroids, 1), batch_size),
             seconds,
         )
     with working("measuring k-means"):

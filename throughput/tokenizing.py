@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -68,11 +69,15 @@ class Encoding:
 
     def forward(self) -> None:
         """The tower alone, on ready tensors."""
-        self.tokenizer.features(self.pixels).cpu()
+        self.tokenizer.features(self._on_device)
 
-    def features(self) -> NDArray[np.float32]:
-        """Features (patches, dim) of the ready tensors, to be assigned."""
-        return np.ascontiguousarray(self.tokenizer.features(self.pixels).flatten(0, 1).cpu().numpy())
+    def features(self) -> Tensor:
+        """Features (patches, dim) of the ready tensors on their device, to be assigned."""
+        return self.tokenizer.features(self._on_device).flatten(0, 1)
+
+    @cached_property
+    def _on_device(self) -> Tensor:
+        return self.pixels.to(self.tokenizer.device)
 
 
 @dataclass(frozen=True)

@@ -109,9 +109,9 @@ def _encoded(
         remaining = iter(indices.tolist())
         requests = [Request(records[rows.keys[index]]) for index in indices]
         groups = group_requests(requests, encoder.policy, encoder.batch_size)
-        for batch, tokens in encoder.batches(groups):
+        for batch, tokens in encoder.batches_with_features(groups):
             again = as_rows(here, batch, tokens)
-            for at, features in enumerate(batch.features):
+            for at, features in enumerate(batch.values):
                 yield take_rows(again, [at]), features, next(remaining)
 
 

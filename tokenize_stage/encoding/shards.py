@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ...shared.artifacts.codes import Tokens, token_dtype
 from ...shared.errors import DataError, MapetError
@@ -40,25 +42,41 @@ class Encoder:
 
         Raises DataError for an image whose features hold NaN or infinity, or that gets a token not below K.
         """
-        tokenizer = self.tokenizer
-        for batch in extract_groups(
-            tokenizer,
+        for batch in self._extract(groups, self.tokenizer.tokens):
+            yield batch, self._checked(batch, batch.values)
+
+    def batches_with_features(self, groups: Iterable[Sequence[Request]]) -> Iterator[tuple[ExtractedBatch, Tokens]]:
+        """As `batches`, with the features (B, V, H * W, dim) float32 as the values of each batch."""
+        for batch in self._extract(groups, None):
+            tokens, _ = self.tokenizer.assign(batch.values.reshape(-1, self.tokenizer.dim))
+            yield batch, self._checked(batch, tokens)
+
+    def _extract(
+        self, groups: Iterable[Sequence[Request]], reduce: Callable[[Tensor], Tensor] | None
+    ) -> Iterator[ExtractedBatch]:
+        return extract_groups(
+            self.tokenizer,
             groups,
             self.policy,
             self.batch_size,
             self.workers,
-            unit_length=tokenizer.unit_length,
+            unit_length=self.tokenizer.unit_length,
             skip=self.skip,
-        ):
-            tokens, _ = tokenizer.assign(batch.features.reshape(-1, tokenizer.dim))
-            if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < tokenizer.k:
-                record = batch.records[int(tokens.argmax()) * len(batch.records) // len(tokens)]
-                raise DataError(
-                    f"{record.path}: the tokenizer gives token {int(tokens.max())} for image {record.key!r}, and its "
-                    f"K is {tokenizer.k}; check the codebook."
-                )
-            tokens = tokens.astype(token_dtype(tokenizer.k), copy=False)
-            yield batch, tokens.reshape(*batch.flips.shape, *tokenizer.grid)
+            reduce=reduce,
+        )
+
+    def _checked(self, batch: ExtractedBatch, tokens: NDArray[np.integer[Any]]) -> Tokens:
+        """The tokens (B, V, H, W) of a batch. Raises DataError for an image with a token that is not below K."""
+        k = self.tokenizer.k
+        tokens = tokens.reshape(*batch.flips.shape, *self.tokenizer.grid)
+        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < k:
+            wrong = (tokens < 0) | (tokens >= k)
+            record = batch.records[int(wrong.flatten().argmax()) * len(batch.records) // tokens.size]
+            raise DataError(
+                f"{record.path}: the tokenizer gives token {int(tokens[wrong][0])} for image {record.key!r}, and its "
+                f"K is {k}; check the codebook."
+            )
+        return tokens.astype(token_dtype(k), copy=False)
 
     def encode(
         self, shards: Iterable[SourceShard], stored: Callable[[str], ShardRows | None], advance: Advance

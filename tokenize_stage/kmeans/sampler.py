@@ -117,7 +117,7 @@ class Sampler:
             unit_length=self.unit_length,
             skip=self.skip,
         ):
-            for record, features in zip(batch.records, batch.features[:, 0], strict=True):
+            for record, features in zip(batch.records, batch.values[:, 0], strict=True):
                 patches, draws = sampled[record.key]
                 yield _half(features[patches], record), draws
             skipped += batch.skipped

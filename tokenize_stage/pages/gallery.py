@@ -113,7 +113,7 @@ def nearest_patches(
             records = [views.record(name, rows, row) for row in indices]
             remaining = iter(indices)
             for batch in extract(tokenizer, records, policy, _BATCH, workers, unit_length=tokenizer.unit_length):
-                tokens, distances = tokenizer.assign(batch.features.reshape(-1, tokenizer.dim))
+                tokens, distances = tokenizer.assign(batch.values.reshape(-1, tokenizer.dim))
                 shape = (len(batch.records), -1)
                 for again, squared in zip(tokens.reshape(shape), distances.reshape(shape), strict=True):
                     row = next(remaining)

@@ -63,6 +63,19 @@ class Tokenizer(ABC):
             patch to its code. A metric that has no distance returns any value that is smaller for a better match.
         """
 
+    def tokens(self, features: Tensor) -> Tensor:
+        """Picks a code for each of n patches, without their distances.
+
+        Args:
+            features: (n, dim) float32 on `device`, as `assign` takes them; finite.
+
+        Returns:
+            (n,) integers. By default they are those of `assign`, for which the features are copied to the CPU; a
+            subclass that computes them on a GPU saves that copy.
+        """
+        tokens, _ = self.assign(features.cpu().contiguous().numpy())
+        return torch.from_numpy(tokens.astype(np.int64))
+
     @abstractmethod
     def nearly_equal(self, features: NDArray[np.float32], tokens: Tokens, nearest: Tokens) -> NDArray[np.bool_]:
         """Tells rounding ties from wrong tokens.
@@ -98,8 +111,8 @@ class Tokenizer(ABC):
             )
         if self.unit_length:
             features = normalize(features, dim=-1)
-        tokens, _ = self.assign(features.cpu().contiguous().numpy().reshape(-1, self.dim))
-        return torch.from_numpy(tokens.astype(np.int64)).reshape(len(pixels), height, width).to(self.device)
+        tokens = self.tokens(features.reshape(-1, self.dim))
+        return tokens.to(self.device, torch.int64).reshape(len(pixels), height, width)
 
     def _grid_of(self, pixels: Tensor) -> tuple[int, int]:
         """The grid (H, W) of the tokens of `pixels`. Raises UsageError for pixels that `encode` does not take."""

@@ -1,7 +1,7 @@
 """From images to patch features: decode in workers, crop to views, run the tower."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 from zlib_ng.zlib_ng import crc32
 
-from ...shared.errors import DataError
+from ...shared.errors import DataError, MapetError
 from ...shared.images.decode import read_image
 from ...shared.images.views import Preprocess, ViewPolicy, resized, show_view, to_array
 from ...shared.runtime.loader import OneByOne, batches
@@ -21,6 +21,9 @@ from ...shared.sources.keys import Skipped
 from ...shared.sources.records import ImageRecord
 
 _MOST_PIXELS = 100_000_000
+_AHEAD = {"cuda": 1}
+"""Batches that a device computes before the results of the one before them are read; 0 elsewhere. A GPU computes while
+this process loads the next batch and writes the last one."""
 
 
 class PatchFeatures(Protocol):
@@ -29,20 +32,21 @@ class PatchFeatures(Protocol):
     preprocess: Preprocess
     grid: tuple[int, int]
     dim: int
+    device: torch.device
 
     def features(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels (B, 3, S, S) -> float32 features (B, rows * columns, dim), row by row."""
+        """uint8 pixels (B, 3, S, S) -> float32 features (B, rows * columns, dim) on `device`, row by row."""
         ...
 
 
 @dataclass(frozen=True)
 class ExtractedBatch:
-    """Patch features of consecutive images, V views of each of B images."""
+    """What was computed for consecutive images, from V views of each of B images."""
 
     records: list[ImageRecord]
     """The B images that could be read."""
-    features: NDArray[np.float32]
-    """(B, V, patches, dim)."""
+    values: NDArray[Any]
+    """(B, V, patches, dim) float32, the patch features, or (B, V, patches) of what `reduce` made of them."""
     crops: NDArray[np.float64]
     """(B, V, 4): top, left, height, width in upright source pixels."""
     flips: NDArray[np.bool_]
@@ -150,8 +154,10 @@ def extract_groups(
     *,
     unit_length: bool,
     skip: bool = False,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    ahead: int | None = None,
 ) -> Iterator[ExtractedBatch]:
-    """Yields the patch features of one group of images after another.
+    """Yields the patch features of one group of images after another, or what `reduce` makes of them.
 
     Args:
         tower: what computes the features.
@@ -161,9 +167,14 @@ def extract_groups(
         workers: processes that decode images.
         unit_length: whether features are scaled to length one.
         skip: whether unreadable images are listed in the batch instead of stopping.
+        reduce: turns float32 features (n, dim) into one value each, on the tower's device: only the values (n,) are
+            copied to the CPU. The features of an image that hold NaN or infinity are replaced by zeros.
+        ahead: how many batches are computed before the first one is yielded; by default one on a GPU, which is never
+            waited for then, and none on the CPU.
 
     Raises:
-        DataError: an image cannot be read and `skip` is not set, or the features of an image hold NaN or infinity.
+        DataError: an image cannot be read and `skip` is not set, or the features of an image hold NaN or infinity. The
+            groups before it are yielded first.
     """
     loading: deque[Sequence[Request]] = deque()
 
@@ -172,22 +183,88 @@ def extract_groups(
             loading.append(group)
             yield group
 
-    for batch in batches(OneByOne(_LoadViews(policy, tower.preprocess, skip)), remembered(), workers):
-        records = [request.record for request in loading.popleft()]
-        problems = batch["problem"]
-        readable = torch.tensor([not problem for problem in problems])
-        features = _features(tower, batch["pixels"][readable], batch_size)
-        _refuse_not_finite(features, [record for record, problem in zip(records, problems, strict=True) if not problem])
-        if unit_length:
-            features = normalize(features, dim=-1)
-        pairs = list(zip(records, problems, strict=True))
-        yield ExtractedBatch(
-            records=[record for record, problem in pairs if not problem],
-            features=_to_numpy(features),
+    on_gpu, load = tower.device.type == "cuda", OneByOne(_LoadViews(policy, tower.preprocess, skip))
+    loaded = batches(load, remembered(), workers, pin_memory=on_gpu)
+    ahead = _AHEAD.get(tower.device.type, 0) if ahead is None else ahead
+    computed: deque[_Computed] = deque()
+    failed: MapetError | None = None
+    while True:
+        try:
+            batch = next(loaded, None)
+        except MapetError as error:  # the batches before it are yielded first
+            failed = error
+            break
+        if batch is None:
+            break
+        computed.append(_compute(tower, loading.popleft(), batch, batch_size, unit_length, reduce))
+        if len(computed) > ahead:
+            yield computed.popleft().finish()
+    while computed:
+        yield computed.popleft().finish()
+    if failed is not None:
+        raise failed
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A batch whose values a GPU may still compute and copy."""
+
+    records: Sequence[ImageRecord]
+    loaded: dict[str, Any]
+    readable: NDArray[np.bool_]
+    """(B,): the images of `loaded` whose values follow."""
+    values: Tensor
+    finite: Tensor
+    """bool (images that could be read,): whether all of its features are finite."""
+    ready: torch.cuda.Event | None
+    """When `values` and `finite` are there; None if they are."""
+
+    def finish(self) -> ExtractedBatch:
+        """Waits for the values. Raises DataError for an image whose features hold NaN or infinity."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        pairs = list(zip(self.records, self.loaded["problem"], strict=True))
+        readable = [record for record, problem in pairs if not problem]
+        _refuse_not_finite(self.finite, readable)
+        return ExtractedBatch(
+            records=readable,
+            values=self.values.contiguous().numpy(),
             skipped=[(record.key, problem) for record, problem in pairs if problem],
             # Indexed by NumPy: PyTorch before 2.10 cannot index uint32.
-            **{name: _to_numpy(batch[name])[readable.numpy()] for name in ("crops", "flips", "sizes", "crc32")},
+            **{name: self.loaded[name].numpy()[self.readable] for name in ("crops", "flips", "sizes", "crc32")},
         )
+
+
+def _compute(
+    tower: PatchFeatures,
+    requests: Sequence[Request],
+    loaded: dict[str, Any],
+    batch_size: int,
+    unit_length: bool,
+    reduce: Callable[[Tensor], Tensor] | None,
+) -> _Computed:
+    """Starts the computation of a loaded batch; on a GPU it goes on after the return."""
+    readable = torch.tensor([not problem for problem in loaded["problem"]])
+    pixels = loaded["pixels"]
+    # Indexing would copy them out of pinned memory.
+    features = _features(tower, pixels if readable.all() else pixels[readable], batch_size)
+    finite = torch.isfinite(features).flatten(1).all(1)
+    if unit_length:
+        features = normalize(features, dim=-1)
+    if reduce is not None:
+        # A search for the nearest centroid finds none for NaN, and what it returns instead must not become a token.
+        whole = torch.where(finite[:, None, None, None], features, 0)
+        features = reduce(whole.flatten(0, 2)).reshape(whole.shape[:3])
+    values, finite = _to_host(features), _to_host(finite)
+    ready = torch.cuda.current_stream(tower.device).record_event() if tower.device.type == "cuda" else None
+    return _Computed([one.record for one in requests], loaded, readable.numpy(), values, finite, ready)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU; from a GPU it is copied into pinned memory, and it is not waited for."""
+    if tensor.device.type != "cuda":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _features(tower: PatchFeatures, pixels: Tensor, batch_size: int) -> Tensor:
@@ -198,8 +275,8 @@ def _features(tower: PatchFeatures, pixels: Tensor, batch_size: int) -> Tensor:
     """
     patches = tower.grid[0] * tower.grid[1]
     if not len(pixels):
-        return torch.empty(0, pixels.shape[1], patches, tower.dim)
-    views = pixels.flatten(0, 1)
+        return torch.empty(0, pixels.shape[1], patches, tower.dim, device=tower.device)
+    views = pixels.to(tower.device, non_blocking=True).flatten(0, 1)  # as bytes, which are a quarter of floats
     parts = []
     for part in torch.split(views, batch_size):
         padded = pad(part, (0, 0, 0, 0, 0, 0, 0, batch_size - len(part)))
@@ -208,16 +285,11 @@ def _features(tower: PatchFeatures, pixels: Tensor, batch_size: int) -> Tensor:
     return torch.unflatten(joined, 0, pixels.shape[:2])
 
 
-def _refuse_not_finite(features: Tensor, records: Sequence[ImageRecord]) -> None:
-    """A search for the nearest centroid finds none for NaN, and what it returns instead must not become a token."""
-    finite = torch.isfinite(features).flatten(1).all(1) if len(features) else torch.ones(0, dtype=torch.bool)
+def _refuse_not_finite(finite: Tensor, records: Sequence[ImageRecord]) -> None:
+    """`finite`: bool (images,), one for each of `records`."""
     if not finite.all():
         record = records[int((~finite).nonzero()[0])]
         raise DataError(
             f"{record.path}: the tower gives features with NaN or infinity for image {record.key!r}; use --precision "
             "float32 or another --layer, or check the tower's weights."
         )
-
-
-def _to_numpy(tensor: Tensor) -> NDArray[Any]:
-    return tensor.cpu().contiguous().numpy()

@@ -247,7 +247,7 @@ def test_the_patches_of_a_code_are_those_nearest_its_centroid(chain, written: Wr
     ]
     tower = open_same_tower(book, None, "cpu")
     for batch in extract(tower, records, ViewPolicy.from_json(store.view), 32, 0, unit_length=False):
-        for features in batch.features[:, 0].astype(np.float64):
+        for features in batch.values[:, 0].astype(np.float64):
             apart = np.linalg.norm(features[:, None] - book.centroids, axis=-1)
             for code in set(apart.argmin(1)):
                 nearest[int(code)].append(apart[apart.argmin(1) == code, code].min())
@@ -272,7 +272,7 @@ def test_patches_of_a_code_without_a_distance_are_those_of_the_largest_logit(
     ((name, rows),) = store.shards()
     records = [views.record(name, rows, row) for row in range(len(rows))]
     for batch in extract(tokenizer, records, ViewPolicy.from_json(store.view), 32, 0, unit_length=False):
-        for features in batch.features[:, 0].astype(np.float64):
+        for features in batch.values[:, 0].astype(np.float64):
             logits = features @ tokenizer.codebook.centroids.T + tokenizer.codebook.bias
             for code in set(logits.argmax(1)):
                 largest[int(code)].append(logits[logits.argmax(1) == code, code].max())
