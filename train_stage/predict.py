@@ -109,7 +109,7 @@ def predict(
     options = SourceOptions(key_until, key_prefix, image_field, max_pixels)
     with nullcontext() if csv is None else sole_writer(Path(csv), option="--csv"):
         skipped: Skipped = []
-        records = read_records(images, skipped if skip else None, options)
+        records = read_records(images, skipped if skip else None, options, unlabelled=[])
         with progress("predicting", len(records)) as advance:
             execution = Execution(batch_size, choose_workers(workers, device_name), device_name, advance)
             predictions = list(_predictions(loaded, records, execution, top, skipped, skip=skip))

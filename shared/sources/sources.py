@@ -446,19 +446,21 @@ def read_records(
     labels: str | Path | None = None,
     label_field: str | None = None,
     passed: PassedOver | None = None,
+    unlabelled: Skipped | None = None,
 ) -> list[ImageRecord]:
-    """The records of all images of a local source; `skipped` as in `SourceShard.index`, labels as in `with_labels`.
+    """The records of all images of a local source.
 
-    `shards` are those of `images` if it was opened already. `passed` counts the members of tars that are passed over;
-    without it a line says which they are. Raises DataError as `open_source` and `SourceShard.index`
-    do, and for a key that is in two shards; UsageError for remote tars, which have to be staged one by one.
+    `skipped` and `unlabelled` are as in `SourceShard.index`, labels as in `with_labels`. `shards` are those of `images`
+    if it was opened already. `passed` counts the members of tars that are passed over; without it a line says which
+    they are. Raises DataError as `open_source` and `SourceShard.index` do, and for a key that is in two shards;
+    UsageError for remote tars, which have to be staged one by one.
     """
     opened = with_labels(open_source(images, options) if shards is None else shards, labels, label_field)
     remote = next((shard for shard in opened if shard.is_remote), None)
     if remote:
         raise UsageError(f"{remote.title} is remote; this command needs local files, download them first.")
     ledger, over = KeyLedger(), PassedOver() if passed is None else passed
-    records = {shard.name: shard.index(skipped, passed=over) for shard in opened}
+    records = {shard.name: shard.index(skipped, unlabelled, over) for shard in opened}
     for name, of_shard in records.items():
         ledger.add(name, (record.key for record in of_shard))
     ledger.refuse_doubles(lambda name: [record.key for record in records[name]])

@@ -153,6 +153,15 @@ def test_unreadable_images_are_skipped_if_asked_for(
         predict(WEIGHTS, write_folder(tmp_path / "bad", {"1.png": files["1.png"][:60]}), on_error="skip")
 
 
+def test_labels_that_cannot_be_read_do_not_matter(pictures: Path, tmp_path: Path, write_tar):
+    tar = tmp_path / "some.tar"
+    write_tar(tar, {"0.png": (pictures / "0.png").read_bytes(), "0.cls": b"\xff\xfe\xff"})
+    with pytest.raises(DataError, match="label"):
+        labelled_images(tar)
+    (alone,), first = predict(WEIGHTS, tar), predict(WEIGHTS, pictures)[0]
+    assert (alone.key, alone.classes[0].output) == ("0", first.classes[0].output)
+
+
 def test_json_is_one_line_per_image(pictures: Path, capsys: pytest.CaptureFixture[str]):
     predictions = predict(WEIGHTS, pictures, top=2)
     capsys.readouterr()
