@@ -100,7 +100,7 @@ def study_dry_run(
     training images is counted, not the fit on frozen features. Images are decoded by the processor beside the model.
 
     Args:
-        study: A shipped study (smoke, tiny or paper-imagenet) or a YAML file.
+        study: A shipped study (smoke, tiny, tiny-rows or paper-imagenet) or a YAML file.
         images: Labelled training images; not needed if the study draws its own or states train_images.
         flops_per_second: With --dry-run: floating-point operations that one device computes per second, such as 4e14,
             for the hours; mapet bench measures them.

@@ -41,7 +41,7 @@ def study(
     one. Several processes or machines that are given the same call share the work, and end with the same table.
 
     Args:
-        study: A shipped study (smoke, tiny or paper-imagenet) or a YAML file.
+        study: A shipped study (smoke, tiny, tiny-rows or paper-imagenet) or a YAML file.
         out: Folder of the study.
         images: Labelled training images, as for `pretrain` and `probe`; not needed if the study draws its own.
         val: Labelled images that each cell is measured on.

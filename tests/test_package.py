@@ -55,7 +55,7 @@ def test_the_wheel_holds_the_rooms_the_recipes_and_the_demo_and_nothing_else(whe
             *(f"vendor/{name}" for name in ("README.md", "d3.LICENSE", "d3.min.js", "plot.LICENSE", "plot.min.js")),
         )
     }
-    studies = {f"mapet/studies/shipped/{name}.yaml" for name in ("paper-imagenet", "smoke", "tiny")}
+    studies = {f"mapet/studies/shipped/{name}.yaml" for name in ("paper-imagenet", "smoke", "tiny", "tiny-rows")}
     weights = {
         f"mapet/train_stage/weights/shipped/mapet-drawings-tiny/{name}"
         for name in ("README.md", "config.json", "model.safetensors")
