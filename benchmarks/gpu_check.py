@@ -1,6 +1,6 @@
 """Every GPU check and figure of the project: one JSON line each, and a table at the end.
 
-python benchmarks/gpu_check.py [--size base] [--batch 64] [--pairs 10]
+python benchmarks/gpu_check.py [--size base] [--batch 64] [--pairs 10] [--check encoding]
 
 It needs a CUDA device and nothing outside this repository. `--device cpu --size tiny --mode eager --batch 2
 --pairs 1` tries the script itself.
@@ -49,28 +49,25 @@ def main(
     batch: int = 64,
     pairs: int = 10,
     device: str = "cuda",
+    check: Annotated[list[str], typer.Option()] = ["equality", "attention_kernels", "tower", "encoding", "steps"],  # noqa: B006
 ) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu_check.py measures a CUDA device and finds none; benchmarks/pretrain_step.py measures the CPU.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    checks = [
-        (equality, ()),
-        (attention_kernels, (batch, pairs)),
-        (tower, (batch, pairs)),
-        (encoding, (batch, 2.0 * pairs)),
-    ]
-    checks += [(steps, (one, mode, batch, pairs)) for one in size]
+    given: dict[str, list[tuple]] = {"equality": [()], "steps": [(one, mode, batch, pairs) for one in size]}
+    every = [(one, arguments) for one in CHECKS for arguments in given.get(one.__name__, [(batch, pairs)])]
+    chosen = [(one, arguments) for one, arguments in every if one.__name__ in check]
     found = [
         ("device", torch.cuda.get_device_name() if device == "cuda" else "cpu", ""),
         ("torch", torch.__version__, ""),
     ]
-    for check, arguments in checks:
+    for one, arguments in chosen:
         try:
-            for row in check(device, *arguments):
+            for row in one(device, *arguments):
                 print(json.dumps(dict(zip(("figure", "value", "remark"), row, strict=True))), flush=True)
                 found.append(row)
         except Exception as error:  # one check that cannot run here must not hide the others
-            found.append((check.__name__, "failed", f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"))
+            found.append((one.__name__, "failed", f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"))
             print(json.dumps(found[-1]), flush=True)
     table = Table("figure", "value", "remark", title="GPU check")
     for row in found:
@@ -290,6 +287,8 @@ def encoding(device: str, images: int, pairs: int) -> Iterator[Row]:
             remark = f"{'failed' if wrong.any() else 'holds'}: {wrong.sum()} beyond rounding"
             yield f"tokens that differ from FAISS's, {precision}", f"{(found != nearest).mean():.2%}", remark
 
+
+CHECKS = (equality, attention_kernels, tower, encoding, steps)
 
 if __name__ == "__main__":
     typer.run(main)

@@ -101,28 +101,6 @@ def test_the_gpu_check_is_refused_in_one_sentence_without_a_gpu():
     assert "CUDA device" in result.stderr
 
 
-@pytest.mark.nightly
-def test_every_check_of_the_gpu_script_runs():
-    options = "--device cpu --size tiny --mode eager --batch 2 --pairs 1"
-    result = benchmark("gpu_check.py", *options.split())
-    assert result.returncode == 0, result.stdout + result.stderr
-    figures = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    found = {one["figure"]: one for one in figures}
-    assert found["encode-shards / bare ViT-B-16, bfloat16, batch 2"]["value"] > 0
-    assert found["tokens that differ from FAISS's, float32"]["value"] == "0.00%"
-
-
-@pytest.mark.nightly
-def test_the_speed_of_whole_runs_is_measured_on_the_cpu_as_well():
-    options = "--device cpu --size tiny --batch 8 --steps 8 --pairs 1 --no-compiled"
-    result = benchmark("train_speed.py", *options.split())
-    assert result.returncode == 0, result.stdout + result.stderr
-    speed, overhead = (json.loads(line) for line in result.stdout.splitlines() if line.startswith("{"))
-    assert speed["images_per_second"] > 0
-    assert 0 <= speed["data_wait"] < 1
-    assert overhead["ratio"] > 0
-
-
 def test_the_plan_of_a_cluster_in_the_documentation_is_what_the_script_prints():
     result = benchmark("cluster_plan.py")
     assert result.returncode == 0, result.stderr
