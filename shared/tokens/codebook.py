@@ -67,6 +67,11 @@ class Codebook:
         return len(self.centroids)
 
     @property
+    def bias_or_zeros(self) -> NDArray[np.float32]:
+        """(K,) float32: the bias, or zeros where the codebook has none."""
+        return np.zeros(self.k, np.float32) if self.bias is None else self.bias
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of one view's tokens."""
         height, width = self.description["grid"]
@@ -110,9 +115,8 @@ class Codebook:
     @cached_property
     def _index_with_bias(self) -> Any:
         """The bias as one more dimension, in which every feature is 1."""
-        bias = np.zeros(self.k, np.float32) if self.bias is None else self.bias
         index = import_faiss().IndexFlatIP(self.centroids.shape[1] + 1)
-        index.add(np.concatenate([self.centroids, bias[:, None]], axis=1))
+        index.add(np.concatenate([self.centroids, self.bias_or_zeros[:, None]], axis=1))
         return self._on_gpus(index)
 
     @staticmethod

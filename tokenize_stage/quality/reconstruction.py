@@ -61,8 +61,7 @@ class ReconstructionMeter:
 def _log2_probability(tokenizer: NearestCode, features: NDArray[np.float32]) -> float:
     """Sum over patches of the log2 of the largest probability."""
     codebook, total = tokenizer.codebook, 0.0
-    codes = torch.from_numpy(codebook.centroids).T
-    bias = torch.zeros(codebook.k) if codebook.bias is None else torch.from_numpy(codebook.bias)
+    codes, bias = torch.from_numpy(codebook.centroids).T, torch.from_numpy(codebook.bias_or_zeros)
     for part in torch.split(torch.from_numpy(features), max(_LOGITS_AT_ONCE // codebook.k, 1)):
         total += float(torch.log_softmax(part @ codes + bias, dim=1).amax(1).double().sum())
     return total / float(np.log(2))

@@ -58,7 +58,7 @@ class NearestCode(Tokenizer):
         points, centroids = features.astype(np.float64), self.codebook.centroids.astype(np.float64)
         rounding = _ROUNDING[self.codebook.description["precision"]]
         if self.codebook.description["metric"] == INNER_PRODUCT:
-            bias = np.zeros(self.k) if self.codebook.bias is None else self.codebook.bias.astype(np.float64)
+            bias = self.codebook.bias_or_zeros.astype(np.float64)
             low, high = ((points * centroids[codes]).sum(-1) + bias[codes] for codes in (tokens, nearest))
             lengths = np.linalg.norm(points, axis=-1) * np.linalg.norm(centroids[nearest], axis=-1)
             close: NDArray[np.bool_] = high - low <= rounding * (lengths + abs(bias[nearest]))
@@ -76,8 +76,7 @@ def codes_for_products(codebook: Codebook) -> tuple[Tensor, Tensor]:
     if codebook.description["metric"] != INNER_PRODUCT:
         # |x - c|^2 is smallest where x.c - |c|^2 / 2 is largest.
         return centroids, (-0.5 * centroids.double().square().sum(1)).float()
-    bias = np.zeros(codebook.k, np.float32) if codebook.bias is None else codebook.bias
-    return centroids, torch.from_numpy(bias)
+    return centroids, torch.from_numpy(codebook.bias_or_zeros)
 
 
 def tokens_by_products(features: Tensor, centroids: Tensor, offsets: Tensor) -> Tensor:

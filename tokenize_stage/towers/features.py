@@ -21,9 +21,6 @@ from ...shared.sources.keys import Skipped
 from ...shared.sources.records import ImageRecord
 
 _MOST_PIXELS = 100_000_000
-_AHEAD = {"cuda": 1}
-"""Batches that a device computes before the results of the one before them are read; 0 elsewhere. A GPU computes while
-this process loads the next batch and writes the last one."""
 
 
 class PatchFeatures(Protocol):
@@ -176,33 +173,33 @@ def extract_groups(
         DataError: an image cannot be read and `skip` is not set, or the features of an image hold NaN or infinity. The
             groups before it are yielded first.
     """
-    loading: deque[Sequence[Request]] = deque()
+    on_gpu = tower.device.type == "cuda"
+    if ahead is None:
+        ahead = 1 if on_gpu else 0
+    load = OneByOne(_LoadViews(policy, tower.preprocess, skip))
+    requested: deque[Sequence[Request]] = deque()
+    failed: list[MapetError] = []
 
     def remembered() -> Iterator[Sequence[Request]]:
         for group in groups:
-            loading.append(group)
+            requested.append(group)
             yield group
 
-    on_gpu, load = tower.device.type == "cuda", OneByOne(_LoadViews(policy, tower.preprocess, skip))
-    loaded = batches(load, remembered(), workers, pin_memory=on_gpu)
-    ahead = _AHEAD.get(tower.device.type, 0) if ahead is None else ahead
-    computed: deque[_Computed] = deque()
-    failed: MapetError | None = None
-    while True:
+    def loaded() -> Iterator[dict[str, Any]]:
         try:
-            batch = next(loaded, None)
+            yield from batches(load, remembered(), workers, pin_memory=on_gpu)
         except MapetError as error:  # the batches before it are yielded first
-            failed = error
-            break
-        if batch is None:
-            break
-        computed.append(_compute(tower, loading.popleft(), batch, batch_size, unit_length, reduce))
+            failed.append(error)
+
+    computed: deque[_Computed] = deque()
+    for batch in loaded():
+        computed.append(_compute(tower, requested.popleft(), batch, batch_size, unit_length, reduce))
         if len(computed) > ahead:
             yield computed.popleft().finish()
     while computed:
         yield computed.popleft().finish()
-    if failed is not None:
-        raise failed
+    for error in failed:
+        raise error
 
 
 @dataclass(frozen=True)
@@ -211,9 +208,8 @@ class _Computed:
 
     records: Sequence[ImageRecord]
     loaded: dict[str, Any]
-    readable: NDArray[np.bool_]
-    """(B,): the images of `loaded` whose values follow."""
     values: Tensor
+    """Of the images that could be read."""
     finite: Tensor
     """bool (images that could be read,): whether all of its features are finite."""
     ready: torch.cuda.Event | None
@@ -224,6 +220,7 @@ class _Computed:
         if self.ready is not None:
             self.ready.synchronize()
         pairs = list(zip(self.records, self.loaded["problem"], strict=True))
+        whole = _readable(self.loaded).numpy()
         readable = [record for record, problem in pairs if not problem]
         _refuse_not_finite(self.finite, readable)
         return ExtractedBatch(
@@ -231,7 +228,7 @@ class _Computed:
             values=self.values.contiguous().numpy(),
             skipped=[(record.key, problem) for record, problem in pairs if problem],
             # Indexed by NumPy: PyTorch before 2.10 cannot index uint32.
-            **{name: self.loaded[name].numpy()[self.readable] for name in ("crops", "flips", "sizes", "crc32")},
+            **{name: self.loaded[name].numpy()[whole] for name in ("crops", "flips", "sizes", "crc32")},
         )
 
 
@@ -244,8 +241,7 @@ def _compute(
     reduce: Callable[[Tensor], Tensor] | None,
 ) -> _Computed:
     """Starts the computation of a loaded batch; on a GPU it goes on after the return."""
-    readable = torch.tensor([not problem for problem in loaded["problem"]])
-    pixels = loaded["pixels"]
+    readable, pixels = _readable(loaded), loaded["pixels"]
     # Indexing would copy them out of pinned memory.
     features = _features(tower, pixels if readable.all() else pixels[readable], batch_size)
     finite = torch.isfinite(features).flatten(1).all(1)
@@ -257,7 +253,12 @@ def _compute(
         features = reduce(whole.flatten(0, 2)).reshape(whole.shape[:3])
     values, finite = _to_host(features), _to_host(finite)
     ready = torch.cuda.current_stream(tower.device).record_event() if tower.device.type == "cuda" else None
-    return _Computed([one.record for one in requests], loaded, readable.numpy(), values, finite, ready)
+    return _Computed([one.record for one in requests], loaded, values, finite, ready)
+
+
+def _readable(loaded: dict[str, Any]) -> Tensor:
+    """bool (B,): which images of a loaded batch could be read."""
+    return torch.tensor([not problem for problem in loaded["problem"]])
 
 
 def _to_host(tensor: Tensor) -> Tensor:
