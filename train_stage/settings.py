@@ -22,7 +22,9 @@ from .model.shape import SIZES, Shape
 RECIPES = Path(__file__).parent.parent / "recipes"
 OBJECTIVES = ("mapet", "pim", "mim")
 TARGETS = ("tokens", "features")
+ATTENTION = ("sdpa", "flex")
 TOKENS, FEATURES = TARGETS
+FLEX = ATTENTION[1]
 _CHOICES = {
     "objective.name": OBJECTIVES,
     "objective.target": TARGETS,
@@ -35,6 +37,7 @@ _CHOICES = {
     "train.precision": ("auto", "float32", "bfloat16"),
     "train.on_bad_step": ("stop", "skip"),
     "execution.parallel": ("ddp", "fsdp"),
+    "execution.attention": ATTENTION,
 }
 
 
@@ -309,6 +312,9 @@ class ExecutionSettings:
     """Keep only the rows between blocks for backward and compute the rest again: far less memory, a third slower."""
     compile: bool = False
     """torch.compile each block."""
+    attention: str = "sdpa"
+    """Of pre-training on a GPU: sdpa (one masked call of PyTorch's kernels), or flex (FlexAttention, a kernel generated
+    for the windows of MaPeT and PIM; needs a C++ compiler)."""
     loss_chunk: int | None = 4096
     """How many predicted rows have logits at a time (with K above 65,536 in proportion fewer); null is all of them."""
 

@@ -70,8 +70,9 @@ def refuse_many_processes() -> None:
         raise UsageError("torchrun with more than one process is not supported yet; start this command directly.")
 
 
-def refuse_missing_compiler() -> None:
-    """Raises UsageError if there is no C++ compiler, which torch.compile needs on the CPU and Triton on CUDA."""
+def refuse_missing_compiler(setting: str) -> None:
+    """Raises UsageError if there is no C++ compiler, which torch.compile needs on the CPU and Triton on CUDA; `setting`
+    is what asks for it."""
     names = [os.environ.get("CXX"), os.environ.get("CC"), "g++", "c++", "clang++", "gcc", "clang", "cc"]
     if not any(shutil.which(name) for name in names if name):
-        raise UsageError("execution.compile=true needs a C++ compiler (such as g++) on this machine; install one.")
+        raise UsageError(f"{setting} needs a C++ compiler (such as g++) on this machine; install one.")

@@ -141,6 +141,19 @@ def test_compiling_without_a_compiler_is_refused(chain, tmp_path: Path, monkeypa
     assert newest_checkpoint(tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ([], "no backward pass on the CPU"),
+        (["model.dim=24", "model.heads=3"], "at least 16 dimensions; this model has 3 heads in 24"),
+    ],
+)
+def test_flex_attention_is_refused_where_it_cannot_train(chain, tmp_path: Path, overrides: list[str], problem: str):
+    with pytest.raises(UsageError, match=problem):
+        run(chain, tmp_path, "execution.attention=flex", *overrides)
+    assert newest_checkpoint(tmp_path) is None
+
+
 def test_a_run_may_go_on_under_another_execution(chain, undisturbed: Path, tmp_path: Path):
     run(chain, tmp_path, "train.epochs=2")
     with pytest.raises(UsageError, match=r"train\.epochs was 2"):

@@ -124,6 +124,7 @@ def test_visible_defaults_to_a_quarter_of_the_patches():
         ("objective.query_rows=0", "query_rows"),
         ("objective.permutation_block=0", "permutation_block"),
         ("execution.loss_chunk=0", "loss_chunk"),
+        ("execution.attention=dense", "choose from sdpa, flex"),
         ("model.image_size=225", "multiple"),
         ("model.heads=7", "multiple"),
         ("model.drop_path=1", "drop_path"),

@@ -1,11 +1,11 @@
 """Fused attention in which every row attends to one unbroken range of keys, its window.
 
-The CPU computes it window by window, other devices under one mask.
+The CPU computes it window by window, other devices under one mask or by FlexAttention.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
 from ...shared.runtime.compat import flash_attention, flash_attention_backward
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 _BY_WINDOWS = ("cpu",)
 """Devices on which slices of rows are cheaper than a mask over all keys; on an H200 one masked call takes half the time
@@ -38,13 +41,22 @@ class Pattern:
     """The windows of each stream; their rows follow one another and cover all of its rows."""
     mask: Tensor | None = None
     """The same as bool (rows of all streams, keys), on devices other than the CPU; None if every row attends to every
-    key."""
+    key, or if there are `blocks`."""
+    blocks: "BlockMask | None" = None
+    """The same for FlexAttention, if that was chosen."""
 
 
-def make_pattern(windows: Sequence[Sequence[Window]], keys: int, device: torch.device | str) -> Pattern:
-    """The pattern of each stream's windows, for streams on `device` that attend to a number of `keys`."""
+def make_pattern(
+    windows: Sequence[Sequence[Window]], keys: int, device: torch.device | str, *, flex: bool = False
+) -> Pattern:
+    """The pattern of each stream's windows, for streams on `device` that attend to a number of `keys`; with `flex` for
+    FlexAttention, unless every row attends to every key."""
     every = slice(0, keys)
     unmasked = all(window.mask is None and window.keys == every for stream in windows for window in stream)
+    if flex and not unmasked:
+        from .flex import make_block_mask
+
+        return Pattern(windows, blocks=make_block_mask(windows, keys, device))
     if unmasked or torch.device(device).type in _BY_WINDOWS:
         return Pattern(windows)
     masks = []
@@ -69,13 +81,19 @@ def attend(streams: Sequence[Tensor], keys_values: Tensor, heads: int, pattern: 
         For each stream, the sums of values that its rows attend to, (B, rows, dim), heads side by side.
     """
     keys_values = _by_head(keys_values, 2 * heads)
-    if keys_values.device.type in _BY_WINDOWS:
+    if pattern.blocks is None and keys_values.device.type in _BY_WINDOWS:
         outputs = _OnCpu.apply(pattern.windows, keys_values, *(_by_head(queries, heads) for queries in streams))
         return [rows.transpose(1, 2).flatten(2) for rows in outputs]
     keys, values = keys_values.chunk(2, dim=1)
     # One call for all streams: keys and values are read once, and have one gradient instead of a sum of several.
     queries = _by_head(torch.cat(list(streams), dim=1), heads)
-    joined = scaled_dot_product_attention(queries, keys, values, attn_mask=pattern.mask).transpose(1, 2).flatten(2)
+    if pattern.blocks is None:
+        attended = scaled_dot_product_attention(queries, keys, values, attn_mask=pattern.mask)
+    else:
+        from .flex import flex_attend
+
+        attended = flex_attend(queries, keys, values, pattern.blocks)
+    joined = attended.transpose(1, 2).flatten(2)
     return list(torch.split(joined, [stream.shape[1] for stream in streams], dim=1))
 
 

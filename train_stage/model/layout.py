@@ -33,6 +33,8 @@ class Layout:
     """The content rows that each content row attends to."""
     predicted_windows: tuple[Window, ...]
     """The content rows that each predicted row attends to: the query rows, or else the last content rows."""
+    flex: bool = False
+    """Whether FlexAttention computes it."""
 
     @property
     def content_rows(self) -> int:
@@ -57,9 +59,9 @@ class Layout:
     def pattern(self) -> Pattern:
         """What the content rows, then the query rows if there are any, attend to in all blocks but the last."""
         windows = (self.content_windows, self.predicted_windows) if self.queries else (self.content_windows,)
-        return make_pattern(windows, self.content_rows, self.ranks.device)
+        return make_pattern(windows, self.content_rows, self.ranks.device, flex=self.flex)
 
     @cached_property
     def last_pattern(self) -> Pattern:
         """What the predicted rows attend to in the last block."""
-        return make_pattern((self.predicted_windows,), self.content_rows, self.ranks.device)
+        return make_pattern((self.predicted_windows,), self.content_rows, self.ranks.device, flex=self.flex)

@@ -27,14 +27,21 @@ about 200 layouts on a GPU, more than a schedule of `visible` has."""
 
 
 def step_layout(
-    settings: ObjectiveSettings, patches: int, seed: int, step: int, steps: int, device: torch.device | str
+    settings: ObjectiveSettings,
+    patches: int,
+    seed: int,
+    step: int,
+    steps: int,
+    device: torch.device | str,
+    *,
+    flex: bool = False,
 ) -> Layout:
     """The layout of step `step` of `steps`. Whatever is drawn for it is a pure function of (seed, step)."""
     if settings.name == "mim":
         return make_layout("mim", patches, patches - settings.masked(patches), device=device)
     visible = _visible(settings, seed, step, steps)
     ranks = _query_ranks(settings, patches - visible, seed, step)
-    return make_layout(settings.name, patches, visible, ranks, device=device)
+    return make_layout(settings.name, patches, visible, ranks, device=device, flex=flex)
 
 
 def _visible(settings: ObjectiveSettings, seed: int, step: int, steps: int) -> int:
@@ -65,6 +72,7 @@ def make_layout(
     *,
     slices: int = SLICES,
     device: torch.device | str = "cpu",
+    flex: bool = False,
 ) -> Layout:
     """The rows and the attention of an objective. Layouts that were made before come from `CACHE`.
 
@@ -75,17 +83,24 @@ def make_layout(
         ranks: which of the ranks 0 .. patches - visible - 1 are predicted, ascending; default all. "mim" predicts all.
         slices: into how many windows the rows of a band are split.
         device: where the masks are.
+        flex: whether FlexAttention computes the attention.
 
     Raises:
         UsageError for an unknown objective, a rank out of range, or if `visible` leaves nothing to predict.
     """
     device = torch.device(device)
-    key = (objective, patches, visible, ranks, slices, device)
-    return CACHE.get(key, lambda: _build_layout(objective, patches, visible, ranks, slices, device))
+    key = (objective, patches, visible, ranks, slices, device, flex)
+    return CACHE.get(key, lambda: _build_layout(objective, patches, visible, ranks, slices, device, flex))
 
 
 def _build_layout(
-    objective: str, patches: int, visible: int, ranks: tuple[int, ...] | None, slices: int, device: torch.device
+    objective: str,
+    patches: int,
+    visible: int,
+    ranks: tuple[int, ...] | None,
+    slices: int,
+    device: torch.device,
+    flex: bool,
 ) -> Layout:
     if objective not in OBJECTIVES:
         raise UsageError(f"objective {objective!r} is unknown; choose from {', '.join(OBJECTIVES)}.")
@@ -111,6 +126,7 @@ def _build_layout(
         rank_numbers=tuple(rank_tensor.tolist()),
         content_windows=tuple(content_windows),
         predicted_windows=tuple(predicted_windows),
+        flex=flex,
     )
 
 

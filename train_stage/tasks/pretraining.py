@@ -21,10 +21,13 @@ from ..model.shape import Shape
 from ..objectives.layouts import step_layout
 from ..objectives.token_loss import token_loss
 from ..probing.run_probe import RunProbe
-from ..settings import FEATURES, TOKENS, Settings
+from ..settings import FEATURES, FLEX, TOKENS, Settings
 from ..training.task import Places, Task, TaskModel
 from ..weights.init import start_from
 from .pretraining_loss import BANDS, PretrainingLoss
+
+_LEAST_OF_FLEX = 16
+"""Dimensions of a head for which FlexAttention generates kernels."""
 
 
 class PretrainingModel(TaskModel[Batch]):
@@ -35,11 +38,16 @@ class PretrainingModel(TaskModel[Batch]):
     target = TOKENS
 
     def __init__(self, settings: Settings, k: int) -> None:
-        """Raises UsageError if the settings ask for another target than `target`."""
+        """Raises UsageError if the settings want another target than `target`, or FlexAttention of small heads."""
         refuse_other_target(settings, self.target)
         self.settings: Settings = settings
         self.k = k
         self.shape = settings.model.shape(k)
+        if settings.execution.attention == FLEX and self.shape.dim < _LEAST_OF_FLEX * self.shape.heads:
+            raise UsageError(
+                f"execution.attention=flex needs heads of at least {_LEAST_OF_FLEX} dimensions; this model has "
+                f"{self.shape.heads} heads in {self.shape.dim}. Leave it out."
+            )
 
     def new_model(self) -> MaPeT:
         """MaPeT with fresh weights. The caller's random state is left alone."""

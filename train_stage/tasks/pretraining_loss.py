@@ -18,7 +18,7 @@ from ..model.mapet import MaPeT, drop_path_scales
 from ..objectives.feature_loss import feature_loss
 from ..objectives.layouts import step_layout
 from ..objectives.token_loss import cross_entropy_and_grads, token_loss
-from ..settings import Settings
+from ..settings import FLEX, Settings
 from ..training.task import Bands, StepInputs, TaskLoss
 
 BANDS = Bands(8, "rank")
@@ -58,7 +58,8 @@ class PretrainingLoss(TaskLoss):
     def at_step(self, step: int, steps: int) -> "PretrainingInputs":
         """The layout of step `step` of `steps`, and the bands of the ranks that it predicts."""
         settings, patches = self.settings, self.model.shape.patches
-        layout = step_layout(settings.objective, patches, settings.train.seed, step, steps, self.device)
+        flex = settings.execution.attention == FLEX and self.device != "cpu"  # a dry run counts on the CPU
+        layout = step_layout(settings.objective, patches, settings.train.seed, step, steps, self.device, flex=flex)
         in_band, predictions = _bands(layout.rank_numbers, patches - layout.visible, self.device)
         return PretrainingInputs(predictions, layout, in_band)
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ...shared.errors import DataError
+from ...shared.errors import DataError, UsageError
 from ...shared.runtime.devices import refuse_missing_compiler
 from ...shared.runtime.distributed import World
+from ..settings import FLEX, ExecutionSettings
 from ..weights.checkpoint import EMA, MODEL, OPTIMIZER, Tensors
 from .bad_steps import BadStep, LossMonitor
 from .parallel import (
@@ -34,15 +35,16 @@ class Trainer(Generic[BatchT]):
     def __init__(self, task: TaskModel[BatchT], model: nn.Module, plan: Plan, world: World, device: str) -> None:
         """Moves `model` to the device, shards or replicates it over the processes, and makes the optimizer.
 
-        Raises UsageError if compilation is asked for and the machine has no compiler.
+        Raises UsageError if compilation is asked for and the machine has no compiler, and for FlexAttention on the CPU.
         """
         self.task, self.settings, self.plan, self.world, self.device = task, task.settings, plan, world, device
         self.model = model.to(device).train()
         self.loss = task.loss(model, device, task.settings.train.precision_on(device))
         execution = self.settings.execution
+        _refuse_flex_attention(execution, device)
         blocks = task.blocks(model)
         if execution.compile:
-            refuse_missing_compiler()
+            refuse_missing_compiler("execution.compile=true")
             for block in blocks:
                 block.compile()
             self.loss.compile_surroundings()
@@ -158,3 +160,12 @@ class Trainer(Generic[BatchT]):
             eps=settings.eps,
             fused=True,
         )
+
+
+def _refuse_flex_attention(execution: ExecutionSettings, device: str) -> None:
+    """Raises UsageError if execution.attention=flex cannot be trained with here."""
+    if execution.attention != FLEX:
+        return
+    if device == "cpu":
+        raise UsageError("execution.attention=flex has no backward pass on the CPU; leave it out, or train on a GPU.")
+    refuse_missing_compiler("execution.attention=flex")
