@@ -29,6 +29,7 @@ from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards, encode_shards_dry_run, show_estimate
 from mapet.tokenize_stage.towers.opening import open_tower
 from mapet.tokenize_stage.towers.tower import TowerSettings
+from mapet.tokenize_stage.verify import verify
 from PIL import Image
 
 from ..warm import warm_command, warm_torchrun
@@ -140,6 +141,26 @@ def test_batch_size_does_not_change_tokens(chain, tmp_path: Path):
         after = tokens_by_key(tmp_path / str(size))
         assert after.keys() == before.keys()
         assert all(np.array_equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_tower_gives_the_same_tokens_up_to_ties(chain, tmp_path: Path):
+    encode_shards(chain.images, chain.codebook, tmp_path / "tokens", compile=True)
+    found, expected = (np.stack(list(tokens_by_key(store).values())) for store in (tmp_path / "tokens", chain.tokens))
+    assert np.mean(found == expected) > 0.995
+    verify(tmp_path / "tokens", codebook=chain.codebook, images=chain.images, reencode=96)
+
+
+def test_a_tower_is_not_compiled_without_a_compiler(chain, tower: str, tmp_path: Path, monkeypatch):
+    for name in ("PATH", "CC", "CXX"):
+        monkeypatch.setenv(name, "")
+    with pytest.raises(UsageError, match=r"--compile needs a C\+\+ compiler"):
+        encode_shards(chain.images, chain.codebook, tmp_path / "tokens", compile=True)
+    with pytest.raises(UsageError, match=r"--compile needs a C\+\+ compiler"):
+        build_codebook(chain.images, tmp_path / "codebook", tower=tower, k=4, patches=50, compile=True)
+    assert not (tmp_path / "codebook").exists()
+    assert not any((tmp_path / "tokens").glob("*.zip"))
 
 
 def test_worker_processes_and_time_do_not_change_a_byte(chain, tmp_path: Path):

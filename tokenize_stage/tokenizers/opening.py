@@ -28,17 +28,18 @@ class SavedTokenizer:
     def fingerprint(self) -> str:
         return self.codebook.fingerprint
 
-    def open(self, *, tower: str | None = None, device: str = "auto") -> Tokenizer:
+    def open(self, *, tower: str | None = None, device: str = "auto", compile: bool = False) -> Tokenizer:
         """Opens the tower and returns the tokenizer.
 
         Args:
             tower: where the tower is now, if it moved.
             device: "auto", "cpu" or "cuda".
+            compile: whether the tower is compiled.
 
         Raises:
             FingerprintMismatch: the tower at that place is another one.
             DataError: the tower's weights are missing.
-            UsageError: the tower's name or the device is unknown.
+            UsageError: the tower's name or the device is unknown, or there is no C++ compiler to compile with.
         """
         if self.codebook.description["library"] not in KINDS:
             opened = open_same_tower(self.codebook, tower, choose_device(device))
@@ -46,6 +47,8 @@ class SavedTokenizer:
             raise UsageError(f"--tower {tower}: {self.path} holds its own encoder; leave the option out.")
         else:
             opened = open_encoder(self.path, self.codebook, choose_device(device))
+        if compile:
+            opened.compile()
         return NearestCode(opened, self.codebook, self.description)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...shared.errors import UsageError
 from ...shared.images.normalise import Normalise
 from ...shared.images.views import Preprocess
+from ...shared.runtime.devices import refuse_missing_compiler
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -49,6 +50,12 @@ class Tower:
         blank = torch.zeros(1, 3, self.preprocess.image_size, self.preprocess.image_size, dtype=torch.uint8)
         _, self.dim, height, width = self._maps(blank).shape
         self.grid = (height, width)
+
+    def compile(self) -> None:
+        """Compiles the model with torch.compile, which fuses what lies between its products; features are equal to
+        rounding. Raises UsageError if the machine has no C++ compiler."""
+        refuse_missing_compiler("--compile")
+        self._intermediates = torch.compile(self._intermediates)
 
     def description(self) -> dict[str, Any]:
         """Everything about the tower that a codebook's JSON records."""
