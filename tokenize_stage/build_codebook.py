@@ -106,7 +106,7 @@ def build_codebook(
         batch_size: Images per forward pass.
         workers: Processes that decode images (default: 0 on the CPU, up to 16 on CUDA).
         device: auto, cpu or cuda.
-        compile: Compile the tower with torch.compile, for GPUs and long runs: the first batch takes a minute more.
+        compile: Compile the tower with torch.compile, on GPUs and for long runs: the first batch takes a minute more.
             Features are equal to rounding.
 
     Returns:

@@ -86,7 +86,7 @@ def encode_shards(
         batch_size: Views per forward pass.
         workers: Processes that decode images (default: 0 on the CPU, up to 16 on CUDA).
         device: auto, cpu or cuda.
-        compile: Compile the tower with torch.compile, for GPUs and long runs: the first batch takes a minute more.
+        compile: Compile the tower with torch.compile, on GPUs and for long runs: the first batch takes a minute more.
             Tokens differ where two centroids are equally near up to rounding.
 
     Returns:
@@ -186,7 +186,7 @@ def encode_shards_dry_run(
         batch_size: Views per forward pass.
         workers: Processes that decode images (default: 0 on the CPU, up to 16 on CUDA).
         device: auto, cpu or cuda.
-        compile: Compile the tower with torch.compile, for GPUs and long runs: the first batch takes a minute more.
+        compile: Compile the tower with torch.compile, on GPUs and for long runs: the first batch takes a minute more.
             Tokens differ where two centroids are equally near up to rounding.
 
     Returns:

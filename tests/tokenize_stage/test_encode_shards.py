@@ -145,8 +145,9 @@ def test_batch_size_does_not_change_tokens(chain, tmp_path: Path):
 
 @pytest.mark.campaign
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_tower_gives_the_same_tokens_up_to_ties(chain, tmp_path: Path):
+def test_a_compiled_tower_gives_the_same_tokens_up_to_ties(chain, tmp_path: Path, capsys):
     encode_shards(chain.images, chain.codebook, tmp_path / "tokens", compile=True)
+    assert "leave --compile out" in capsys.readouterr().err
     found, expected = (np.stack(list(tokens_by_key(store).values())) for store in (tmp_path / "tokens", chain.tokens))
     assert np.mean(found == expected) > 0.995
     verify(tmp_path / "tokens", codebook=chain.codebook, images=chain.images, reencode=96)

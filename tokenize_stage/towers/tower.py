@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...shared.errors import UsageError
 from ...shared.images.normalise import Normalise
 from ...shared.images.views import Preprocess
+from ...shared.runtime.console import say
 from ...shared.runtime.devices import refuse_missing_compiler
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,6 +56,8 @@ class Tower:
         """Compiles the model with torch.compile, which fuses what lies between its products; features are equal to
         rounding. Raises UsageError if the machine has no C++ compiler."""
         refuse_missing_compiler("--compile")
+        if self.device.type == "cpu":
+            say("Warning: on the CPU a compiled tower is slower, in bfloat16 many times; leave --compile out.")
         self._intermediates = torch.compile(self._intermediates)
 
     def description(self) -> dict[str, Any]:
