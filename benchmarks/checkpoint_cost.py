@@ -18,26 +18,20 @@ import typer
 from mapet.shared.runtime.console import running_command
 from mapet.shared.runtime.devices import choose_device
 from mapet.shared.runtime.distributed import World
-from mapet.train_stage.data.batch import Batch
 from mapet.train_stage.settings import resolve
 from mapet.train_stage.tasks.pretraining import PretrainingModel
 from mapet.train_stage.training.plan import make_plan
 from mapet.train_stage.training.trainer import Trainer
 from mapet.train_stage.weights.checkpoint import Checkpoints
+from steps import K, training_batch
 
 
 def main(size: str = "base", pairs: int = 5, batch: int = 2, device: str = "cpu") -> None:
     choose_device(device)
     settings = resolve(f"vit-{size}-16", [f"train.batch_size={batch}"])
-    task = PretrainingModel(settings, 8192)
+    task = PretrainingModel(settings, K)
     trainer = Trainer(task, task.new_model(), make_plan(settings, 100, 1), World(), device)
-    part = Batch(
-        index=torch.arange(batch),
-        pixels=torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8),
-        order=torch.stack([torch.randperm(196) for _ in range(batch)]),
-        tokens=torch.randint(8192, (batch, 196)),
-        uniform_draws=torch.rand(batch, 12, 2),
-    )
+    part = training_batch(batch)
 
     def step() -> None:
         trainer.step(0, [part])

@@ -45,18 +45,20 @@ Row = tuple[str, Any, str]
 
 def main(
     size: Annotated[list[str], typer.Option()] = ["tiny", "small", "base"],  # noqa: B006
-    mode: Annotated[list[str], typer.Option()] = ["eager", "compiled"],  # noqa: B006
+    mode: Annotated[list[str], typer.Option()] = ["eager", "compiled", "flex"],  # noqa: B006
     batch: int = 64,
     pairs: int = 10,
     device: str = "cuda",
-    check: Annotated[list[str], typer.Option()] = ["equality", "attention_kernels", "tower", "encoding", "steps"],  # noqa: B006
+    check: Annotated[list[str] | None, typer.Option(help="The checks to run; by default all of them.")] = None,
 ) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu_check.py measures a CUDA device and finds none; benchmarks/pretrain_step.py measures the CPU.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    checks = {one.__name__: one for one in CHECKS}
+    for unknown in set(check or ()) - set(checks):
+        raise typer.BadParameter(f"{unknown!r} is unknown; choose from {', '.join(checks)}.", param_hint="--check")
     given: dict[str, list[tuple]] = {"equality": [()], "steps": [(one, mode, batch, pairs) for one in size]}
-    every = [(one, arguments) for one in CHECKS for arguments in given.get(one.__name__, [(batch, pairs)])]
-    chosen = [(one, arguments) for one, arguments in every if one.__name__ in check]
+    chosen = [(checks[name], arguments) for name in check or checks for arguments in given.get(name, [(batch, pairs)])]
     found = [
         ("device", torch.cuda.get_device_name() if device == "cuda" else "cpu", ""),
         ("torch", torch.__version__, ""),
@@ -80,13 +82,16 @@ def equality(device: str) -> Iterator[Row]:
     """Loss and gradients of the published implementation, on every path of execution."""
     expected = load_file(ORACLE / "pretrain_expected.safetensors", device=device)
     order, visible = expected["order"], int(expected["least_number"]) - 1
-    layout, targets = make_layout("mapet", 16, visible, device=device), expected["tokens"].gather(1, order[:, visible:])
+    targets = expected["tokens"].gather(1, order[:, visible:])
+    paths = ["plain", "chunked loss", "checkpointing", "compiled"]
+    paths += ["flex", "flex, checkpointing", "flex, compiled"] if device == "cuda" else []
     for precision, limit in LIMITS.items():
-        for path in ("plain", "chunked loss", "checkpointing", "compiled"):
+        for path in paths:
             model = load_published(ORACLE / "pretrain.pth.tar").to(device)
-            model.grad_checkpointing = path == "checkpointing"
-            for block in model.blocks if path == "compiled" else ():
+            model.grad_checkpointing = "checkpointing" in path
+            for block in model.blocks if "compiled" in path else ():
                 block.compile()
+            layout = make_layout("mapet", 16, visible, device=device, flex="flex" in path)
             with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
                 rows = model.predict_rows(expected["images"], order, layout)
                 loss, _ = token_loss(rows, model.decoder, targets, 7 if path == "chunked loss" else None)
@@ -152,10 +157,13 @@ def attention_kernels(device: str, images: int, pairs: int, heads: int = 12, d: 
         for rows in (keys, PATCHES - VISIBLE)
     ]
     keys_values = torch.randn(images, keys, 2 * dim, device=device, dtype=torch.bfloat16, requires_grad=True)
-    ways = {"ours": _ours(heads, device)}
+    ways = {"one masked call": _ours(heads, device)}
     ways |= {f"windows, {slices} slices": _by_windows(slices, heads, device) for slices in (1, 2, 4)}
     if device == "cuda":
-        ways |= {"FlexAttention": _by_flex(heads, device), "flash, sliding window": _by_sliding_window(heads, device)}
+        ways |= {
+            "FlexAttention": _ours(heads, device, flex=True),
+            "flash, sliding window": _by_sliding_window(heads, device),
+        }
     first = None
     for name, way in ways.items():
         try:
@@ -174,8 +182,8 @@ def attention_kernels(device: str, images: int, pairs: int, heads: int = 12, d: 
             yield f"attention, {name}: ms", round(1e3 * spent, 2), f"differs by {error:.1e}"
 
 
-def _ours(heads: int, device: str):
-    pattern = make_layout("mapet", PATCHES, VISIBLE, device=device).pattern
+def _ours(heads: int, device: str, flex: bool = False):
+    pattern = make_layout("mapet", PATCHES, VISIBLE, device=device, flex=flex).pattern
     return lambda streams, keys_values: attend(streams, keys_values, heads, pattern)
 
 
@@ -196,27 +204,6 @@ def _by_windows(slices: int, heads: int, device: str):
             ]
             outputs.append(torch.cat(parts, dim=2).transpose(1, 2).flatten(2))
         return outputs
-
-    return run
-
-
-def _by_flex(heads: int, device: str):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    layout = make_layout("mapet", PATCHES, VISIBLE, device=device)
-    masks = layout.pattern.mask.split([layout.content_rows, len(layout.ranks)])
-    blocks = [
-        create_block_mask(lambda b, h, row, key, m=m: m[row, key], None, None, *m.shape, device=device) for m in masks
-    ]
-    fused = torch.compile(flex_attention)
-
-    def run(streams: list[Tensor], keys_values: Tensor) -> list[Tensor]:
-        keys, values = (split_heads(part, heads) for part in keys_values.chunk(2, dim=-1))
-        outputs = [
-            fused(split_heads(rows, heads), keys, values, block_mask=block)
-            for rows, block in zip(streams, blocks, strict=True)
-        ]
-        return [output.transpose(1, 2).flatten(2) for output in outputs]
 
     return run
 
@@ -247,7 +234,7 @@ def _by_sliding_window(heads: int, device: str):
 
 
 def tower(device: str, images: int, pairs: int) -> Iterator[Row]:
-    """Stage one: patch features of a ViT-B/16 tower (random weights), and what bfloat16 does to tokens."""
+    """Stage one: patch features of a ViT-B/16 tower (random weights), and what bfloat16 and compiling do to tokens."""
     pixels = torch.randint(256, (images, 3, 224, 224), dtype=torch.uint8)
     settings = {precision: TowerSettings("ViT-B-16", pretrained="none", precision=precision) for precision in LIMITS}
     tokens, codebook = {}, None
@@ -257,11 +244,21 @@ def tower(device: str, images: int, pairs: int) -> Iterator[Row]:
         features = opened.features(pixels)
         spent = statistics.median(seconds(lambda opened=opened: opened.features(pixels), device) for _ in range(pairs))
         yield f"tower ViT-B-16, {precision}: images/s", round(images / spent, 1), ""
-        flat = features.reshape(-1, opened.dim).float().cpu()
-        codebook = flat[:256] if codebook is None else codebook
-        tokens[precision] = torch.cdist(flat, codebook).argmin(1)
-    differ = (tokens["float32"] != tokens["bfloat16"]).float().mean().item()
-    yield "tokens that bfloat16 changes (random weights)", f"{differ:.2%}", ""
+        opened.compile()
+        compiled = opened.features(pixels)
+        again = statistics.median(seconds(lambda opened=opened: opened.features(pixels), device) for _ in range(pairs))
+        yield f"tower ViT-B-16, {precision}, compiled: images/s", round(images / again, 1), f"{spent / again:.2f} times"
+        codebook = features.reshape(-1, opened.dim)[:256] if codebook is None else codebook
+        for name, found in {precision: features, f"compiling {precision}": compiled}.items():
+            tokens[name] = torch.cdist(found.reshape(-1, opened.dim), codebook).argmin(1)
+    for name in ("bfloat16", "compiling float32"):
+        yield f"tokens that {name} changes (random weights)", _differ(tokens[name], tokens["float32"]), ""
+    differ = _differ(tokens["compiling bfloat16"], tokens["bfloat16"])
+    yield "tokens that compiling bfloat16 changes (random weights)", differ, ""
+
+
+def _differ(some: Tensor, others: Tensor) -> str:
+    return f"{(some != others).float().mean().item():.2%}"
 
 
 def encoding(device: str, images: int, pairs: int) -> Iterator[Row]:

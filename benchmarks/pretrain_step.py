@@ -6,7 +6,8 @@ Parts: `dense` (time and bytes kept for backward against the dense-mask referenc
 the time can be at most where products take all of it), `floor` (time for each FLOP against timm), `masks` (what the
 reference's masks cost, which its time does not contain), `memory` (peak of a step, beside the reference's), `attention`
 (the fused kernel in bfloat16 against float32), `profile` (shares of a step's time in matrix products, attention and the
-rest, and the FLOP/s of the first two). Repeat an option for more values.
+rest, and the FLOP/s of the first two), `host` (a whole step of the trainer with almost nothing to compute: what Python
+and PyTorch take before a device is handed the work). Repeat an option for more values.
 """
 
 import json
@@ -18,8 +19,22 @@ import torch
 import typer
 from dense_reference import split_heads
 from mapet.shared.runtime.devices import keep_freed_memory
+from mapet.throughput.training import Steps
 from mapet.train_stage.model.attention import Pattern, Window, attend
-from steps import PATCHES, Batch, Step, count_flops, interleaved, peak_bytes, saved_bytes, under
+from mapet.train_stage.settings import resolve
+from steps import (
+    PATCHES,
+    Batch,
+    K,
+    Step,
+    count_flops,
+    interleaved,
+    peak_bytes,
+    saved_bytes,
+    seconds,
+    training_batch,
+    under,
+)
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,6 +69,8 @@ def main(
                     say("against dense masks", about, dense(data, kind, how, pairs))
                 if "floor" in part:
                     say("against timm's ViT", about, floor(data, kind, how, pairs))
+                if "host" in part:
+                    say("host time of a step", about, host(one, kind, how, pairs))
                 if "profile" in part:
                     for name, step in {"ours": data.ours, "dense masks": data.dense, "timm": data.plain}.items():
                         values = {"precision": kind, "mode": how} | profile(step(how), step(), kind)
@@ -122,6 +139,27 @@ def profile(step: Step, counted: Step, precision: str) -> dict:
     shares = {kind: round(seconds / whole, 3) for kind, seconds in by_kind.items()}
     rates = {f"{kind}_gflops": round(flops[kind] / max(by_kind[kind], 1e-9) / 1e9, 1) for kind in KINDS}
     return {"seconds": round(whole, 3), **shares, "rest": round(1 - sum(shares.values()), 3), **rates}
+
+
+def host(size: str, precision: str, mode: str, pairs: int) -> dict:
+    """As many operators as a real step has, on four patches of one image and a dimension of 4 in each head."""
+    settings = resolve(
+        f"vit-{size}-16",
+        [
+            "model.dim=12",
+            "model.heads=3",
+            "model.image_size=32",
+            "objective.visible=1",
+            "train.batch_size=1",
+            f"train.precision={precision}",
+            f"execution.compile={mode == 'compiled'}",
+        ],
+    )
+    step = Steps(settings, K, training_batch(1, 32), "cpu").ours()
+    for _ in range(3):
+        step()
+    times = [seconds(step) for _ in range(10 * pairs)]
+    return {"precision": precision, "mode": mode, "ms": round(1e3 * statistics.median(times), 2), "steps": len(times)}
 
 
 def masks(data: Batch) -> dict:

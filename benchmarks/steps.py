@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from dense_reference import DenseMaPeT, build_masks
 from mapet.throughput.training import PlainViT
+from mapet.train_stage.data.batch import Batch as TrainingBatch
 from mapet.train_stage.model.mapet import MaPeT
 from mapet.train_stage.model.shape import SIZES, Shape
 from mapet.train_stage.objectives.layouts import make_layout
@@ -43,14 +44,15 @@ class Batch:
         return build_masks(order, VISIBLE, self.heads)
 
     def ours(self, mode: str = "eager", chunk: int | None = CHUNK, checkpointing: bool = False) -> Step:
+        """`mode` is eager, compiled, or flex: compiled with FlexAttention, which has no backward pass on the CPU."""
         # Compiling is undone by building the model anew with the same weights.
         model = MaPeT(self.model.shape).train().to(self.device)
         model.load_state_dict(self.model.state_dict())
         model.grad_checkpointing = checkpointing
-        if mode == "compiled":
+        if mode != "eager":
             for block in model.blocks:
                 block.compile()
-        layout = make_layout("mapet", PATCHES, VISIBLE, device=self.device)
+        layout = make_layout("mapet", PATCHES, VISIBLE, device=self.device, flex=mode == "flex")
         targets = self.tokens.gather(1, self.order[:, VISIBLE:])
 
         def step() -> Tensor:
@@ -61,7 +63,7 @@ class Batch:
 
     def dense(self, mode: str = "eager") -> Step:
         reference = DenseMaPeT(self.model)
-        forward = torch.compile(reference) if mode == "compiled" else reference
+        forward = reference if mode == "eager" else torch.compile(reference)
         step = partial(forward, self.images, self.hidden, self.masks, self.tokens.gather(1, self.hidden))
         step.parameters = list(reference.parameters())
         return step
@@ -69,8 +71,20 @@ class Batch:
     def plain(self, mode: str = "eager") -> Step:
         """timm's ViT with an 8192-way head on the rows of as many patches as MaPeT predicts."""
         model = PlainViT(self.model.shape).to(self.device)
-        forward = torch.compile(model) if mode == "compiled" else model
+        forward = model if mode == "eager" else torch.compile(model)
         return partial(forward, self.images, self.hidden, self.tokens.gather(1, self.hidden))
+
+
+def training_batch(images: int, size: int = 224) -> TrainingBatch:
+    """Random images of `size` pixels and their tokens, as the trainer of a ViT/16 of 12 blocks takes them."""
+    patches = (size // 16) ** 2
+    return TrainingBatch(
+        index=torch.arange(images),
+        pixels=torch.randint(256, (images, 3, size, size), dtype=torch.uint8),
+        order=torch.stack([torch.randperm(patches) for _ in range(images)]),
+        tokens=torch.randint(K, (images, patches)),
+        uniform_draws=torch.rand(images, 12, 2),
+    )
 
 
 def under(precision: str, step: Step, device: str = "cpu") -> Step:

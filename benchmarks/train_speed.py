@@ -1,6 +1,7 @@
 """A run as users start it: images/s, MFU, share of time waiting for data; what DDP costs. One JSON line a figure.
 
 python benchmarks/train_speed.py [--size tiny --size small --size base] [--batch 256] [--steps 60] [--device cuda]
+    [--set execution.attention=flex]
 
 Pictures are drawn (64 pixels; decoding photographs costs more, benchmarks/loader.py). `--images` and `--tokens` take
 others, with a 14x14 grid. On the CPU: --device cpu --size tiny --batch 8 --steps 6 --no-compiled.
@@ -20,14 +21,13 @@ from mapet.shared.runtime.console import running_command
 from mapet.shared.runtime.distributed import World
 from mapet.tokenize_stage.build_codebook import build_codebook
 from mapet.tokenize_stage.encode_shards import encode_shards
-from mapet.train_stage.data.batch import Batch
 from mapet.train_stage.pretrain import pretrain
 from mapet.train_stage.settings import resolve
 from mapet.train_stage.tasks.pretraining import PretrainingModel
 from mapet.train_stage.training import trainer
 from mapet.train_stage.training.plan import make_plan
 from mapet.train_stage.training.trainer import Trainer
-from steps import interleaved_seconds
+from steps import K, interleaved_seconds, training_batch
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -40,6 +40,7 @@ def main(
     device: str = "cuda",
     images: str | None = None,
     tokens: str | None = None,
+    overrides: Annotated[list[str], typer.Option("--set")] = [],  # noqa: B006
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -54,6 +55,7 @@ def main(
                 "train.precision=bfloat16",
                 "train.log_every=4",
                 f"model.name=vit-{one}",
+                *overrides,
             ]
             pretrain(images, tokens, root / one, overrides=settings, device=device)
             lines = [json.loads(line) for line in (root / one / "metrics.jsonl").read_text().splitlines()]
@@ -63,7 +65,7 @@ def main(
                 for name in ("images_per_second", "data_wait", "mfu")
                 if name in lines[0]
             }
-            print(json.dumps({"figure": f"pretrain vit-{one}, batch {batch}", **found}), flush=True)
+            print(json.dumps({"figure": f"pretrain vit-{one}, batch {batch}", "set": overrides, **found}), flush=True)
         overhead = ddp_over_plain(size[0], batch, pairs, device)
         print(json.dumps({"figure": f"DDP over no DDP, vit-{size[0]}, one process", "ratio": overhead}), flush=True)
 
@@ -83,14 +85,8 @@ def ddp_over_plain(size: str, batch: int, pairs: int, device: str) -> float:
     backend = "nccl" if device == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     settings = resolve(f"vit-{size}-16", [f"train.batch_size={batch}", "train.precision=bfloat16"])
-    part = Batch(
-        index=torch.arange(batch),
-        pixels=torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8),
-        order=torch.stack([torch.randperm(196) for _ in range(batch)]),
-        tokens=torch.randint(8192, (batch, 196)),
-        uniform_draws=torch.rand(batch, 12, 2),
-    )
-    task, ways = PretrainingModel(settings, 8192), []
+    part = training_batch(batch)
+    task, ways = PretrainingModel(settings, K), []
     plain = trainer.wrap_parallel
     for spread in (lambda module, *_: DistributedDataParallel(module), plain):
         trainer.wrap_parallel = spread
