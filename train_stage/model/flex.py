@@ -27,13 +27,13 @@ def make_block_mask(windows: Sequence[Sequence[Window]], keys: int, device: torc
 
 def _ranges(window: Window, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """The first key of each row of a window and the one behind its last, int32 (rows,)."""
-    rows, keys = window.rows.stop - window.rows.start, window.keys
+    keys = window.keys
     if window.mask is None:
-        firsts, counts = torch.zeros(rows, device=device), torch.full((rows,), keys.stop - keys.start, device=device)
-    else:
-        mask = window.mask.int()
-        firsts, counts = mask.argmax(1), mask.sum(1)
-    return (firsts + keys.start).int(), (firsts + keys.start + counts).int()
+        same = torch.ones(window.rows.stop - window.rows.start, dtype=torch.int32, device=device)
+        return same * keys.start, same * keys.stop
+    mask = window.mask.int()
+    firsts = keys.start + mask.argmax(1)
+    return firsts.int(), (firsts + mask.sum(1)).int()
 
 
 def flex_attend(queries: Tensor, keys: Tensor, values: Tensor, blocks: BlockMask) -> Tensor:

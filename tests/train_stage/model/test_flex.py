@@ -1,5 +1,8 @@
-"""FlexAttention sees the keys that the windows give, in every layout; its backward pass needs a GPU
-(benchmarks/gpu_check.py)."""
+"""FlexAttention sees the keys that the windows give, and has their gradients, in every layout.
+
+PyTorch generates no backward kernel for the CPU; here its own reference, which a GPU's kernel is held against, computes
+both passes. benchmarks/gpu_check.py tests the kernel.
+"""
 
 import shutil
 from itertools import pairwise
@@ -9,18 +12,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mapet.train_stage.model.attention import Window, attend, make_pattern
+from mapet.train_stage.model.layout import Layout
 from mapet.train_stage.model.mapet import MaPeT
 from mapet.train_stage.model.shape import Shape
 from mapet.train_stage.objectives.layouts import make_layout
+from torch import Tensor
+from torch.nn.attention import flex_attention
 
 HEADS, DIM, PATCHES = 2, 32, 9
 
 
 @pytest.fixture
-def uncompiled():
-    """FlexAttention's own reference in PyTorch: no kernel is generated."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+def backward_on_cpu(monkeypatch):
+    """Lifts PyTorch's refusal of a backward pass on the CPU, which its reference has."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda query, key, value: None)
+
+
+def gradients(model: MaPeT, images: Tensor, order: Tensor, layout: Layout) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(images, order, layout).square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 @st.composite
@@ -68,20 +79,40 @@ def test_rows_attend_to_the_keys_of_their_windows(data, keys: int):
             assert bool(pattern.blocks.to_dense()[0, 0, block_row, block]) == bool(part.any())
 
 
-@pytest.mark.usefixtures("uncompiled")
+def small_model() -> tuple[MaPeT, Tensor, Tensor]:
+    """A model of three blocks, two images and their permutations."""
+    torch.manual_seed(0)
+    model = MaPeT(Shape(DIM, depth=3, heads=HEADS, patch_size=4, image_size=12, k=5))
+    return model, torch.randn(2, 3, 12, 12), torch.stack([torch.randperm(PATCHES) for _ in range(2)])
+
+
+@pytest.mark.usefixtures("backward_on_cpu")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("ranks", [None, (1, 2, 5)])
 @pytest.mark.parametrize("visible", [0, 3])
 @pytest.mark.parametrize("objective", ["mapet", "pim"])
-def test_predictions_are_those_of_windows(objective: str, visible: int, ranks: tuple[int, ...] | None):
-    torch.manual_seed(0)
-    model = MaPeT(Shape(DIM, depth=2, heads=HEADS, patch_size=4, image_size=12, k=5))
-    images, order = torch.randn(2, 3, 12, 12), torch.stack([torch.randperm(PATCHES) for _ in range(2)])
-    with torch.no_grad():
-        found, expected = (
-            model.predict_rows(images, order, make_layout(objective, PATCHES, visible, ranks, flex=flex))
-            for flex in (True, False)
-        )
-    assert torch.allclose(found, expected, atol=1e-5)
+def test_gradients_are_those_of_windows(objective: str, visible: int, ranks: tuple[int, ...] | None):
+    model, images, order = small_model()
+    expected = gradients(model, images, order, make_layout(objective, PATCHES, visible, ranks))
+    with torch.compiler.set_stance("force_eager"):  # no kernel is generated
+        found = gradients(model, images, order, make_layout(objective, PATCHES, visible, ranks, flex=True))
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.campaign
+@pytest.mark.usefixtures("backward_on_cpu")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_have_the_same_gradients_with_one_layout_after_another(checkpointing: bool):
+    model, images, order = small_model()
+    model.grad_checkpointing = checkpointing
+    expected = [gradients(model, images, order, make_layout("mapet", PATCHES, visible)) for visible in (3, 4, 5)]
+    for block in model.blocks:
+        block.compile(backend="aot_eager")  # traced and differentiated, and computed by the reference
+    for visible, wanted in zip((3, 4, 5), expected, strict=True):
+        found = gradients(model, images, order, make_layout("mapet", PATCHES, visible, flex=True))
+        for name, gradient in wanted.items():
+            assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5), name
 
 
 def test_mim_has_no_mask_to_compute():
