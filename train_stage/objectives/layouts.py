@@ -7,6 +7,7 @@ window.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -90,17 +91,11 @@ def make_layout(
     """
     device = torch.device(device)
     key = (objective, patches, visible, ranks, slices, device, flex)
-    return CACHE.get(key, lambda: _build_layout(objective, patches, visible, ranks, slices, device, flex))
+    return CACHE.get(key, lambda: replace(_build_layout(objective, patches, visible, ranks, slices, device), flex=flex))
 
 
 def _build_layout(
-    objective: str,
-    patches: int,
-    visible: int,
-    ranks: tuple[int, ...] | None,
-    slices: int,
-    device: torch.device,
-    flex: bool,
+    objective: str, patches: int, visible: int, ranks: tuple[int, ...] | None, slices: int, device: torch.device
 ) -> Layout:
     if objective not in OBJECTIVES:
         raise UsageError(f"objective {objective!r} is unknown; choose from {', '.join(OBJECTIVES)}.")
@@ -126,7 +121,6 @@ def _build_layout(
         rank_numbers=tuple(rank_tensor.tolist()),
         content_windows=tuple(content_windows),
         predicted_windows=tuple(predicted_windows),
-        flex=flex,
     )
 
 
