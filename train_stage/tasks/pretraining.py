@@ -1,9 +1,11 @@
 """Pre-training as a task: images joined with their tokens, MaPeT, and the cross-entropy of predicted tokens."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ from ..model.shape import Shape
 from ..objectives.layouts import step_layout
 from ..objectives.token_loss import token_loss
 from ..probing.run_probe import RunProbe
-from ..settings import FEATURES, FLEX, TOKENS, Settings
+from ..settings import FEATURES, FLEX, TOKENS, ObjectiveSettings, Settings
 from ..training.task import Places, Task, TaskModel
 from ..weights.init import start_from
 from .pretraining_loss import BANDS, PretrainingLoss
@@ -206,10 +208,23 @@ def refuse_other_tokens(out: Path, before: dict[str, Any], store: TokenStore) ->
 def flops_per_image(settings: Settings, k: int) -> int:
     """Floating-point operations of forward and backward for one image, as `torch.utils.flop_counter` counts them.
 
-    What gradient checkpointing computes again does not count.
+    Where `objective.visible` changes from step to step, their mean over its range, in which they are quadratic. What
+    gradient checkpointing computes again does not count.
     """
+    objective = settings.objective
+    if objective.name == "mim" or objective.visible_to is None:
+        return _flops_of(settings, objective, k)
+    low, high = sorted((objective.visible, objective.visible_to))
+    counted = sorted({low, (low + high) // 2, high})
+    flops = [_flops_of(settings, replace(objective, visible=visible, visible_to=None), k) for visible in counted]
+    quadratic = np.polyfit(counted, flops, len(counted) - 1)
+    return round(float(np.polyval(quadratic, np.arange(low, high + 1)).mean()))
+
+
+def _flops_of(settings: Settings, objective: ObjectiveSettings, k: int) -> int:
+    """FLOPs for one image with the layout that `objective` has in every step."""
     shape = settings.model.shape(k)
-    layout = step_layout(settings.objective, shape.patches, settings.train.seed, 0, 1, "cpu")
+    layout = step_layout(objective, shape.patches, settings.train.seed, 0, 1, "cpu")
 
     def loss(model: MaPeT) -> Tensor:
         images = torch.empty(1, 3, shape.image_size, shape.image_size)

@@ -62,6 +62,18 @@ def test_flops_are_those_of_a_real_step(objective: str):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters_of(settings.model.shape(16))
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "rows"),
+    [(14, 26, []), (26, 14, ["objective.query_rows=8", "objective.visible_change=random"]), (20, 21, []), (30, 30, [])],
+)
+def test_flops_of_a_schedule_are_the_mean_over_it(start: int, end: int, rows: list[str]):
+    schedule = [f"objective.visible={start}", f"objective.visible_to={end}"]
+    found = flops_per_image(resolve(overrides=[*SETTINGS, *schedule, *rows]), 16)
+    low, high = sorted((start, end))
+    settings = (resolve(overrides=[*SETTINGS, f"objective.visible={n}", *rows]) for n in range(low, high + 1))
+    assert found == pytest.approx(sum(flops_per_image(one, 16) for one in settings) / (high - low + 1), rel=2e-3)
+
+
 SHALLOW = ["model.name=null", "model.dim=192", "model.depth=4", "model.heads=3", "train.batch_size=64"]
 """ViT-T with a third of its blocks."""
 
