@@ -13,7 +13,7 @@ from ...shared.runtime.console import results, table
 from ...shared.runtime.distributed import World
 from ...shared.runtime.memory import as_text, free_bytes
 from .plan import Plan
-from .task import BatchT, TaskModel
+from .task import BatchT, StepInputs, TaskModel
 from .trainer import Trainer
 
 WARM_UP, MEASURED = 2, 10
@@ -119,8 +119,17 @@ def _peak_of_step(task: TaskModel[BatchT], plan: Plan, device: str) -> int:
     with torch.device("meta"):
         model = task.new_model().train()
         loss = task.loss(model, "cpu", settings.train.precision_on(device))
-    inputs = loss.at_step(0, plan.steps)  # outside the fake mode, as the values of masks are needed
-    live = LiveBytes()
+    # Outside the fake mode, as the values of masks are needed. What is predicted may change in the course of a run.
+    first, last = (loss.at_step(step, plan.steps) for step in (0, plan.steps - 1))
+    ends = [first] if first.predictions == last.predictions else [first, last]
+    return max(_peak_with(task, plan, device, inputs) for inputs in ends)
+
+
+def _peak_with(task: TaskModel[BatchT], plan: Plan, device: str, inputs: StepInputs) -> int:
+    """`_peak_of_step` of a step with such inputs."""
+    settings, live = task.settings, LiveBytes()
+    with torch.device("meta"):
+        model = task.new_model().train()
     with fake_tensors(), live:
         model.to_empty(device="cpu")
         loss = task.loss(model, "cpu", settings.train.precision_on(device))

@@ -124,3 +124,11 @@ def test_the_host_memory_of_a_gpu_run_is_printed_apart(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "per process, on the GPU" in text
     assert f"{as_text(estimate.memory.checkpoint_copies)} for checkpoints, first process" in text
+
+
+def test_the_memory_estimate_is_that_of_the_largest_step_of_a_schedule():
+    of_few, of_many = (estimate_of(f"objective.visible={visible}").device for visible in (180, 20))
+    assert of_few < of_many
+    for start, end in ((180, 20), (20, 180)):
+        scheduled = estimate_of(f"objective.visible={start}", f"objective.visible_to={end}")
+        assert scheduled.device == of_many
