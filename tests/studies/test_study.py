@@ -102,8 +102,8 @@ def test_every_evaluation_and_comparison_is_measured(tmp_path: Path):
     curves = [len(path.read_text().splitlines()) for path in out.glob("run/*/output/probe.jsonl")]
     assert len(curves) == 3
     assert min(curves) >= 2
-    starts = [json.loads(path.read_text())["starts"] for path in out.glob("run/*/output/run.json")]
-    assert [start["processes"] for (start,) in starts] == [2, 2, 2]
+    records = [json.loads(path.read_text()) for path in out.glob("run/*/output/run.json")]
+    assert [record["processes"] for record in records] == [2, 2, 2]
 
 
 @pytest.mark.nightly
