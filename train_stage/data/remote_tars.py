@@ -153,16 +153,19 @@ class _Fetcher:
         if self.failure:
             raise self.failure
         over = []
-        while self.window and self.window[0].last < steps:
-            over.append(self.window.popleft())
+        with self.making_room:
+            while self.window and self.window[0].last < steps:
+                over.append(self.window.popleft())
         while not self.window or self.window[-1].first <= steps:
             group = next(self.groups, None)
             if group is None:
                 break
-            for path, tar in group.tars.items():
-                if not any(path in other.tars for other in self.window):
-                    self.wanted.put(tar)
-            self.window.append(group)
+            absent = [tar for path, tar in group.tars.items() if not any(path in one.tars for one in self.window)]
+            # Before they are queued: a tar that a thread finds in the cache must not be deleted to make room any more.
+            with self.making_room:
+                self.window.append(group)
+            for tar in absent:
+                self.wanted.put(tar)
         for path in {path for group in over for path in group.tars}:
             if self.keep == 0 and not any(path in group.tars for group in self.window):
                 path.unlink(missing_ok=True)

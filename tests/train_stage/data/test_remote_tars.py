@@ -1,6 +1,7 @@
 """Training from remote tars: the samples of a local run, tars that come and go, one sentence when they do not come."""
 
 import os
+import queue
 import subprocess
 import sys
 import tempfile
@@ -150,6 +151,31 @@ def test_a_cache_keeps_tars_for_the_next_run_up_to_its_limit(remote: str, many: 
         assert torch.equal(ours["pixels"], theirs["pixels"])
         most = max(most, sum(path.stat().st_size for path in (tmp_path / "small").glob("[!.]*.tar")))
     assert 6 * min(sizes) < most <= 9.5 * max(sizes)
+
+
+def test_a_kept_tar_of_the_next_group_is_not_deleted_to_make_room_for_another(
+    remote: str, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    put = queue.Queue.put
+
+    def put_slowly(self, *arguments) -> None:
+        """Threads begin with a group before all of its tars are queued."""
+        put(self, *arguments)
+        time.sleep(0.01)
+
+    def arrives(path: Path) -> None:
+        for _ in range(500):
+            if path.exists():
+                return
+            time.sleep(0.01)
+        pytest.fail(f"{path.name} never arrives")
+
+    monkeypatch.setattr(queue.Queue, "put", put_slowly)
+    monkeypatch.setattr(batch, "wait_for", arrives)
+    largest = max(path.stat().st_size for path in (many / "images").glob("*.tar"))
+    settings = settings_of(f"data.cache={tmp_path / 'cache'}", f"data.cache_gb={7.5 * largest / 1e9}", "train.epochs=6")
+    here = joined(many / "images", many / "tokens", settings)
+    assert_same(samples(joined(f"{remote}/images", f"{remote}/tokens", settings), settings), samples(here, settings))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
