@@ -11,7 +11,7 @@ import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,6 +106,10 @@ def equality(device: str) -> Iterator[Row]:
             )
 
 
+def _median_seconds(run: Callable[[], object], device: str, times: int) -> float:
+    return statistics.median(seconds(run, device) for _ in range(times))
+
+
 def _error(found: Tensor, expected: Tensor) -> float:
     return ((found.float() - expected).abs().max() / expected.abs().max()).item()
 
@@ -175,7 +179,7 @@ def attention_kernels(device: str, images: int, pairs: int, heads: int = 12, d: 
                 sum(output.float().sum() for output in way(streams, keys_values)).backward()
 
             run()
-            spent = statistics.median(seconds(run, device) for _ in range(pairs))
+            spent = _median_seconds(run, device, pairs)
         except Exception as error:
             yield f"attention, {name}", "not run", f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
         else:
@@ -242,11 +246,11 @@ def tower(device: str, images: int, pairs: int) -> Iterator[Row]:
         torch.manual_seed(0)
         opened = open_tower(chosen, device)
         features = opened.features(pixels)
-        spent = statistics.median(seconds(lambda opened=opened: opened.features(pixels), device) for _ in range(pairs))
+        spent = _median_seconds(partial(opened.features, pixels), device, pairs)
         yield f"tower ViT-B-16, {precision}: images/s", round(images / spent, 1), ""
         opened.compile()
         compiled = opened.features(pixels)
-        again = statistics.median(seconds(lambda opened=opened: opened.features(pixels), device) for _ in range(pairs))
+        again = _median_seconds(partial(opened.features, pixels), device, pairs)
         yield f"tower ViT-B-16, {precision}, compiled: images/s", round(images / again, 1), f"{spent / again:.2f} times"
         codebook = features.reshape(-1, opened.dim)[:256] if codebook is None else codebook
         for name, found in {precision: features, f"compiling {precision}": compiled}.items():

@@ -159,7 +159,8 @@ def host(size: str, precision: str, mode: str, pairs: int) -> dict:
     for _ in range(3):
         step()
     times = [seconds(step) for _ in range(10 * pairs)]
-    return {"precision": precision, "mode": mode, "ms": round(1e3 * statistics.median(times), 2), "steps": len(times)}
+    measured = {"batch": 1, "ms": round(1e3 * statistics.median(times), 2), "steps": len(times)}
+    return {"precision": precision, "mode": mode, **measured}
 
 
 def masks(data: Batch) -> dict:

@@ -13,7 +13,7 @@ from ...shared.runtime.console import results, table
 from ...shared.runtime.distributed import World
 from ...shared.runtime.memory import as_text, free_bytes
 from .plan import Plan
-from .task import BatchT, StepInputs, TaskModel
+from .task import BatchT, TaskModel
 from .trainer import Trainer
 
 WARM_UP, MEASURED = 2, 10
@@ -121,23 +121,18 @@ def _peak_of_step(task: TaskModel[BatchT], plan: Plan, device: str) -> int:
         loss = task.loss(model, "cpu", settings.train.precision_on(device))
     # Outside the fake mode, as the values of masks are needed. What is predicted may change in the course of a run.
     first, last = (loss.at_step(step, plan.steps) for step in (0, plan.steps - 1))
-    ends = [first] if first.predictions == last.predictions else [first, last]
-    return max(_peak_with(task, plan, device, inputs) for inputs in ends)
-
-
-def _peak_with(task: TaskModel[BatchT], plan: Plan, device: str, inputs: StepInputs) -> int:
-    """`_peak_of_step` of a step with such inputs."""
-    settings, live = task.settings, LiveBytes()
-    with torch.device("meta"):
-        model = task.new_model().train()
+    distinct = [first] if first.predictions == last.predictions else [first, last]
+    live = LiveBytes()
     with fake_tensors(), live:
         model.to_empty(device="cpu")
         loss = task.loss(model, "cpu", settings.train.precision_on(device))
         batch = task.example_batch(plan.micro_batch)
         copies = 2 + (settings.train.ema is not None)
         kept = [[torch.empty_like(p) for p in model.parameters()] for _ in range(copies)]
-        for _ in range(min(plan.parts, 2)):  # from the second part on there are gradients
-            loss(batch, inputs)[0].backward()
+        for inputs in distinct:
+            for _ in range(min(plan.parts, 2)):  # from the second part on there are gradients
+                loss(batch, inputs)[0].backward()
+            model.zero_grad(set_to_none=True)
         del kept
     return live.peak
 
