@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every figure of docs/performance.md that needs a GPU, in about ten minutes on an H200: gpu_check.py, then whole runs with
+# Every figure of docs/performance.md that needs a GPU: gpu_check.py, then whole runs with
 # masked attention and with FlexAttention. Prints one JSON line per figure, and writes them to FOLDER as well.
 #
 #   scripts/gpu.sh [FOLDER] [cuda|cpu]      cpu tries the script: one size, small batches, without FlexAttention
